@@ -91,14 +91,16 @@ def test_training_in_this_process_with_trl(
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "rewards.py").write_text(
-        "def even(completions, answer, **columns):\n"
+        "def even(prompts, completions, answer, **columns):\n"
+        "    assert all(p.startswith('Q: ') and p.endswith(' A: ') for p in prompts), prompts[0]\n"
         "    return [float(len(text) % 2 == 0) + 0.1 * len(a) for text, a in zip(completions, answer)]\n"
     )
     out = tmp_path / "run"
     args = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "learning_rate": 0.01,
             "save_steps": 1, "logging_steps": 1}  # fmt: skip
     options = {"reward": f"{tmp_path}/rewards.py:even", "args": args}
-    path_of_config = config(made, out, trainer="trl", trl=options, stages=1, steps=2)
+    template = "Q: {% for m in messages %}{{ m['content'] }}{% endfor %} A: "
+    path_of_config = config(made, out, trainer="trl", trl=options, stages=1, steps=2, chat_template=template)
     assert curriculum(path_of_config) == 0
     new = out / "stage-00" / "trained" / "policy"
     assert report(out)[0]["model"].endswith("trained/policy")

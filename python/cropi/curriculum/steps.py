@@ -31,7 +31,7 @@ from cropi.ranking.selection import read_selection, write_selected_records, writ
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
 from cropi.rescoring import Anew, Choice, training_store
-from cropi.sketching.job import SketchJob
+from cropi.sketching.job import SketchJob, make_tokenize
 from cropi.store.earlier import EARLIER
 from cropi.store.shards import OK
 from cropi.store.store import SketchStore
@@ -257,6 +257,7 @@ def train(stage: Stage) -> Result:
             Path(str(values["records"])),
             plan.steps,
             Path(str(values["out"])),
+            tokens=make_tokenize(data.load(plan, stage.model), plan.job).prompt,
             trust_remote_code=plan.trust_remote_code,
         )
     else:

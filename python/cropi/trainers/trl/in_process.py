@@ -15,11 +15,13 @@ import torch
 from cropi.checked import fits, in_words, is_number
 from cropi.data.export import ROLLOUT_KEYS
 from cropi.data.readers import read_trajectories
+from cropi.data.records import PromptGroup
 from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional, shown
 from cropi.files import write_atomic
 from cropi.model.load import DTYPES, check_device, load_model
 from cropi.sealed import sealed
+from cropi.trainers.trl.as_scored import prompts_as_scored
 from cropi.trainers.trl.checkpoints import newest_whole
 from cropi.trainers.trl.history import training_summary
 from cropi.trainers.trl.versions import check_version
@@ -140,6 +142,7 @@ def train_stage(
     steps: int,
     out: Path,
     *,
+    tokens: Callable[[PromptGroup], list[int]] | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Train on the selected prompts with GRPO; an attempt that was cut short goes on at its last checkpoint.
@@ -150,6 +153,8 @@ def train_stage(
         records: the trajectory records of the selected prompts. Their rollouts are left out: TRL samples new ones.
         steps: optimizer steps.
         out: a folder, for checkpoints and the new policy.
+        tokens: the tokens by which a prompt was scored (:mod:`cropi.trainers.trl.as_scored`); None: prompts are given
+            to TRL as they are.
         trust_remote_code: as for :func:`cropi.model.load.load_model`.
 
     Returns:
@@ -160,11 +165,15 @@ def train_stage(
     policy, tokenizer = load_model(
         model, dtype=options.get("dtype", "float32"), device=device, trust_remote_code=trust_remote_code
     )
+    groups = list(read_trajectories(records))
     rows = [
         {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
-        for group in read_trajectories(records)
+        for group in groups
     ]
     arguments = make_config(options, steps, out / "checkpoints")
+    if tokens is not None and tokenizer is not None:
+        prompts = prompts_as_scored(groups, tokenizer, tokens, arguments.chat_template_kwargs)
+        rows = [row | {"prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
     batch = int(arguments.generation_batch_size // arguments.num_generations)
     if len(rows) < batch:
         raise CropiError(
