@@ -17,6 +17,7 @@ from cropi.data.readers import read
 from cropi.data.scan import LossyTokens, check_pool, scan
 from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import opened
+from cropi.trainers.dumps.evaluated import EvaluatedStep
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, group_rollouts
 
@@ -175,6 +176,35 @@ def test_a_prompt_that_lost_completions_to_an_evaluation_is_left_out(kind: str, 
     # Advantages that are not centred are of another kind, and say nothing of this.
     other = [row | {"advantage": row["advantage"] + 1} for row in whole[1:3] + evaluated]
     assert len(rewards(written(other))) == 2
+
+
+@lossy
+@pytest.mark.parametrize("kind", ["trl", "ms-swift"])
+def test_completions_of_a_step_with_an_evaluation_are_told(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "completions").mkdir(parents=True)
+    name = "completions/completions_00007.parquet" if kind == "trl" else "completions.jsonl"
+    path = write(run / name, made(kind))
+    step = next(group.policy for group in groups(path))
+    assert step is not None
+    number = int(step.removeprefix("step "))
+    for checkpoint, evaluated in ((2, number), (10, number + 1)):
+        log = [{"step": number, "loss": 0.1}, {"step": evaluated, "eval_loss": 0.2}]
+        (run / f"checkpoint-{checkpoint}").mkdir()
+        (run / f"checkpoint-{checkpoint}/trainer_state.json").write_text(json.dumps({"log_history": log}))
+    with warnings.catch_warnings():
+        # The newest checkpoint knows all evaluations.
+        warnings.simplefilter("error", EvaluatedStep)
+        before = groups(path)
+    shutil.rmtree(run / "checkpoint-10")
+    with pytest.warns(
+        EvaluatedStep, match=rf"evaluated at the steps {number} \(.*checkpoint-2/trainer_state.json\)"
+    ):
+        assert groups(path) == before
+    (run / "checkpoint-2/trainer_state.json").write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EvaluatedStep)
+        groups(path)
 
 
 # ----------------------------------------------------------------------------------------------------- text

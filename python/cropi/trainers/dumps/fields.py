@@ -7,6 +7,7 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,6 +56,7 @@ class Left:
 
     Attributes:
         told: it was said that the files hold text; it is said once for all of them.
+        evaluated: the steps of runs with an evaluation, by the file that says so; none once they were said.
     """
 
     def __init__(self, skip_bad: bool = False) -> None:
@@ -62,6 +64,7 @@ class Left:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, BadSample] = {}
         self.told = False
+        self.evaluated: dict[Path, set[int]] = {}
 
     def note(self, error: BadSample) -> None:
         """Count a sample that is left out.

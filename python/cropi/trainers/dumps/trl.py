@@ -11,8 +11,8 @@ which grow with the rewards of a prompt. Where they do not (functions have weigh
 reward), the column has to be named (``--columns reward=NAME``).
 
 An evaluation writes the file of its step anew, with its own completions behind what is left of the training's. They
-look like any others. A prompt that lost completions to them is left out: the advantages of those that are left do not
-sum to 0.
+look like any others; which steps had one is in the run's state (:mod:`cropi.trainers.dumps.evaluated`). A prompt that
+lost completions to them is left out: the advantages of those that are left do not sum to 0.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import CropiError
+from cropi.trainers.dumps.evaluated import warn_evaluated
 from cropi.trainers.dumps.fields import BadSample, Left, NotFinite, Unused, finite, names, whole
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
@@ -68,12 +69,16 @@ def rollouts_of(path: Path, reading: Reading, left: Left, rows: Rows) -> Iterato
     check_size(path, reading.largest)
     warn_text(path, left)
     # Twice: the whole of the first pass says which columns are rewards.
-    rewards, cut = _reward_columns(
-        (row for _, row in rows(path, Left(left.skip_bad))),
-        path,
-        reading.columns.get("reward"),
-        reading.id_key,
-    )
+    steps: set[int] = set()
+
+    def seen() -> Iterator[dict[str, Any]]:
+        for _, row in rows(path, Left(left.skip_bad)):
+            if isinstance(step := row.get("step"), int):
+                steps.add(step)
+            yield row
+
+    rewards, cut = _reward_columns(seen(), path, reading.columns.get("reward"), reading.id_key)
+    warn_evaluated(path, steps, left)
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
