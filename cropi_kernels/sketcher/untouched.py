@@ -106,8 +106,10 @@ def _forget(p: torch.Tensor) -> None:
 
 
 def code_shape(model: nn.Module) -> tuple[object, ...]:
-    """Equal as long as no module, class, hook, or forward of an instance has come or gone."""
-    return tuple(
+    """Equal as long as no module, class, hook, or forward of an instance has come or gone, and attention is of one
+    kind."""
+    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return kind, *(
         (
             id(module),
             type(module),

@@ -143,6 +143,17 @@ def test_sequences_that_the_model_does_not_keep_apart_are_refused(name: str, mas
     assert ((got.sketches - want.sketches).norm(dim=1) <= 1e-5 * want.sketches.norm(dim=1)).all()
 
 
+def test_another_kind_of_attention_is_probed_anew() -> None:
+    model: Any = zoo.make("llama")
+    sketcher = GradientSketcher(model, SPEC)
+    with sketcher:
+        sketcher.check_model()
+    model.set_attn_implementation("eager")
+    with sketcher:
+        assert sketcher.probe is None
+        sketcher.check_model()
+
+
 def test_segments_that_share_a_sequence_are_refused() -> None:
     """But padding, and what comes behind the last scored token, may have any segment."""
     model, packed, padded = zoo.make("llama"), zoo.packed(), zoo.padded()
