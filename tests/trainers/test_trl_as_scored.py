@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.made_data import CHAT, make_tokenizer
 
+from cropi.data.prompt_ids import PromptIds
 from cropi.data.readers import read
 from cropi.gradient.tokenize import Tokenize
-from cropi.trainers.trl.as_scored import OtherPrompts, prompts_as_scored
+from cropi.trainers.trl.as_scored import OtherPrompts, prompts_as_scored, unlike_dataset
 
 
 def made(tokenizer: Any, prompt: Any, template: str = "auto", **record: Any) -> tuple[Any, list[int]]:
@@ -43,6 +45,22 @@ def test_text_is_given_as_the_template_renders_it(start: bool) -> None:
         assert made(tokenizer, "<user>7=\n>", rendered=True)[0] == "<user>7=\n>"
         tokenizer.chat_template = None
         assert made(tokenizer, "1+1=")[0] == "1+1="
+
+
+@pytest.mark.parametrize(("prompt", "told"), [("1+1=", True), ([{"role": "user", "content": "1+1="}], False)])
+def test_a_dataset_of_other_prompts_than_the_files_is_told(prompt: Any, told: bool) -> None:
+    """TRL reads text as it is; in files it is a user's message where there is a template."""
+    tokenizer = make_tokenizer(chat=True)
+    groups = read([{"id": "a", "prompt": "1+1=", "responses": ["1", "2"], "rewards": [1.0, 0.0]}])
+    dataset = [{"id": "b", "prompt": "-"}, {"id": "a", "prompt": prompt}]
+    trainer = SimpleNamespace(train_dataset=dataset, _tokenizer=tokenizer, chat_template=None, tools=[])
+    tokens = Tokenize(tokenizer, len(tokenizer), None, eos=True)
+    words = unlike_dataset(groups, trainer, PromptIds(dataset, "id"), tokens.prompt)
+    assert (
+        words.startswith("1 of the first 1 prompts of the train files, for example 'a'")
+        if told
+        else not words
+    )
 
 
 def test_what_trl_reads_otherwise_is_warned_of() -> None:

@@ -7,10 +7,14 @@ tokenizer has a template. So a policy would be trained on other prompts than it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
+from cropi.data.prompt_ids import PromptIds
 from cropi.data.records import PromptGroup
 from cropi.errors import RecordError, warn
+
+TRIED = 16  # prompts of a trainer's dataset
 
 
 class OtherPrompts(UserWarning):
@@ -58,6 +62,38 @@ def prompts_as_scored(
     return made
 
 
+def unlike_dataset(
+    groups: Iterable[PromptGroup], trainer: Any, ids: PromptIds, tokens: Callable[[PromptGroup], list[int]]
+) -> str:
+    """What is wrong, in words, where a trainer makes other tokens of its dataset's prompts than those that the prompts
+    of the same ids in files are scored by. The first :data:`TRIED` are looked at, but none that environments own.
+    """
+    if getattr(trainer, "environment_factories", None) is not None:
+        return ""
+    variables = {
+        **(getattr(trainer, "chat_template_kwargs", None) or {}),
+        "chat_template": getattr(trainer, "chat_template", None),
+        "tools": getattr(trainer, "tools", None) or None,
+    }
+    other, tried = list[str](), 0
+    for group in islice((group for group in groups if group.id in ids), TRIED):
+        prompt = trainer.train_dataset[ids.place[group.id]].get("prompt")
+        try:
+            mine = tokens(group)
+        except RecordError:
+            continue
+        tried += 1
+        if isinstance(prompt, (str, list)) and _read(prompt, trainer._tokenizer, variables) != mine:
+            other.append(group.id)
+    if not other:
+        return ""
+    return (
+        f"{len(other)} of the first {tried} prompts of the train files, for example {other[0]!r:.100}, are scored by "
+        "other tokens than the trainer makes of them (text in one place and messages in the other, another template or "
+        "other tools): the policy trains on other prompts than those that were chosen; make both alike"
+    )
+
+
 def _ways(group: PromptGroup, ids: list[int], tokenizer: Any) -> list[Any]:
     if isinstance(group.prompt, list):
         return [group.prompt]
@@ -71,7 +107,7 @@ def _read(prompt: Any, tokenizer: Any, variables: Mapping[str, Any] | None) -> l
     """The tokens that TRL makes of a prompt."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and not (variables or {}).get("chat_template"):
         return []
     made = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(variables or {})

@@ -21,12 +21,16 @@ from typing import Any
 from transformers import TrainerCallback
 
 from cropi.data.prompt_ids import PromptIds
+from cropi.data.readers import read
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
 from cropi.files import entries, is_file, is_there, write_atomic, writing
+from cropi.model.policy import Policy
 from cropi.sealed import read_sealed, sealed
+from cropi.sketching.job import make_tokenize
 from cropi.store.differences import first_difference
+from cropi.trainers.trl.as_scored import unlike_dataset
 from cropi.trainers.trl.checks import (
     balances_experts,
     check_arguments,
@@ -42,7 +46,14 @@ from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
 from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, rewind
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
-from cropi.trainers.trl.scoring import Chosen, choose_prompts, folder_of, forget_sketches, own_randomness
+from cropi.trainers.trl.scoring import (
+    Chosen,
+    choose_prompts,
+    folder_of,
+    forget_sketches,
+    own_randomness,
+    setup_of,
+)
 
 STATE = "cropi_state.json"
 _FORM = {"stage": int, "selected": list[str] | None, "logs": {str: int}, "settings": dict}
@@ -133,6 +144,12 @@ class Stages(Recorder):
         self._earlier = [path for kind in ("train", "valid") for path in log_files(self.log.folder, kind)]
         check_arguments(trainer, options, len(ids))
         check_policy(self.model, options)
+        if opened.get("train") is not None:
+            tokens = make_tokenize(
+                Policy(self.model, trainer._tokenizer), setup_of(options, 0, self.seed).job
+            )
+            if words := unlike_dataset(read(opened["train"]), trainer, ids, tokens.prompt):
+                logger.warning("%s", words)
         if options.live is None:
             check_space(trainer, options, scans, self.folder, len(ids))
             seen = recorded_first(trainer, options, len(ids))
