@@ -67,7 +67,7 @@ def test_messages_stay_short_whatever_a_record_holds(tmp_path: Path) -> None:
     for change in (
         {"id": long}, {"id": [long]}, {"rewards": [long, 1, 2]}, {"rewards": long}, {"responses": [[long], "b"]},
         {"prompt": {long: long}}, {"temperature": long}, {"response_ids": [[long], [1], [2]]},
-        {"truncated": [long] * 3},
+        {"truncated": [long] * 3, "response_ids": None, "logprobs": None, "loss_mask": None},
         {"logprobs": [[long], [1], [2]]}, {"task": [long]}, {long: 1, "rewards": None}, {"tools": long},
         {"rewards": [10**4000, 1, 2]}, {"loss_mask": [[long], [1], [2]]}, {"prompt": [{"role": long}]},
         {"id": "x" * 4000, "rewards": [None, 1, 2]}, {"prompt_ids": [10**4000]},
