@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cropi.data.chat import plain_messages
+from cropi.data.keys import ENDS
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import RecordError, shown
 
@@ -19,13 +20,6 @@ LONGEST_ID = 4096
 LARGEST_TOKEN = 2**31 - 1
 # Long lists of numbers, whose every entry is checked to be one.
 FLAT = ("rewards", "prompt_ids", "response_ids", "logprobs", "loss_mask", "truncated")
-# Whether a response that ended so was cut by a limit; engines without a reason to name say nothing.
-ENDS: dict[str | None, bool] = {
-    **dict.fromkeys(("length", "max_tokens"), True),
-    **dict.fromkeys(
-        ("stop", "eos_token", "stop_sequence", "end_turn", "tool_calls", "tool_use", None), False
-    ),
-}
 ID_REMEDY = (
     "give every prompt an id that no other one has and that stays the same from run to run, the one of your dataset, "
     "or pass --skip-bad"
@@ -132,9 +126,6 @@ def _check_reasons(values: dict[str, Any], where: str) -> None:
         return
     made = [ENDS.get(reason) if reason is None or isinstance(reason, str) else None for reason in held]
     if None in made:
-        if values["response_ids"] is not None:  # of token ids it changes nothing
-            values["truncated"] = None
-            return
         k = made.index(None)
         raise RecordError(
             where, f"the reason for the end of responses[{k}] is {shown(held[k])}, so that it may be only a part",

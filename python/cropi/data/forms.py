@@ -206,7 +206,7 @@ def joined(rows: list[dict[str, Any]], wheres: list[str]) -> dict[str, Any]:
         values = [row.get(key) for row in rows]
         if key in SINGLE:
             if any(value is not None for value in values):
-                if (name := SINGLE[key]) in made:
+                if (name := "finish_reasons" if key in REASONS else SINGLE[key]) in made:
                     raise RecordError(wheres[0], f"{name!r} is there under two names", "keep one of them")
                 made[name] = values
         elif all(value == values[0] for value in values[1:]):

@@ -36,6 +36,13 @@ RENDERED = "rendered"
 
 # Why each response ended, as engines say it: `truncated` in words.
 REASONS = ("finish_reason", "finish_reasons")
+# Whether a response that ended so was cut by a limit; engines without a reason to name say nothing.
+ENDS: dict[str | None, bool] = {
+    **dict.fromkeys(("length", "max_tokens"), True),
+    **dict.fromkeys(
+        ("stop", "eos_token", "stop_sequence", "end_turn", "tool_calls", "tool_use", None), False
+    ),
+}
 
 # Other names of fields, as trainers and engines write them.
 ALIASES = {
@@ -78,6 +85,17 @@ REFUSED = {
 OF_TEXT = {"system", "system_prompt", "documents", "functions", "chat_template"}
 
 
+def _says_nothing(reasons: Any, record: Mapping[str, Any]) -> bool:
+    """Whether reasons are not of single responses, or not needed: 'truncated' says the same, or token ids are there and
+    the reasons are of another kind."""
+    if not isinstance(reasons, list) or record.get("truncated") is not None:
+        return True
+    exact = (
+        record.get("response_ids", record.get("completion_ids", record.get("response_token_ids"))) is not None
+    )
+    return exact and not all(one is None or isinstance(one, str) and one in ENDS for one in reasons)
+
+
 def named(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A record with every field under its own name.
 
@@ -89,8 +107,8 @@ def named(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, value in record.items():
         name = ALIASES.get(key, key)
-        if key in REASONS and (not isinstance(value, list) or record.get("truncated") is not None):
-            name = key  # it says nothing of single responses, or nothing new
+        if key in REASONS and _says_nothing(value, record):
+            name = key
         if key in REFUSED and value is not None:
             if not (key in OF_TEXT and record.get("prompt_ids", record.get("prompt_token_ids"))):
                 raise RecordError(where, f"the key {key!r} is known, but not supported", REFUSED[key])
