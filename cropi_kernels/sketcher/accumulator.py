@@ -92,7 +92,8 @@ class Accumulator:
         self._device, self._stream = device, _gpu.stream(device)
         # Nothing above may have left a batch open: memory can run out, a backend refuse.
         self.segments, self._engine = segments, engine
-        self.clock = Clock(device, self._passes + 1)
+        self._passes += 1
+        self.clock = Clock(device, self._passes)
         self._folds.clear()
 
     def end(self) -> torch.Tensor:
@@ -170,7 +171,6 @@ class Accumulator:
 
         They are what its ``clock`` measured; of a pass whose clock did not measure, the latest timed pass's share.
         """
-        self._passes += 1
         if not clock.measures:
             return self._share * whole
         seconds = clock.seconds()

@@ -22,7 +22,7 @@ from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator, finished
 from .attach import plan_model
-from .clock import Clock
+from .clock import Clock, Seconds
 from .coverage import Coverage
 from .formed_sums import Add, parameters_of
 from .groups import planned
@@ -169,7 +169,8 @@ class FormedSketcher:
             scales.restore(each)
         weights = scales.unscaled(weights)
         out.masked_fill_(failed_segments(logprobs, weights, scales), float("nan"))
-        seconds = {"forward": 0.0, "backward": clock.between(begun, clock.mark()), "sketch": 0.0}
+        end = clock.mark()
+        seconds = Seconds(lambda: {"forward": 0.0, "backward": clock.between(begun, end), "sketch": 0.0})
         return PolicyGradient(finished(out.unbind(), self.spec), logprobs, weights, seconds)
 
     @contextmanager

@@ -21,6 +21,7 @@ from . import sharded
 from .apart import MIXED, Apart
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
+from .clock import Seconds
 from .coverage import Coverage
 from .decoder import output_embeddings, split_model, split_parts
 from .groups import width
@@ -377,9 +378,12 @@ class GradientSketcher:
                 raise
             finally:
                 self._close()
-        seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
-        seconds["sketch"] = acc.sketch_seconds(clock, sum(seconds.values()))
-        return PolicyGradient(sketches, logprobs, used, seconds, others)
+
+        def measure() -> dict[str, float]:
+            seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
+            return seconds | {"sketch": acc.sketch_seconds(clock, sum(seconds.values()))}
+
+        return PolicyGradient(sketches, logprobs, used, Seconds(measure), others)
 
     def _ready(self, here: Batch) -> SplitModel:
         """The model's decoder and head, and the batch's tokens checked against them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ class PolicyGradient:
     ``sketches`` float32 [segments, dim], a row of NaN where the segment has a NaN or an infinity (of a sketcher with
     groups of parameters [segments, groups * dim], side by side); ``logprobs`` and ``weights`` float32 [scored tokens];
     ``seconds``: forward, backward, and the part of both that was sketching (on a CUDA device measured in passes 1, 2,
-    4, 8, ...; in others, the share that the latest of those had); ``more``: the sketches by other specs, where the
-    sketcher was given some.
+    4, 8, ...; in others, the share that the latest of those had). To read them is to wait for the pass; ``more``: the
+    sketches by other specs, where the sketcher was given some.
 
     >>> PolicyGradient(torch.zeros(2, 64), torch.zeros(5), torch.ones(5), {}).weights.sum()
     tensor(5.)
@@ -35,7 +35,7 @@ class PolicyGradient:
     sketches: torch.Tensor
     logprobs: torch.Tensor
     weights: torch.Tensor
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
     more: tuple[torch.Tensor, ...] = ()
 
     def __repr__(self) -> str:

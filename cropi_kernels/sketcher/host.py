@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Of copies that `sent` made: the tensor of the host, and the versions of both, which rise when one is written to.
+_SENT = WeakIdKeyDictionary()
 
 
 def values(x: torch.Tensor) -> np.ndarray:
@@ -20,10 +24,11 @@ def values(x: torch.Tensor) -> np.ndarray:
 
 def on_host(*given: torch.Tensor | None) -> tuple[Any, ...]:
     """The tensors in the host's memory: equal values, shapes and dtypes. The integers of a device come in one copy, for
-    which the host waits once; tensors of the host are given back as they are."""
-    away = [x for x in given if x is not None and _away(x.device)]
+    which the host waits once; tensors of the host are given back as they are, and so are those that `sent` copied."""
+    known = {id(x): here for x in given if x is not None and (here := _before_sent(x)) is not None}
+    away = [x for x in given if x is not None and _away(x.device) and id(x) not in known]
     numbers = [x for x in away if x.is_floating_point() or x.is_complex()]
-    copies = {id(x): x.cpu() for x in numbers}
+    copies = known | {id(x): x.cpu() for x in numbers}
     for device in dict.fromkeys(x.device for x in away):
         integers = [x for x in away if x.device == device and id(x) not in copies]
         if integers:
@@ -31,6 +36,44 @@ def on_host(*given: torch.Tensor | None) -> tuple[Any, ...]:
             here = _room(flat.numel(), device).copy_(flat).split([x.numel() for x in integers])
             copies |= {id(x): part.view(x.shape).to(x.dtype) for x, part in zip(integers, here, strict=True)}
     return tuple(copies.get(id(x), x) for x in given)
+
+
+def sent(device: torch.device, x: torch.Tensor) -> torch.Tensor:
+    """A copy on a device of a tensor of the host, for which the host does not wait; nor does `on_host` for the values
+    of this copy, as long as neither is written to."""
+    if not _away(device) or x.device.type != "cpu":
+        return x.to(device)
+    copy = torch.empty_like(x, device=device)
+    copy.copy_(x.pin_memory() if device.type == "cuda" else x, non_blocking=True)
+    if not (x.is_inference() or copy.is_inference()):  # these have no version
+        _SENT[copy] = x, x._version, copy._version
+    return copy
+
+
+def _before_sent(copy: torch.Tensor) -> torch.Tensor | None:
+    """The tensor of the host that `sent` made a copy of, if both are as they were."""
+    known = _SENT.get(copy)
+    return None if known is None or known[1:] != (known[0]._version, copy._version) else known[0]
+
+
+class Fetched:
+    """Tensors of a device on their way to the host. Work that is launched later does not hold them up."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._tensors, self._there = tensors, None  # type: tuple[torch.Tensor, ...], torch.cuda.Event | None
+        if tensors[0].device.type == "cuda":
+            self._tensors = tuple(
+                torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+                for x in tensors
+            )
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """They themselves, in the host's memory."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._tensors
 
 
 def on_device(device: torch.device, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -41,6 +41,53 @@ def test_what_is_on_the_host_is_not_copied() -> None:
     assert host.on_host(x, None)[0] is x and host.on_device(device, x)[0] is x
 
 
+def test_values_that_were_sent_are_not_asked_for(away: None) -> None:
+    x, device = torch.arange(6).view(2, 3), torch.device("cpu")
+    copy = host.sent(device, x)
+    assert copy is not x and copy.data_ptr() != x.data_ptr() and torch.equal(copy, x)
+    assert host.on_host(copy)[0] is x
+    for changed in (copy, x):
+        copy = host.sent(device, x)
+        (copy if changed is not x else x).add_(1)
+        (got,) = host.on_host(copy)
+        assert got is not x and torch.equal(got, copy), "a copy that was written to has values of its own"
+    with torch.inference_mode():
+        assert torch.equal(host.on_host(host.sent(device, x))[0], x)
+    other = host.sent(device, x)[:1]
+    assert host.on_host(other)[0].tolist() == x[:1].tolist()
+
+
+def test_what_is_fetched_is_there_when_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is played by a class of tensors whose copies arrive when their event has been waited for."""
+    waited: list[str] = []
+
+    class Away(torch.Tensor):
+        device = property(lambda self: torch.device("cuda", 0))
+
+    class Event:
+        def record(self, stream: object) -> None:
+            waited.append(f"recorded on {stream}")
+
+        def synchronize(self) -> None:
+            waited.append("waited")
+
+    empty = torch.empty
+
+    def pinned(*size: object, pin_memory: bool = False, **kwargs: object) -> torch.Tensor:
+        assert pin_memory and kwargs["device"] == "cpu"
+        return empty(*size, **kwargs)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    x, y = torch.arange(6.0).view(2, 3).T, torch.tensor([1, 2])
+    fetched = host.Fetched(x.as_subclass(Away), y.as_subclass(Away))
+    assert waited == ["recorded on the stream of cuda:0"]
+    got = fetched.wait()
+    assert waited[-1] == "waited" and torch.equal(got[0], x) and torch.equal(got[1], y)
+    assert host.Fetched(x).wait()[0] is x, "what is on the host is not copied"
+
+
 def test_parts_of_one_copy_begin_where_kernels_read_fast(away: None) -> None:
     given = [torch.arange(n) + 10 * n for n in (3, 0, 1, 4, 5)]
     got = host.on_device(torch.device("cpu"), *given)

@@ -65,10 +65,11 @@ class Health:
         return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
-def batch_health(
+def health_sums(
     estimator: Estimator, batch: MicroBatch, logprobs: torch.Tensor, behaviour: torch.Tensor | None
-) -> list[Health]:
-    """The health of each segment of a batch, from the log-probs ``[N]`` of the policy and of the behaviour."""
+) -> torch.Tensor:
+    """The numbers of :class:`Health` of each segment of a batch, float64 ``[S, 4]`` on its device, from the log-probs
+    ``[N]`` of the policy and of the behaviour."""
     ratio = torch.ones_like(batch.advantages)
     if behaviour is not None:
         wide = ratio.ndim == 2
@@ -82,5 +83,4 @@ def batch_health(
         counted = torch.arange(ratio.shape[1], device=ratio.device) < batch.members[:, None]
         each = torch.where(counted, each, 0.0).sum(dim=2)
     sums = torch.zeros(len(batch.groups), 4, dtype=torch.float64, device=each.device)
-    sums.index_add_(0, batch.token_segments, each.T.contiguous())
-    return [Health(*row) for row in sums.tolist()]
+    return sums.index_add_(0, batch.token_segments, each.T.contiguous())

@@ -173,24 +173,26 @@ class _Filling:
         for row in chunk.rows:
             self._add(row)
         for batch in batches:
-            for row, vector in self.passes.run(batch.to(self.passes.device)):
-                if row.id in chunk.prompts:  # other prompts, and those that are done, only fill the batch
-                    self._add(row, vector)
-            self.bar.set_postfix_str(
-                f"{self.summary.model_tokens / self.summary.wall:.0f} tokens/s", refresh=False
-            )
+            for row, vector in self.passes.run(batch):
+                self._add(row, vector, chunk)
+            if self.summary.wall:  # no pass has been looked at before the second was launched
+                self.bar.set_postfix_str(
+                    f"{self.summary.model_tokens / self.summary.wall:.0f} tokens/s", refresh=False
+                )
             if time.monotonic() - self.flushed > FLUSH_SECONDS:
                 self.store.flush()
                 self.flushed = time.monotonic()
             if self.participant.agreed(self.interrupt.asked):
                 self.summary.interrupted = True
                 break
-        self.passes.forget()
+        for row, vector in self.passes.end():
+            self._add(row, vector, chunk)
         if not self.summary.interrupted:
             self.summary.interrupted = self.participant.agreed(self.interrupt.asked)
 
-    def _add(self, row: RowInfo, vector: torch.Tensor | None = None) -> None:
-        if row.id not in self.done:
+    def _add(self, row: RowInfo, vector: torch.Tensor | None = None, chunk: Chunk | None = None) -> None:
+        """Add a row that is not there yet; of the prompts in a batch those of its chunk, the others only fill it."""
+        if row.id not in self.done and (chunk is None or row.id in chunk.prompts):
             self.summary.count(row)
             self.store.add(row, vector)
             self.bar.update(1)

@@ -1,4 +1,8 @@
-"""Micro-batches to rows: forward, weights, backward, and the sums over the micro-batches of one prompt."""
+"""Micro-batches to rows: forward, weights, backward, and the sums over the micro-batches of one prompt.
+
+On a GPU a pass is launched before the results of the one before it are looked at. So the device works while the host
+adds up sketches, writes rows and cuts the next micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.behaviour import BehaviourModel
 from cropi.gradient.estimators import Estimator
-from cropi.gradient.health import Health, batch_health
+from cropi.gradient.health import Health, health_sums
 from cropi.gradient.layout import Layout
 from cropi.gradient.masks import handed
 from cropi.gradient.tokenize import TokenGroup
@@ -26,9 +30,11 @@ from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.sketcher.formed import FormedSketcher
+from cropi_kernels.sketcher.host import Fetched
 from cropi_kernels.sketcher.sharded import device_of
 
 Finished = tuple[RowInfo, torch.Tensor | None]
+AHEAD = ("cuda",)  # devices that work while the host does something else
 
 
 @dataclass
@@ -42,12 +48,25 @@ class Sums:
 
 @dataclass(frozen=True)
 class Passed:
-    """A micro-batch that went through the model, with the log-probs of the behaviour; ``begun``: by the clock."""
+    """A micro-batch that went through the model: ``batch`` on the host, ``there`` on the device, the log-probs of the
+    behaviour, and when it was begun, by the clock."""
 
     batch: MicroBatch
+    there: MicroBatch
     behaviour: torch.Tensor | None
     result: PolicyGradient
     begun: float
+
+    def fetched(self, estimator: Estimator) -> Fetched:
+        """Of each prompt its sketch, the numbers of its health, and the sum of its tokens' absolute weights; and the
+        sketches by other specs, ``[S, specs, dim]``."""
+        result, there = self.result, self.there
+        ratios = estimator.ratio_behaviour(result.logprobs, self.behaviour, there.responses)
+        health = health_sums(estimator, there, result.logprobs, ratios)
+        weights = health.new_zeros(len(there.groups))
+        weights.index_add_(0, there.token_segments, result.weights.double().abs())
+        more = result.more or (result.sketches[:, :0],)
+        return Fetched(result.sketches, health, weights, torch.stack(more, dim=1))
 
 
 @dataclass
@@ -57,9 +76,9 @@ class Others:
     specs: Sequence[SketchSpec]
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, batch: MicroBatch, result: PolicyGradient) -> None:
-        """Add the sketches of one micro-batch."""
-        for group, sketches in zip(batch.groups, torch.stack(result.more, dim=1).cpu(), strict=True):
+    def add(self, batch: MicroBatch, more: torch.Tensor) -> None:
+        """Add the sketches ``[S, specs, dim]`` of one micro-batch."""
+        for group, sketches in zip(batch.groups, more, strict=True):
             self.sums[group.id] = self.sums.get(group.id, 0.0) + sketches
 
 
@@ -104,33 +123,61 @@ class Passes:
         self.suspicion = Suspicion(self.bound)
         self.sums: dict[str, Sums] = {}
         self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
-
-    def forget(self) -> None:
-        """Drop the sums of prompts that began in the batches so far: the batches that come next hold all of theirs."""
-        self.sums = {}
+        # Processes that share a model decide on their prompts together, between their passes.
+        self.ahead = self.device.type in AHEAD and not self.participant.linked
+        self._waiting: tuple[Passed, Fetched] | None = None
+        self._looked = 0.0  # when the results of a pass had been looked at, by the clock
 
     def run(self, batch: MicroBatch) -> Iterator[Finished]:
-        """Run one micro-batch; in halves, where the device's memory does not hold it. The sums are equal."""
-        for passed in self._passes(batch):
-            piece, result, estimator = passed.batch, passed.result, self.estimator
-            if self.others is not None:
-                self.others.add(piece, result)
-            ratios = estimator.ratio_behaviour(result.logprobs, passed.behaviour, piece.responses)
-            health = batch_health(estimator, piece, result.logprobs, ratios)
-            weights = torch.zeros(len(piece.groups), dtype=torch.float64, device=self.device)
-            weights.index_add_(0, piece.token_segments, result.weights.double().abs())
-            for s, (group, weight) in enumerate(zip(piece.groups, weights.tolist(), strict=True)):
-                sums = self.sums.setdefault(group.id, Sums(torch.zeros_like(result.sketches[s])))
-                sums.sketch = sums.sketch + result.sketches[s]
-                sums.health += health[s]
-                sums.weight += weight
-                self.summary.health += health[s]
-            self.summary.add(
-                result.seconds, time.monotonic() - passed.begun, piece.tokens, len(piece.targets)
-            )
-            for group, last in zip(piece.groups, piece.finished, strict=True):
-                if last:
-                    yield self._finished(group, self.sums.pop(group.id), piece)
+        """Run one micro-batch; in halves, where the device's memory does not hold it. The sums are equal.
+
+        Args:
+            batch: on the host.
+
+        Yields:
+            Prompts that are finished: of this batch, or, where passes run ahead, of those before its last pass.
+        """
+        try:
+            for passed in self._passes(batch):
+                before, self._waiting = self._waiting, (passed, passed.fetched(self.estimator))
+                if before is not None:
+                    yield from self._rows(*before)
+                if not self.ahead:
+                    yield from self.rest()
+        except Exception:
+            yield from self.rest()  # what is finished is kept
+            raise
+
+    def rest(self) -> Iterator[Finished]:
+        """The finished prompts of the last pass, if they have not been given out."""
+        before, self._waiting = self._waiting, None
+        if before is not None:
+            yield from self._rows(*before)
+
+    def end(self) -> Iterator[Finished]:
+        """The rest; the sums of prompts that began are dropped: the batches that come next hold all of theirs."""
+        yield from self.rest()
+        self.sums = {}
+
+    def _rows(self, passed: Passed, fetched: Fetched) -> Iterator[Finished]:
+        batch = passed.batch
+        sketches, health, weights, more = fetched.wait()
+        if self.others is not None:
+            self.others.add(batch, more)
+        for group, sketch, numbers, weight in zip(
+            batch.groups, sketches, health.tolist(), weights.tolist(), strict=True
+        ):
+            sums = self.sums.setdefault(group.id, Sums(torch.zeros_like(sketch)))
+            sums.sketch = sums.sketch + sketch
+            sums.health += Health(*numbers)
+            sums.weight += weight
+            self.summary.health += Health(*numbers)
+        now = time.monotonic()
+        wall, self._looked = now - max(passed.begun, self._looked), now
+        self.summary.add(passed.result.seconds, wall, batch.tokens, len(batch.targets))
+        for group, last in zip(batch.groups, batch.finished, strict=True):
+            if last:
+                yield self._finished(group, self.sums.pop(group.id), batch)
 
     def _passes(self, batch: MicroBatch) -> Iterator[Passed]:
         """The passes over a micro-batch: one, or those over its parts, where the device's memory does not hold it."""
@@ -143,8 +190,9 @@ class Passes:
                 continue
             begun = time.monotonic()
             try:
-                behaviour = self._behaviour_of(piece)
-                passed = Passed(piece, behaviour, self._gradient(piece, behaviour), begun)
+                there = piece.to(self.device)
+                behaviour = self._behaviour_of(there)
+                passed = Passed(piece, there, behaviour, self._gradient(there, behaviour), begun)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -201,7 +249,7 @@ class Passes:
             ),
             # The ratio of a response is known with its last token, but weights are asked for chunk by chunk.
             whole=self.estimator.level == "sequence" and behaviour is not None,
-            num_segments=int(batch.segments[-1]) + 1,
+            num_segments=len(batch.groups),
             attention_mask=handed(batch.attention_mask, self.layout.added),
             position_ids=batch.position_ids,
             temperature=batch.temperature,
@@ -242,6 +290,6 @@ class Passes:
                 finished=[False] * count,
                 segments=torch.arange(count, device="cpu"),
             )
-            for passed in self._passes(rows.to(self.device)):
+            for passed in self._passes(rows):
                 total += float(passed.result.sketches.double().square().sum())
         return math.sqrt(total)

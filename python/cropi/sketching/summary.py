@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Summary:
     finding: Finding | None = None
     store: SketchStore | None = field(default=None, repr=False)
 
-    def add(self, seconds: dict[str, float], wall: float, model_tokens: int, scored_tokens: int) -> None:
+    def add(self, seconds: Mapping[str, float], wall: float, model_tokens: int, scored_tokens: int) -> None:
         """Add one micro-batch."""
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
