@@ -12,6 +12,7 @@ import io
 import json
 import pstats
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ FLOAT32_APART = 1e-3
 DEVICE = "cuda"  # of the command line
 LONG = 512  # tokens of a response of the large model
 FEW = 8  # prompts of the large model
+MANY, TOKENS, TURNS = 64, 8192, 4  # of its job of many batches
 LAYERS, AGAIN = 14, 8  # of the model whose bits are compared, and how often
 
 
@@ -186,6 +188,35 @@ def by_memory(model: Any, share: float | None = None) -> dict[str, Any]:
     return row | {"finite": bool(out[0].isfinite().all()), "ok": bool(out[0].isfinite().all())}
 
 
+def running_ahead(model: Any) -> dict[str, Any]:
+    """A job of many batches: each pass launched before the results of the one before it are looked at, and one after
+    the other, in turns. The same bits."""
+    from cropi.sketching import passes
+
+    data, devices = records(MANY, whole.SHAPE["vocab_size"], LONG, seed=2), passes.AHEAD
+    tokens = sum(len(r["prompt_ids"]) + len(x) for r in data for x in r["response_ids"])
+    out: dict[str, torch.Tensor] = {}
+
+    def job(name: str) -> None:
+        out[name] = sketched(model, data, tokens_per_batch=TOKENS, verify=False)
+
+    times: dict[str, list[float]] = {"ahead": [], "one by one": []}
+    try:
+        for turn in range(TURNS + 1):
+            for name, there in (("ahead", devices), ("one by one", ())):
+                passes.AHEAD = there
+                took = seconds(lambda name=name: job(name))
+                times[name] += [took] if turn else []  # the first also loads and compiles
+    finally:
+        passes.AHEAD = devices
+    row = {f"{name.replace(' ', '_')}_s": statistics.median(t) for name, t in times.items()}
+    row |= {
+        "ratio": common.share(times["one by one"], times["ahead"]),
+        "tokens_per_s": tokens / row["ahead_s"],
+    }
+    return row | {"ok": torch.equal(out["ahead"], out["one by one"])}
+
+
 def command_line() -> dict[str, Any]:
     """``cropi run`` on a model and files on disk: rollouts in text, a choice at the end; and once more, which finds all
     of it done."""
@@ -229,6 +260,7 @@ def main() -> None:
 
     results.attempt("the first call with the self-test", large)
     results.attempt("batches by memory", lambda: by_memory(model))
+    results.attempt("passes launched ahead", lambda: running_ahead(model))
     results.attempt("batches that do not fit", lambda: by_memory(model, 0.2))
     results.finish()
 

@@ -284,6 +284,9 @@ def test_jobs(
         "LONGEST": 6,
         "LONG": 8,
         "FEW": 2,
+        "MANY": 4,
+        "TOKENS": 24,
+        "TURNS": 1,
         "DEVICE": "cpu",
         "LAYERS": 1,
         "AGAIN": 2,
@@ -291,7 +294,8 @@ def test_jobs(
         monkeypatch.setattr(module, name, value)
     finish(module)
     got = rows(tmp_path, "jobs")
-    assert len(got) == 11 and got["cropi run"]["chosen"] > 0
+    assert len(got) == 12 and got["passes launched ahead"]["ok"]
+    assert got["cropi run"]["chosen"] > 0
     assert got["llama: a store by the device and by the CPU"]["error"] == 0
     assert (
         got["the first call with the self-test"]["first_s"]
