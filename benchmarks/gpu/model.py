@@ -15,6 +15,7 @@ import common
 import torch
 
 from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
+from cropi_kernels.sketcher.host import sent
 
 LENGTH, ROWS = 1024, 16  # 16k tokens, 16 prompts
 WIDTHS = (64, 128, 256)
@@ -58,14 +59,14 @@ def build(shape: dict[str, Any] | None = None) -> Any:
 
 
 def batch(rows: int, length: int | None = None) -> dict[str, torch.Tensor]:
-    length = length or LENGTH
-    words, g = SHAPE["vocab_size"], torch.Generator("cuda").manual_seed(0)
-    ids = torch.randint(0, words, (rows, length), device="cuda", generator=g)
-    at = torch.arange(rows * length, device="cuda").view(rows, length)[:, :-1].reshape(-1)
+    """On the host first, as a job makes it, so that no pass waits for its values."""
+    length, device = length or LENGTH, torch.empty(0, device="cuda").device
+    ids = torch.randint(0, SHAPE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0))
+    at = torch.arange(rows * length).view(rows, length)[:, :-1].reshape(-1)
     return {
-        "input_ids": ids,
-        "positions": at,
-        "targets": ids[:, 1:].reshape(-1),
+        "input_ids": sent(device, ids),
+        "positions": sent(device, at),
+        "targets": sent(device, ids[:, 1:].reshape(-1)),
         "segments": torch.arange(rows),
     }
 
