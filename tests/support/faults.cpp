@@ -77,6 +77,8 @@ void keep(const char* path, bool empty) {
   if (!*kept || !below(path) || lstat(path, &about)) return;
   FILE* out = keep(about.st_ino);
   if (!out) abort();
+  // Held open to the end: a file made after this one is removed would get its number, and the folder's old names its bytes.
+  if (empty) real((int (*)(const char*, int, ...)) nullptr, "open")(path, O_PATH | O_CLOEXEC);
   if (!empty && S_ISDIR(about.st_mode)) {
     DIR* names = real((DIR * (*)(const char*)) nullptr, "opendir")(path);
     while (struct dirent* one = readdir(names))

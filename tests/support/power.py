@@ -11,6 +11,7 @@ a command has said that it is done, they must hold that result.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sys
@@ -38,7 +39,14 @@ class Disk:
             for path in paths
             if path.is_dir()
         }
+        # Until the work is over: a file that it makes would get the number of one that it has removed.
+        self.held = [os.open(path, os.O_PATH) for path in paths]
         kept.mkdir()
+
+    def let_go(self) -> None:
+        """The work is over, and makes no more files."""
+        for file in self.held:
+            os.close(file)
 
     def bytes_of(self, number: int) -> bytes:
         """Those of a file that were synced."""
@@ -108,6 +116,7 @@ def _cut(place: Any, folder: Path, number: int) -> dict[str, Any]:
     shutil.copytree(folder / "prepared", here)
     disk = Disk(here, folder / "prepared", kept)
     ended = faults.attempt(place.work, here, POWER, number, kept)
+    disk.let_go()
     disk.named(folder / "named")
     disk.synced(folder / "synced")
     return ended
