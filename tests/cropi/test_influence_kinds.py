@@ -54,7 +54,7 @@ def test_nearest_is_the_largest_over_single_prompts(stores: Any, metric: str) ->
     np.testing.assert_allclose(made.table, scores.table, atol=2e-5)
 
 
-def test_standard_error_of_the_nearest_is_the_bootstraps(stores: Any) -> None:
+def test_standard_error_of_the_nearest_is_the_widened_bootstraps(stores: Any) -> None:
     """The formula against 4000 draws: a variance is known to 2 sqrt(2 / 4000) or so."""
     train, valid, _, _ = stores
     pairs = pairwise(train, [valid])
@@ -62,9 +62,23 @@ def test_standard_error_of_the_nearest_is_the_bootstraps(stores: Any) -> None:
     one = NearestSet(pairs, "x", usable, "cosine")
     rng = np.random.default_rng(0)
     drawn = np.stack([one.score(one.resample(rng)) for _ in range(4000)])
-    np.testing.assert_allclose(one.stderr(), drawn.std(axis=0), rtol=0.15)
+    np.testing.assert_allclose(one.stderr(), math.sqrt(8 / 7) * drawn.std(axis=0), rtol=0.15)
     alone = pairwise(train, [in_memory(stores[3][:1], "v", ["x"])])
     assert np.isnan(NearestSet(alone, "x", usable, "cosine").stderr()).all()
+
+
+def test_standard_error_and_moves_of_the_nearest_are_those_of_other_prompts() -> None:
+    """Normal products with two prompts: the larger has the variance 1 - 1 / pi, the draws (a - b)^2 3 / 16, twice."""
+    made = torch.eye(2)
+    rows = torch.randn(900, 2, generator=torch.Generator().manual_seed(0))
+    pairs = pairwise(in_memory(rows, "t", ["t"] * 900), [in_memory(made, "v", ["x"] * 2)])
+    one = NearestSet(pairs, "x", np.arange(900), "dot")
+    found = one.stderr()
+    apart = (rows[:, 0] - rows[:, 1]).abs().double().numpy()
+    np.testing.assert_allclose(found, apart * math.sqrt(3 / 8), rtol=1e-5)
+    assert math.sqrt(np.mean(found**2)) == pytest.approx(math.sqrt(1 - 1 / math.pi), rel=0.1)
+    every_draw = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.5, 0.5]])
+    np.testing.assert_allclose(one.moves(every_draw).std(axis=0), found, rtol=1e-5)
 
 
 def test_draws_look_beyond_the_nearest_that_are_kept(monkeypatch: pytest.MonkeyPatch, stores: Any) -> None:

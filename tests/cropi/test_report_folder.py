@@ -83,6 +83,36 @@ def test_texts_of_several_files_and_of_dumps_are_shown(ran: Path, tmp_path: Path
 
 
 @pytest.mark.long
+def test_relative_paths_are_found_from_any_folder(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run was started; in the folder of the process, when a project has moved or an earlier release ran."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    for name in ("train", "sums"):
+        shutil.copy(ran.parent / f"{name}.jsonl", project)
+    monkeypatch.chdir(project)
+    words = "--train train.jsonl --valid sums.jsonl --out out --dim 1024 --no-progress".split()
+    assert main(["run", "--model", f"{ran.parent}/model", *words]) == 0
+    monkeypatch.chdir(elsewhere)
+    # A file of the same name is not the run's.
+    shutil.copy(ran.parent / "more.jsonl", elsewhere / "train.jsonl")
+    expected = {record["prompt"] for record in make_records(40)}
+
+    def texts(folder: Path) -> set[str]:
+        assert main(["report", str(folder)]) == 0
+        data = data_of((folder / "report.html").read_text())
+        return {detail["text"] for detail in data["details"].values()}
+
+    found = texts(project / "out")
+    assert len(found) > 6 and found <= expected
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    assert texts(moved / "out") == found
+
+
+@pytest.mark.long
 def test_the_command_takes_a_check(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = tmp_path / "c.json"
     finding = {"name": "sketch error", "level": "ok", "text": "scores are off by 0.0123"}

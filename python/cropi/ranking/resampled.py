@@ -9,7 +9,8 @@ with replacement from V holds the k-th nearest and none nearer with the probabil
 
     p_k = ((V - k + 1) / V)^V - ((V - k) / V)^V
 
-so that the bootstrap's mean and variance of the nearest are known without drawing.
+so that the bootstrap's mean and variance of the nearest are known without drawing. Its standard error is that of these
+draws, times sqrt(V / (V - 1)) as their moves are.
 """
 
 from __future__ import annotations
@@ -189,7 +190,9 @@ class NearestSet(_Drawn):
         return mean, np.sqrt(np.maximum((ordered - mean[:, None]) ** 2 @ share, 0.0))
 
     def stderr(self) -> np.ndarray:
-        return np.full(len(self.products), math.nan) if len(self.base) == 1 else self._of_draws()[1]
+        if len(self.base) == 1:
+            return np.full(len(self.products), math.nan)
+        return self._of_draws()[1] * self._widened
 
     def signal(self) -> float:
         return math.nan

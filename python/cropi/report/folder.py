@@ -27,6 +27,7 @@ from cropi.report.forms import CHECK
 from cropi.report.html import ReportInput, shown_in_full, write_report
 from cropi.sealed import read_sealed
 from cropi.store.differences import first_difference
+from cropi.store.manifest import FOLDER
 from cropi.store.rows import OK
 
 if TYPE_CHECKING:  # a table without its stores is shown without torch
@@ -160,9 +161,18 @@ def _stores(root: Path, scores: Scores) -> tuple[SketchStore | None, list[Sketch
 
 
 def noted_files(store: SketchStore) -> list[str] | None:
-    """The files that a store was made from, or None where they are not there any more."""
-    paths = list(map(str, _notes(store).get("trajectories") or []))
-    return paths if paths and all(is_there(Path(path)) for path in paths) else None
+    """The files that a store was made from, or None where they are not there any more.
+
+    Relative paths start in the folder that the store's job ran in, or else, as where a project has moved, in this
+    process's.
+    """
+    notes = _notes(store)
+    paths = list(map(str, notes.get("trajectories") or []))
+    for folder in (notes.get(FOLDER) or "", ""):
+        found = [os.path.join(folder, path) for path in paths]
+        if found and all(is_there(Path(path)) for path in found):
+            return found
+    return None
 
 
 def _records(store: SketchStore, records: Callable[[SketchStore], Any]) -> PromptGroups | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from cropi.model.moments import SecondMoments, file_of
 from cropi.model.policy import Policy
 from cropi.option_fields import names_of
 from cropi.options import Gradient, Running, Sketch, Sketching, Storing, Tokens
-from cropi.store.manifest import GROUPS, MANIFEST, NOISE, read_manifest
+from cropi.store.manifest import FOLDER, GROUPS, MANIFEST, NOISE, read_manifest
 from cropi.store.memory import MemoryStore
 from cropi.store.parts import take_parts
 from cropi.store.shares import share_text
@@ -310,7 +311,7 @@ def make_manifest(
             "number": number, "count": count, "prompts": manifest.get("prompts"), "layout": job.layout,
             "tokens_per_batch": job.tokens_per_batch,
         }  # fmt: skip
-    notes = {"trajectories": job.names, PRODUCTS: frozen.choices(policy.model), **job.notes}
+    notes = {"trajectories": job.names, FOLDER: os.getcwd(), PRODUCTS: frozen.choices(policy.model), **job.notes}
     return manifest | {"notes": notes}
 
 

@@ -23,12 +23,14 @@ NOISE = "noise"  # true: rows are draws of gradients' noise (cropi.gradient.nois
 NOTES = ("notes", "prompts", "share")
 SCALED = "preconditioner"  # which moments the gradients were divided by
 MERGED = "merged"  # the trajectories of the stores that were merged to this one
+FOLDER = "folder"  # of the notes: where relative paths of the trajectories start
 _SHARES = 1_000_000  # of a job, at most
 # What is read of a manifest by name; a field that may be missing is one that earlier releases did not write.
 _FORM = {
     "spec": {"dim": lambda dim: fits(dim, int) and 0 < dim < 2**31},
     "dtype?": str | None, "stage?": str | None, "prompts?": int | None,
-    "model?": (str | None, {"weights?": str | None}), "notes?": (None, {"trajectories?": list[str] | None}),
+    "model?": (str | None, {"weights?": str | None}), 
+    "notes?": (None, {"trajectories?": list[str] | None, f"{FOLDER}?": str | None}),
     "tokens?": (None, dict),
     "share?": lambda share: not share or _is_share(share),
     f"{GROUPS}?": (None, [{"name": str, "patterns": [str]}]),
