@@ -311,7 +311,12 @@ def make_manifest(
             "number": number, "count": count, "prompts": manifest.get("prompts"), "layout": job.layout,
             "tokens_per_batch": job.tokens_per_batch,
         }  # fmt: skip
-    notes = {"trajectories": job.names, FOLDER: os.getcwd(), PRODUCTS: frozen.choices(policy.model), **job.notes}
+    notes = {
+        "trajectories": job.names,
+        FOLDER: os.getcwd(),
+        PRODUCTS: frozen.choices(policy.model),
+        **job.notes,
+    }
     return manifest | {"notes": notes}
 
 

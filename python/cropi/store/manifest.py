@@ -29,7 +29,7 @@ _SHARES = 1_000_000  # of a job, at most
 _FORM = {
     "spec": {"dim": lambda dim: fits(dim, int) and 0 < dim < 2**31},
     "dtype?": str | None, "stage?": str | None, "prompts?": int | None,
-    "model?": (str | None, {"weights?": str | None}), 
+    "model?": (str | None, {"weights?": str | None}),
     "notes?": (None, {"trajectories?": list[str] | None, f"{FOLDER}?": str | None}),
     "tokens?": (None, dict),
     "share?": lambda share: not share or _is_share(share),
