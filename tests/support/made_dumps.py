@@ -289,7 +289,7 @@ def atropos() -> list[dict[str, Any]]:
             "advantages": [],
             "images": [],
             "messages": [],
-            "overrides": [],
+            "overrides": [{"set_advantage_to_zero": False}, {}],
             "group_overrides": {},
         }
         made.append(group | empty | {"name": f"m{k // 2}", "generation_params": {"temperature": 0.7}})

@@ -2,7 +2,8 @@
 
 A line is the group of one prompt: ``tokens`` (prompt and response), ``masks`` (-100 where a token is not trained on,
 else the token), ``scores``, and perhaps ``inference_logprobs`` (of all tokens; what stands beside masked ones is no
-log-prob). Lines name no step: of a prompt that occurs in several the last one counts.
+log-prob). Lines name no step: of a prompt that occurs in several the last one counts. Where ``overrides`` set a member's
+advantage to zero, its score still counts in the others' advantages, which a record cannot say: the group is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     Raises:
         CropiError: the file does not exist, or is too large.
-        BadSample: a group of another layout, with advantages of its own, images or several prompts.
+        BadSample: a group of another layout, with advantages of its own, or set to zero, images or several prompts.
     """
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
@@ -68,6 +69,15 @@ def _members(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, list[int], dic
             where, "advantages", "are the environment's own, which the scores do not say",
             "leave such groups out, or pass --skip-bad",
         )  # fmt: skip
+    overrides = group.get("overrides")
+    for k, override in enumerate(overrides if isinstance(overrides, list) else ()):
+        if nested(override, "set_advantage_to_zero"):
+            raise BadSample(
+                f"{where}, member {k}", "overrides", "set its advantage to zero, while its score counts in those of "
+                "the group's other members, which a record cannot say",
+                "turn that off in the environment (mask_too_long_completions), or pass --skip-bad to leave such "
+                "groups out",
+            )  # fmt: skip
     for key in COLUMNS:
         if group.get(key) is None:
             raise BadSample(
