@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -54,8 +55,9 @@ class Accumulator:
         self.refusals: dict[str, str] | None = None
         self.clock = Clock(torch.device("cpu"))
         self._device, self._stream = torch.device("cpu"), None  # type: torch.device, int | None
-        # Passes so far, and the share of its time that the latest timed pass spent on sketching.
-        self._passes, self._share = 0, 0.0
+        self._passes = 0  # so far
+        # What gives the share of its time that the latest timed pass spent on sketching.
+        self._share: Callable[[], float] = float
         self._folds: dict[str, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accumulator:
@@ -166,16 +168,15 @@ class Accumulator:
     def timed(self) -> AbstractContextManager[None]:
         return self.clock.timed()
 
-    def sketch_seconds(self, clock: Clock, whole: float) -> float:
-        """The seconds of sketching in a pass that took ``whole``.
+    def sketch_share(self, clock: Clock, whole: Callable[[], float]) -> Callable[[], float]:
+        """What gives the share of sketching in the pass that has ended, which took ``whole()`` seconds.
 
-        They are what its ``clock`` measured; of a pass whose clock did not measure, the latest timed pass's share.
+        It is what the pass's ``clock`` measured; of a pass whose clock did not measure, the latest timed pass's. The
+        first call waits until the device has done the work, and it may come after later passes, or never.
         """
-        if not clock.measures:
-            return self._share * whole
-        seconds = clock.seconds()
-        self._share = seconds / whole if whole > 0 else 0.0
-        return seconds
+        if clock.measures:
+            self._share = functools.cache(lambda: clock.seconds() / took if (took := whole()) > 0 else 0.0)
+        return self._share
 
     def folded(self, key: str | None, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up).

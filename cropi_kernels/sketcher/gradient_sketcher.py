@@ -379,9 +379,11 @@ class GradientSketcher:
             finally:
                 self._close()
 
+        share = acc.sketch_share(clock, lambda: clock.between(start, end))
+
         def measure() -> dict[str, float]:
             seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
-            return seconds | {"sketch": acc.sketch_seconds(clock, sum(seconds.values()))}
+            return seconds | {"sketch": share() * sum(seconds.values())}
 
         return PolicyGradient(sketches, logprobs, used, Seconds(measure), others)
 

@@ -221,7 +221,7 @@ class LiveSketcher:
         result.sketches = runs.gathered(sketches)
         result.spec, result.names, result.origin = self.spec, self.coverage.names, self.origin
         block = time.perf_counter() - started
-        result.seconds = {"block": block, "sketch": self._acc.sketch_seconds(clock, block)}
+        result.seconds = {"block": block, "sketch": self._acc.sketch_share(clock, lambda: block)() * block}
 
     def fused_head(
         self,

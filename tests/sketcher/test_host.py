@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from support import zoo
@@ -43,14 +46,14 @@ def test_what_is_on_the_host_is_not_copied() -> None:
 
 def test_values_that_were_sent_are_not_asked_for(away: None) -> None:
     x, device = torch.arange(6).view(2, 3), torch.device("cpu")
-    copy = host.sent(device, x)
-    assert copy is not x and copy.data_ptr() != x.data_ptr() and torch.equal(copy, x)
-    assert host.on_host(copy)[0] is x
-    for changed in (copy, x):
-        copy = host.sent(device, x)
-        (copy if changed is not x else x).add_(1)
-        (got,) = host.on_host(copy)
-        assert got is not x and torch.equal(got, copy), "a copy that was written to has values of its own"
+    there = host.sent(device, x)
+    assert there is not x and there.data_ptr() != x.data_ptr() and torch.equal(there, x)
+    assert host.on_host(there)[0] is x
+    for changed in (there, x):
+        there = host.sent(device, x)
+        (there if changed is not x else x).add_(1)
+        (got,) = host.on_host(there)
+        assert got is not x and torch.equal(got, there), "a copy that was written to has values of its own"
     with torch.inference_mode():
         assert torch.equal(host.on_host(host.sent(device, x))[0], x)
     other = host.sent(device, x)[:1]
@@ -86,6 +89,14 @@ def test_what_is_fetched_is_there_when_it_is_waited_for(monkeypatch: pytest.Monk
     got = fetched.wait()
     assert waited[-1] == "waited" and torch.equal(got[0], x) and torch.equal(got[1], y)
     assert host.Fetched(x).wait()[0] is x, "what is on the host is not copied"
+
+
+def test_a_result_goes_to_another_process() -> None:
+    with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
+        result = zoo.LAYOUTS["padded"]().sketch(sketcher)
+    for copied in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert torch.equal(copied.sketches, result.sketches)
+        assert copied.seconds == result.seconds and copied.seconds["backward"] > 0
 
 
 def test_parts_of_one_copy_begin_where_kernels_read_fast(away: None) -> None:

@@ -274,7 +274,7 @@ def changed(kind: str, change: Callable[[list[Any]], Any]) -> list[Any]:
         ("open-instruct", lambda x: x[1].pop("response_tokens"), "2, response_tokens: is missing"),
         ("open-instruct", lambda x: x[0]["logprobs"].pop(), "1, logprobs: has 2 entries for 3 response tokens"),
         ("atropos", lambda x: x[0].update(advantages=[[0.5], [1.0]]), "1, advantages: are the environment's own"),
-        ("atropos", lambda x: x[1]["overrides"][1].update(set_advantage_to_zero=True), "2, member 1, overrides: set its"),
+        ("atropos", lambda x: x[1]["overrides"][1].update(set_advantage_to_zero=True), "2, member 1, overrides: set"),
         ("atropos", lambda x: x[0].update(images=["x.png"]), "1, images: holds what the policy saw"),
         ("atropos", lambda x: x[1]["tokens"][1].__setitem__(0, 4), "2, member 1, tokens: begins with another prompt"),
         ("atropos", lambda x: x[0]["masks"][0].pop(), r"1, member 0, masks: has 5 entries for 6 tokens"),

@@ -188,7 +188,16 @@ def test_spans_are_measured_in_some_passes(monkeypatch: pytest.MonkeyPatch) -> N
             with clock.timed():
                 pass
         assert clock.measures == (number in (1, 2, 4, 8))
-        seconds = acc.sketch_seconds(clock, 100.0)
-        assert seconds > 0 and (clock.measures or seconds == pytest.approx(before))
-        before = seconds
+        share = acc.sketch_share(clock, lambda: 100.0)()
+        assert share > 0 and (clock.measures or share == before)
+        before = share
     assert events == 4 * 3 * 2
+    # Whether anybody has looked at the measured ones, or looks at them later, changes nothing.
+    acc, shares = Accumulator(SketchSpec()), []
+    for number in range(1, 6):
+        clock = Clock(torch.device("cuda"), number)
+        with clock.timed():
+            pass
+        shares.append(acc.sketch_share(clock, lambda number=number: 100.0 * number))
+    last, fourth, third, second = (shares[k]() for k in (4, 3, 2, 1))
+    assert 0 < last == fourth and 0 < third == second != fourth

@@ -2,8 +2,9 @@
 
 A line is the group of one prompt: ``tokens`` (prompt and response), ``masks`` (-100 where a token is not trained on,
 else the token), ``scores``, and perhaps ``inference_logprobs`` (of all tokens; what stands beside masked ones is no
-log-prob). Lines name no step: of a prompt that occurs in several the last one counts. Where ``overrides`` set a member's
-advantage to zero, its score still counts in the others' advantages, which a record cannot say: the group is refused.
+log-prob). Lines name no step: of a prompt that occurs in several the last one counts. Where ``overrides`` set a
+member's advantage to zero, its score still counts in the others' advantages, which a record cannot say: the group is
+refused.
 """
 
 from __future__ import annotations
