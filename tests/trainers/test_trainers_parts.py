@@ -51,7 +51,7 @@ def test_ids_and_places() -> None:
         ([{"id": "a"}, {"id": None}], "row 1 has the id None"),
         ([{"id": True}], "row 0 has the id True"),
         ([{"id": ""}], "row 0 has the id ''"),
-        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\).*with id_key"),
+        ([{"prompt": "x"}], r"no column 'id' \(its columns: prompt\).*Recording\(id_key="),
         (iter([{"id": 1}]), "can only be streamed"),
     ],
 )
