@@ -50,6 +50,7 @@ class FakeRay:
 
     def __init__(self, slots: int, dies: Callable[[int, str, Any], bool] = lambda *call: False) -> None:
         self.slots, self.dies, self.actors = slots, dies, 0
+        self.killed: set[int] = set()
 
     def is_initialized(self) -> bool:
         return True
@@ -67,7 +68,7 @@ class FakeRay:
 
     def actor(self, worker: Any) -> Any:
         number, self.actors = self.actors, self.actors + 1
-        held = SimpleNamespace(worker=worker, dead=False)
+        held = SimpleNamespace(worker=worker, dead=False, number=number)
 
         def call(name: str) -> Any:
             def run(arguments: tuple[Any, ...]) -> Any:
@@ -92,6 +93,7 @@ class FakeRay:
         return ref.run()
 
     def kill(self, actor: Any) -> None:
+        self.killed.add(actor.held.number)
         if actor.held.worker.part.store is not None:
             # Its store is closed, as the end of a process would close it.
             actor.held.worker.part.numbers.put(None)
@@ -205,10 +207,28 @@ def test_what_a_worker_finds_is_said(folder: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         CropiError, match=r"tokens.max_length = 42 there, 41 in the first worker; start all processes"
     ):
-        on_fake(folder, monkeypatch, FakeRay(2), other)
+        on_fake(folder, monkeypatch, ray := FakeRay(2), other)
+    assert ray.killed == {0, 1}, "a traceback that somebody keeps would keep an actor, and its GPU"
     assert not list((folder / "out").rglob("shard-*"))
     with pytest.raises(CropiError, match="no node of the Ray cluster has a free CPU"):
         on_fake(folder, monkeypatch, FakeRay(0), device="cpu")
+    for count in (0, -1):
+        with pytest.raises(CropiError, match=f"workers must be at least 1, got {count}"):
+            on_fake(folder, monkeypatch, FakeRay(2), workers=count)
+
+
+@pytest.mark.long
+def test_an_interrupt_between_two_chunks_of_a_worker_keeps_its_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(finished: int, pids: Any) -> None:
+        if finished == 3:
+            raise KeyboardInterrupt
+
+    summary = on_fake(folder, monkeypatch, ray := FakeRay(2), on_chunk=interrupt)
+    assert summary.interrupted and summary.sketched > 0 and ray.killed == {0, 1}
+    assert on_fake(folder, monkeypatch, FakeRay(2)).resumed == summary.sketched + summary.skipped.total()
+    assert equal(content(folder / "whole"), content(folder / "out"))
 
 
 def test_two_ways_to_share_a_job_are_one_too_many(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -63,6 +63,8 @@ def sketch(
             models or versions than the first one (named, before they do any work); workers that die again and again.
         ModuleNotFoundError: the package ray is not installed.
     """
+    if workers is not None and workers < 1:
+        raise CropiError(f"workers must be at least 1, got {workers}; leave it out for one a GPU or CPU slot")
     ray = optional("ray")
     own = not ray.is_initialized()
     if own:
@@ -100,7 +102,7 @@ def _slots(ray: Any, kind: str) -> int:
     return sum(int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"])
 
 
-@dataclass
+@dataclass(eq=False)
 class _Held:
     """A worker as the driver knows it; ``chunk`` is what it works at."""
 
@@ -123,6 +125,8 @@ class _Driver:
     def __init__(self, ray: Any, make: Make, out: Path, kind: str, progress: bool, on_chunk: Any) -> None:
         self.ray, self.make, self.out, self.kind, self.on_chunk = ray, make, out, kind, on_chunk
         self.bar = optional("tqdm.auto").tqdm(desc=out.name, unit="chunk", disable=None if progress else True)
+        # All that may live: also one that is in neither of the others, as the driver was stopped between two calls.
+        self.workers: list[_Held] = []
         self.refs: dict[Any, _Held] = {}
         self.idle: list[_Held] = []
         self.store: SketchStore | None = None
@@ -136,7 +140,8 @@ class _Driver:
 
     def run(self, workers: int | None) -> Summary:
         """The whole job."""
-        count = min(workers or 1 << 30, _slots(self.ray, self.kind))
+        count = _slots(self.ray, self.kind)
+        count = count if workers is None else min(workers, count)
         if count < 1:
             raise CropiError(
                 f"no node of the Ray cluster has a free {self.kind}: add nodes, or give another device"
@@ -174,6 +179,7 @@ class _Driver:
             options["num_gpus"] = 1
         held = _Held(self.ray.remote(Worker).options(**options).remote(self.make), self.started)
         self.started += 1
+        self.workers.append(held)
         self._ask(held, "prepare", held.actor.prepare.remote())
 
     def _ask(self, held: _Held, doing: str, ref: Any) -> None:
@@ -186,7 +192,6 @@ class _Driver:
         try:
             result = self.ray.get(ref)
         except errors.RayTaskError as error:  # its own code raised
-            self.ray.kill(held.actor)
             cause = getattr(error, "cause", None) or error
             raise CropiError(f"{held} of Ray failed: {cause}") from error
         except errors.RayError as error:
@@ -249,6 +254,7 @@ class _Driver:
     def _lost(self, held: _Held, error: Exception) -> None:
         """A worker is dead: its chunk goes back, and another worker is started."""
         self.ray.kill(held.actor)
+        self.workers.remove(held)
         why = str(error).strip().splitlines()[0]
         if held.doing == "work":
             self.deaths[held.chunk] += 1
@@ -272,11 +278,7 @@ class _Driver:
         if self.store is None or self.first is None:
             raise KeyboardInterrupt
         before = {row.id for row in self.store.rows()}
-        ending = {
-            held.actor.finish.remote(): held
-            for held in (*self.idle, *self.refs.values())
-            if held.doing != "prepare"
-        }
+        ending = {held.actor.finish.remote(): held for held in self.workers if held.doing != "prepare"}
         summaries = []
         if ending:
             ready, _ = self.ray.wait(list(ending), num_returns=len(ending), timeout=ENDING)
@@ -308,9 +310,9 @@ class _Driver:
 
     def close_workers(self) -> None:
         """End the processes of all workers."""
-        for held in (*self.idle, *self.refs.values()):
+        for held in self.workers:
             self.ray.kill(held.actor)
-        self.idle, self.refs = [], {}
+        self.workers, self.idle, self.refs = [], [], {}
 
     def close(self) -> None:
         """Leave nothing behind."""
