@@ -247,6 +247,19 @@ def test_other_files_models_and_options_are_named_before_work(folder: Path) -> N
 
 
 @pytest.mark.long
+def test_who_was_given_no_tokens_per_batch_takes_those_of_the_others(folder: Path) -> None:
+    made = policies(2)
+
+    def work(team: Team) -> Any:
+        job = job_of(folder, "out", tokens_per_batch=(24, None)[team.rank])
+        return ranks.sketch(team, made[team.rank], job, progress=False)
+
+    found = on_ranks(2, work)
+    assert all(isinstance(one, Summary) for one in found), found
+    assert equal(content(folder / "whole"), content(folder / "out"))
+
+
+@pytest.mark.long
 def test_a_folder_that_is_not_shared_is_named(folder: Path) -> None:
     made = policies(2)
 
@@ -354,8 +367,14 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
         assert one.device("cuda") == device
         assert one.device("auto") == ("auto" if device == "cuda" else device)
     assert one.device("cpu") == "cpu" and one.device("cuda:0") == "cuda:0"
-    with pytest.raises(CropiError, match="rank 5 is process 9 of its machine, which has 8 GPUs"):
-        Launched(5, 16, 9, WORD).device("cuda")
+    with pytest.raises(
+        CropiError, match="rank 5 is process 9 of its machine, which has 8 GPUs; start at most"
+    ):
+        Launched(5, 16, 9, WORD | {"LOCAL_RANK": "9"}).device("cuda")
+    found = launched(WORD | {"RANK": "9", "WORLD_SIZE": "16"})
+    assert found is not None
+    with pytest.raises(CropiError, match="rank 9: .* has 8 GPUs, and LOCAL_RANK .* not set; set it to"):
+        found.device("cuda")
 
 
 def test_a_rank_that_falls_silent_is_given_up() -> None:

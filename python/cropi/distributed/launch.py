@@ -52,6 +52,11 @@ class Launched:
         count = torch.cuda.device_count()
         if count <= 1:  # none: loading says so
             return asked
+        if self.local >= count and not self.variables.get("LOCAL_RANK"):
+            raise CropiError(
+                f"rank {self.rank}: the machine has {count} GPUs, and LOCAL_RANK (RANK's place among the processes of "
+                "one machine) is not set; set it to a number from 0 on (under SLURM, LOCAL_RANK=$SLURM_LOCALID)"
+            )
         if self.local >= count:
             raise CropiError(
                 f"rank {self.rank} is process {self.local} of its machine, which has {count} GPUs; start at most one "
@@ -109,7 +114,9 @@ def launched(variables: Mapping[str, str] | None = None) -> Launched | None:
     _number(held, "MASTER_PORT")
     if not 0 <= rank < world:
         raise CropiError(f"RANK={rank} and WORLD_SIZE={world} do not fit together; {REMEDY}")
-    return Launched(rank, world, local, {name: held[name] for name in NEEDED})
+    return Launched(
+        rank, world, local, {name: held[name] for name in (*NEEDED, "LOCAL_RANK") if held.get(name)}
+    )
 
 
 def _number(held: Mapping[str, str], name: str) -> int:

@@ -77,9 +77,8 @@ def sketch(
         group.check(team, policy, job)
     ready = team.agree(lambda: prepare(policy, job, agreed_scan, progress))
     # What fits into the memory of each of them, where nobody said.
-    budget = (
-        min(team.gather(ready.tokens_per_batch)) if job.tokens_per_batch is None else job.tokens_per_batch
-    )
+    fitting = team.gather(ready.tokens_per_batch)
+    budget = min(fitting) if job.tokens_per_batch is None else job.tokens_per_batch
     ready.job = replace(ready.job, tokens_per_batch=budget)
     manifest = team.agree(ready.manifest)
     team.same(facts(ready, manifest), REMEDIES)
