@@ -246,6 +246,14 @@ def test_other_files_models_and_options_are_named_before_work(folder: Path) -> N
     assert "versions.torch" not in message
 
 
+def test_shares_of_a_job_are_not_shared_again(tmp_path: Path) -> None:
+    write_lines(tmp_path / "t.jsonl", make_records(8))
+    made, job = policies(2), job_of(tmp_path, "out", shard=(1, 2))
+    found = on_ranks(2, lambda team: ranks.sketch(team, made[team.rank], job, progress=False))
+    assert all("shard 1/2" in str(one) and "leave it out" in str(one) for one in found), found
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.long
 def test_who_was_given_no_tokens_per_batch_takes_those_of_the_others(folder: Path) -> None:
     made = policies(2)

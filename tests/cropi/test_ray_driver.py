@@ -212,6 +212,8 @@ def test_what_a_worker_finds_is_said(folder: Path, monkeypatch: pytest.MonkeyPat
     assert not list((folder / "out").rglob("shard-*"))
     with pytest.raises(CropiError, match="no node of the Ray cluster has a free CPU"):
         on_fake(folder, monkeypatch, FakeRay(0), device="cpu")
+    with pytest.raises(CropiError, match="worker 0 of Ray failed: shard 1/2 .* leave it out"):
+        on_fake(folder, monkeypatch, FakeRay(2), lambda *where: make(*where, shard=(1, 2)))
     for count in (0, -1):
         with pytest.raises(CropiError, match=f"workers must be at least 1, got {count}"):
             on_fake(folder, monkeypatch, FakeRay(2), workers=count)

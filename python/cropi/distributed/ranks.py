@@ -212,7 +212,21 @@ def together(every: Sequence[Summary], copies: int = 1) -> Summary:
     )
 
 
+def check_undivided(job: SketchJob) -> None:
+    """Check that a job which several processes share is not a share itself.
+
+    Raises:
+        CropiError: it is.
+    """
+    if job.shard is not None:
+        raise CropiError(
+            f"shard {job.shard[0]}/{job.shard[1]} is for processes that do not know each other; those of a "
+            "launcher or of Ray share the job by themselves: leave it out"
+        )
+
+
 def _folder(job: SketchJob) -> Path:
+    check_undivided(job)
     if job.out is None:
         raise CropiError("out is None, but several processes share the job: give a folder for its store")
     return Path(job.out)

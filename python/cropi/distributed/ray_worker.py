@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cropi.distributed.ranks import digest, facts
+from cropi.distributed.ranks import check_undivided, digest, facts
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk, Participant
 from cropi.sketching.job import SketchJob, settle_products
@@ -54,6 +54,7 @@ class Worker:
     def prepare(self) -> Prepared:
         """Read the trajectories, load the model, and say what the rows depend on."""
         policy, job = self.make()
+        check_undivided(job)
         ready = self.ready = prepare(policy, job, progress=False)
         budget, manifest = ready.tokens_per_batch, ready.manifest()
         ready.job = replace(ready.job, tokens_per_batch=None)  # the driver says it
