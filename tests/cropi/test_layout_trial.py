@@ -121,6 +121,20 @@ def test_layers_of_unequal_heads_have_a_cost() -> None:
     assert layout.attention_cost == pytest.approx(3.5 * (4 * 8 + 4 * 16) / weights)
 
 
+def test_experts_cost_what_a_token_goes_through() -> None:
+    pytest.importorskip("transformers", "5.0")
+    model = build(
+        "Qwen3Moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8, decoder_sparse_step=1,
+    )  # fmt: skip
+    config, named = model.config, dict(model.named_parameters())
+    width = config.num_hidden_layers * config.num_attention_heads * 8
+    experts = config.num_hidden_layers * 2 * 3 * 24 * config.hidden_size
+    others = sum(
+        p.numel() for name, p in named.items() if "self_attn" in name or "gate.weight" in name if p.ndim == 2
+    )
+    assert choose_layout(model).attention_cost == pytest.approx(3.5 * width / (experts + others))
+
+
 def records(prompt: int, count: int, length: int) -> list[dict[str, Any]]:
     return [
         {"id": f"p{i}", "prompt_ids": ids(prompt, i), "rewards": [float(k % 2) for k in range(count)],

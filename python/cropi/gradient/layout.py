@@ -20,6 +20,7 @@ import torch
 
 from cropi.errors import CropiError, warn
 from cropi.gradient.layout_trial import LayoutTrial
+from cropi.model.placing import experts_of_a_token
 from cropi.model.policy import Policy
 from cropi_kernels.sketcher.lengths import Lengths, measure_lengths
 from cropi_kernels.sketcher.precision import unwrapped
@@ -161,7 +162,7 @@ def sliding_window(model: Any) -> int | None:
 def attention_cost(model: Any) -> float:
     """Cost of attending to one token relative to that of one token in all linear layers of the blocks.
 
-    With frozen weights a token costs 2 N operations forward and 2 N backward in N weights. Attending to one token
+    With frozen weights a token costs 2 N operations forward and 2 N backward in N weights (of experts, those that it goes through). Attending to one token
     costs two products of size H forward and five backward in each layer, 14 H operations.
     """
     config = model.config.get_text_config()
@@ -173,7 +174,9 @@ def attention_cost(model: Any) -> float:
     # A head of several layers has no weight of its own.
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     tables = {id(getattr(table, "weight", None)) for table in both}
-    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
+    matrices = [p for p in model.parameters() if p.ndim in (2, 3) and id(p) not in tables]
+    chosen = experts_of_a_token(model)
+    weights = sum(p.numel() if p.ndim == 2 else chosen * p[0].numel() for p in matrices)
     return 3.5 * width / max(weights, 1)
 
 

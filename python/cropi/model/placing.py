@@ -56,8 +56,7 @@ def bytes_per_token(model: Any) -> int:
 
     A matrix of experts counts once for each expert that a token goes through.
     """
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    chosen = int(getattr(config, "num_experts_per_tok", None) or 1)
+    chosen = experts_of_a_token(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     left_out = {id(getattr(module, "weight", None)) for module in (head, model.get_input_embeddings())}
     total = 0
@@ -76,6 +75,12 @@ def bytes_per_token(model: Any) -> int:
         if isinstance(module, torch.nn.Linear) and not getattr(weight, "is_floating_point", lambda: True)():
             total += 2 * (module.in_features + module.out_features)
     return max(total, 1)
+
+
+def experts_of_a_token(model: Any) -> int:
+    """How many of each layer's experts a token goes through; 1 where the model does not say."""
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    return int(getattr(config, "num_experts_per_tok", None) or 1)
 
 
 def tokens_that_fit(free: int, per_token: int) -> int:
