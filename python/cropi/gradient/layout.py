@@ -162,8 +162,9 @@ def sliding_window(model: Any) -> int | None:
 def attention_cost(model: Any) -> float:
     """Cost of attending to one token relative to that of one token in all linear layers of the blocks.
 
-    With frozen weights a token costs 2 N operations forward and 2 N backward in N weights (of experts, those that it goes through). Attending to one token
-    costs two products of size H forward and five backward in each layer, 14 H operations.
+    With frozen weights a token costs 2 N operations forward and 2 N backward in N weights; of experts, those count that
+    it goes through. Attending to one token costs two products of size H forward and five backward in each layer, 14 H
+    operations.
     """
     config = model.config.get_text_config()
     heads, sizes = (_by_layer(config, name) for name in ("num_attention_heads", "head_dim"))
