@@ -184,6 +184,10 @@ def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> 
         ("42", "43", 0.0), ("42", "no idea", 0.0), (7, "7", 1.0), (["7"], "7", 1.0), ("42.", "$42$", 1.0),
         ("18 dollars", r"\boxed{18}", 1.0), ("72.5 km/h", "$72.5$", 1.0), ("$18", "18", 1.0),
         (r"the end is \boxed{2\pi}", r"$2\pi$", 1.0),
+        (r"2\sqrt{3}", r"so it is 2\sqrt{3}.", 1.0), ("2", r"so it is 2\sqrt{3}.", 0.0), ("3", r"The answer is 3\pi", 0.0),
+        (r"3\pi", r"The answer is 3\pi", 1.0), ("10", "#### 10^{6}", 0.0), ("10^{6}", "#### 10^{6}", 1.0),
+        ("12", r"As \sqrt{16} = 4, the total is 12.", 1.0), ("1/2", r"we get \frac{1}{2} of it", 1.0),
+        ("2", "so 2*sqrt(3)", 0.0), ("2*sqrt(3)", "so 2*sqrt(3)", 1.0), ("7", r"$\pi$ or not, \boxed{7}", 1.0),
     ],
 )  # fmt: skip
 def test_answers_are_verified(answer: Any, response: str, reward: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cropi.data.rewards import final_answer
 from cropi.errors import optional, shown
+from cropi.rollouts.formulas import unmarked_formulas
 
 SECONDS = 5  # for one expression; beyond, the answer counts as wrong
 
@@ -50,7 +51,7 @@ class Math:
         self._gold = functools.lru_cache(maxsize=4096)(self._parsed)
 
     def __call__(self, prompt: Any, response: str, answer: Any) -> float:
-        said = self._verify.parse(response, parsing_timeout=self._limit())
+        said = self._said(response)
         gold = self._gold(_written(answer))
         return float(self._verify.verify(gold, said, timeout_seconds=self._limit()))
 
@@ -61,6 +62,28 @@ class Math:
             ValueError: it cannot.
         """
         self._gold(_written(answer))
+
+    def _said(self, response: str) -> Any:
+        """What the package reads of a response in which every formula that is not marked is one number: where it takes
+        such a number, the whole formula."""
+        places = [] if "\\boxed" in response else list(unmarked_formulas(response))
+        if not places:
+            return self._verify.parse(response, parsing_timeout=self._limit())
+        number = 7530918246135
+        while any(str(number + i) in response for i in range(len(places))):
+            number += 1_000_003
+        text, end = "", 0
+        for i, place in enumerate(places):
+            text += f"{response[end : place.start]} {number + i} "
+            end = place.stop
+        said = self._verify.parse(text + response[end:], parsing_timeout=self._limit())
+        for i, place in enumerate(places):
+            if said and str(number + i) in str(said[0]):
+                formula = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", response[place])
+                whole = f"\\boxed{{{formula}}}"
+                alone = str(said[0]) == str(number + i)
+                return self._verify.parse(whole, parsing_timeout=self._limit()) if alone else []
+        return said
 
     def _parsed(self, text: str) -> Any:
         # Of LaTeX that is not marked the package takes one number: 2 of 2\sqrt{3}.
