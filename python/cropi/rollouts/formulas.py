@@ -1,7 +1,7 @@
 r"""Formulas of a text that nothing marks as one, such as ``2\sqrt{3}`` in ``so it is 2\sqrt{3}.``
 
-Readers of answers look for marks (``$``, ``\(``, ``\[``, ``\boxed``) and, where there are none, for plain numbers: of such a
-formula they would take the 2.
+Readers of answers look for marks (``$``, ``\(``, ``\[``, ``\boxed``) and, where there are none, for plain numbers: of
+such a formula they would take the 2.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from collections.abc import Iterator
 # Longest formula in marks or brackets that is looked for.
 _MARKED = 500
 _PIECE = re.compile(
-    rf"(?P<marked>(?<!\\)\$\$.{{1,{_MARKED}}}?\$\$|(?<!\\)\$[^$\n]+\$|\\\([^\n]{{1,{_MARKED}}}?\\\)|\\\[.{{1,{_MARKED}}}?\\\])"
+    rf"(?P<marked>(?<!\\)\$\$.{{1,{_MARKED}}}?\$\$|(?<!\\)\$[^$\n]+\$"
+    rf"|\\\([^\n]{{1,{_MARKED}}}?\\\)|\\\[.{{1,{_MARKED}}}?\\\])"
     # What stands between two formulas, or holds words.
     r"|(?P<between>\\(?:approx|sim(?:eq)?|equiv|implies|iff|(?:long)?(?:left|right)arrow|(?:Left|Right|Leftright)arrow|to"
     r"|therefore|because|qquad|quad|newline|par|item|hline)(?![A-Za-z])"
     r"|\\(?:begin|end|text\w*|mbox|emph|section\*?|subsection\*?)\s*\{[^{}\n]*\})"
-    r"|(?P<join>[ \t]*(?:[-+*/^_]|\\(?:cdot|times|ast|div|pm|mp|le(?:q|qslant)?|ge(?:q|qslant)?|lt|gt|neq?|cup|cap|in|mod|bmod)"
+    r"|(?P<join>[ \t]*(?:[-+*/^_]|\\(?:cdot|times|ast|div|pm|mp"
+    r"|le(?:q|qslant)?|ge(?:q|qslant)?|lt|gt|neq?|cup|cap|in|mod|bmod)"
     r"(?![A-Za-z]))[ \t]*)"
-    r"|(?P<command>\\sqrt[ \t]+\d+|\\[dt]?frac[ \t]+\d[ \t]+\d+|\\(?!boxed)[A-Za-z]+(?:\[[^\]\n]*\])?|(?<![A-Za-z])sqrt(?=\())"
+    r"|(?P<command>\\sqrt[ \t]+\d+|\\[dt]?frac[ \t]+\d[ \t]+\d+"
+    r"|\\(?!boxed)[A-Za-z]+(?:\[[^\]\n]*\])?|(?<![A-Za-z])sqrt(?=\())"
     r"|(?P<number>\d+(?:[.,]\d+)*(?:\.(?=\\overline))?)"
     r"|(?P<letter>(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
     r"|(?P<tail>!|[ \t]*\\?%)"
@@ -52,8 +55,10 @@ def unmarked_formulas(text: str) -> Iterator[slice]:
             after = _closed(text, place)
             kind = "group" if after else "other"
             after = after or place + 1
-        latex = kind == "command" or kind in ("join", "group") and _LATEX.search(text, place, after) is not None
-        latex |= kind == "group" and piece == "{" and text[place - 1 : place] in ("^", "_")
+        latex = kind == "command" or (
+            kind in ("join", "group") and _LATEX.search(text, place, after) is not None
+        )
+        latex |= kind == "group" and piece == "{" and place > 0 and text[place - 1] in "^_"
         if kind == "blank" and last:
             kind = f"{last} "
         elif _continues(last, kind):
@@ -70,7 +75,7 @@ def unmarked_formulas(text: str) -> Iterator[slice]:
 
 
 def _continues(last: str, kind: str) -> bool:
-    """Whether a piece belongs to the formula before it, whose last piece is ``last``, with a blank where one follows."""
+    """Whether a piece belongs to the formula before it; ``last`` is that one's last piece, and a blank behind it."""
     if not last or kind in ("marked", "between", "other", "blank"):
         return False
     if last == "join" or kind in ("join", "tail") or not last.endswith(" "):
