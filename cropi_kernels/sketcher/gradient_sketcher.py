@@ -39,11 +39,10 @@ from .inputs import (
     ordinary,
 )
 from .labels import Batch, scored_tokens
-from .lengths import Lengths, check_lengths
-from .one_sequence import check_apart, check_call
+from .one_sequence import check_call
 from .origin import origin_of
 from .precision import own_precision
-from .probe import Probe, pads_left, positions_for, probe_policy
+from .probe import Probe, checked_rows, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .scale import SegmentScales
 from .segments import Segments
@@ -406,14 +405,7 @@ class GradientSketcher:
     ) -> dict[str, Any]:
         """What the decoder is called with beside the tokens, checked against what the probe has measured."""
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
-        if attention_mask is None or attention_mask.ndim == 2:
-            check_apart(here, lambda: None if self.probe is None else self.probe.packing)
-        if self.probe is not None:
-            lengths = Lengths(self.probe.switch, self.probe.by_length)
-            check_lengths(lengths, here.input_ids.shape, here.attention_mask, here.position_ids)
-            if attention_mask is not None and pads_left(here.attention_mask, position_ids):
-                kwargs.update(positions_for(self.probe, attention_mask))
-        return kwargs
+        return kwargs | checked_rows(self.probe, here, attention_mask)
 
     def _taken_apart(self) -> SplitModel:
         """The model's decoder and head; the first call checks them, and everything that `policy_gradient` relies on."""

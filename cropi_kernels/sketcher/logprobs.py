@@ -14,10 +14,8 @@ from .decoder import split_model, split_parts
 from .host import on_host
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import Batch
-from .lengths import Lengths, check_lengths
-from .one_sequence import check_apart
 from .precision import own_precision, unwrapped
-from .probe import Probe, pads_left, positions_for, probe_rows
+from .probe import Probe, checked_rows, probe_rows
 from .sharded import units
 from .split import SplitModel
 
@@ -82,16 +80,7 @@ def token_logprobs(
     with own_precision(model):
         # Of a sharded model some ranks alone might measure.
         if not (square or units(model)) and (mask is not None or position_ids is not None):
-            probe = _measured_probe(model, split)
-            check_apart(here, lambda: probe.packing)
-            check_lengths(
-                Lengths(probe.switch, probe.by_length),
-                input_ids.shape,
-                here.attention_mask,
-                here.position_ids,
-            )
-            if mask is not None and pads_left(here.attention_mask, position_ids):
-                kwargs.update(positions_for(probe, mask))
+            kwargs |= checked_rows(_measured_probe(model, split), here, mask)
         hidden = split.hidden(input_ids, **kwargs)
     with split.whole_head():
         picked = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -72,13 +72,13 @@ def check_call(batch: int, kwargs: dict[str, Any]) -> None:
         )
 
 
-def check_apart(here: Batch, packing: Callable[[], str | None]) -> None:
+def check_apart(here: Batch, packing: str | None) -> None:
     """Check that no token attends to one of another sequence of its row; ``here``: a batch on the host, without a mask
     that says for each token what it attends to. Padding, and what stands behind a row's last scored token, may be of
     any segment and position.
 
     Args:
-        packing: gives `Probe.packing`, or None where that is not measured; asked where a row holds several sequences.
+        packing: `Probe.packing`, or None where that is not measured.
 
     Raises:
         ValueError: a row holds several segments and no positions that begin anew, or several sequences that the model
@@ -102,11 +102,8 @@ def check_apart(here: Batch, packing: Callable[[], str | None]) -> None:
             )
     if where is None or (at := restart(where, torch.from_numpy(read))) is None:
         return
-    measured, masked = packing(), here.attention_mask is not None
-    if measured == "wrong" or measured == "without a mask" and masked:
-        beside = (
-            "" if measured == "wrong" else " beside an attention_mask [batch, length]: leave that out, or"
-        )
+    if packing == "wrong" or packing == "without a mask" and here.attention_mask is not None:
+        beside = "" if packing == "wrong" else " beside an attention_mask [batch, length]: leave that out, or"
         raise ValueError(
             f"row {at[0]} holds several sequences (position_ids restart in column {at[1]}), which the model does not "
             f"keep apart by position_ids{beside or ':'} give {SQUARE}, or one sequence a row"

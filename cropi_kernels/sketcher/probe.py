@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from .host import values
-from .lengths import lengths_of, same
+from .labels import Batch
+from .lengths import Lengths, check_lengths, lengths_of, same
+from .one_sequence import check_apart
 from .sharded import device_of
 from .split import SplitModel
 from .trial import few_rows
@@ -166,22 +168,30 @@ def counted(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def pads_left(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:
-    """Whether a row of a mask on the host begins with padding, and nobody said which position its first token has."""
-    if attention_mask is None or position_ids is not None:
-        return False
-    return bool((values(attention_mask[:, 0]) == 0).any())
+def checked_rows(probe: Probe | None, here: Batch, attention_mask: torch.Tensor | None) -> dict[str, Any]:
+    """What `split.hidden` is given beside a batch's own inputs: the positions that rows padded on the left need.
 
-
-def positions_for(probe: Probe, attention_mask: torch.Tensor) -> dict[str, Any]:
-    """What `split.hidden` is given beside the mask of rows that are padded on the left.
+    Args:
+        probe: what was measured of the model; None: nothing, so that only what no model takes is refused.
+        here: the batch, on the host; its mask is None where there is a 4-D one.
+        attention_mask: as it was given.
 
     Raises:
-        ValueError: the model gives wrong results for such rows, whatever positions they get.
+        ValueError: the model does not give for a row what it gives for it alone, without padding; says why.
     """
+    if attention_mask is None or attention_mask.ndim == 2:
+        check_apart(here, None if probe is None else probe.packing)
+    if probe is None:
+        return {}
+    lengths = Lengths(probe.switch, probe.by_length)
+    check_lengths(lengths, here.input_ids.shape, here.attention_mask, here.position_ids)
+    if attention_mask is None or here.attention_mask is None or here.position_ids is not None:
+        return {}
+    if bool((values(here.attention_mask[:, 0]) != 0).all()) or probe.left_padding == "as it is":
+        return {}
     if probe.left_padding == "wrong":
         raise ValueError(
             "attention_mask pads rows on the left, and the model gives other results for them than without padding: "
             "pad on the right, or give position_ids that make them right"
         )
-    return {"position_ids": counted(attention_mask)} if probe.left_padding == "position_ids" else {}
+    return {"position_ids": counted(attention_mask)}

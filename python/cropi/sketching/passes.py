@@ -167,11 +167,11 @@ class Passes:
         for group, sketch, numbers, weight in zip(
             batch.groups, sketches, health.tolist(), weights.tolist(), strict=True
         ):
-            sums = self.sums.setdefault(group.id, Sums(torch.zeros_like(sketch)))
+            sums, of_batch = self.sums.setdefault(group.id, Sums(torch.zeros_like(sketch))), Health(*numbers)
             sums.sketch = sums.sketch + sketch
-            sums.health += Health(*numbers)
+            sums.health += of_batch
             sums.weight += weight
-            self.summary.health += Health(*numbers)
+            self.summary.health += of_batch
         now = time.monotonic()
         wall, self._looked = now - max(passed.begun, self._looked), now
         self.summary.add(passed.result.seconds, wall, batch.tokens, len(batch.targets))
