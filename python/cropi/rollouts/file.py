@@ -4,6 +4,10 @@ The first line of ``OUT.part`` holds the settings; every line ends with its chec
 the same settings goes on with the prompts that are missing; with other settings, or where a prompt's row is another one
 than it was, it raises an error that names what differs. Every record carries a hash of the settings under ``rollout``.
 So a finished file can be recognised too: more prompts are added to it, and nothing is sampled twice.
+
+What a model is beside its weights (configuration, buffers) is no part of that hash, since releases of transformers know
+other keys: it stands in the first line of ``OUT.part`` and, as JSON in text, in the first record of ``OUT``. Files of
+earlier releases do not have it.
 """
 
 from __future__ import annotations
@@ -33,10 +37,13 @@ from cropi.files import (
 )
 from cropi.locks import is_at, try_lock
 from cropi.sealed import check_sums, summed
+from cropi.store.differences import first_difference
 
 MARK = "cropi_rollout"
+MODEL = "rollout_model"  # of the settings: what a model is beside its weights, ``config`` and ``buffers``
 SCORER = "scorer"  # of a record: the version of the reward function (:class:`cropi.rollouts.rewards.Reward`)
 SYNC_AFTER = 10.0  # a sync takes some milliseconds
+LONGEST = 500  # characters of a model's settings in a message
 REMEDY = "give the same options, another --out, or remove {path}"
 
 
@@ -45,7 +52,7 @@ class RolloutFile:
 
     Args:
         out: the file to be written.
-        settings: what the records depend on, in JSON's types.
+        settings: what the records depend on, in JSON's types; :data:`MODEL` among them is compared where a file has it.
         row_of: the row of a prompt by its id, in JSON's types; None of one that is not rolled out now.
 
     Raises:
@@ -68,6 +75,7 @@ class RolloutFile:
             raise CropiError(f"out: {out} is a folder; give the path of a file")
         self.part = self.out.with_name(self.out.name + ".part")
         self.settings = json.loads(json.dumps(dict(settings)))
+        self._model = self.settings.pop(MODEL, None) or None
         self._row_of = row_of
         self.mark = hash_of(self.settings)
         self.places: dict[str, int] = {}
@@ -108,7 +116,8 @@ class RolloutFile:
     def begin(self, notes: Mapping[str, Any]) -> None:
         """Write the first line, if there is none; ``notes`` are what a run that goes on should know."""
         if not self._begun:
-            self._append({MARK: self.settings, **notes})
+            model = {} if self._model is None else {MODEL: self._model}
+            self._append({MARK: self.settings, **model, **notes})
             self._begun = True
 
     def __contains__(self, name: str) -> bool:
@@ -125,10 +134,15 @@ class RolloutFile:
         """Write the records of these prompts to the file, whole or not at all, and remove the part file."""
         assert self._file is not None
         with summed(self.out), replacing(self.out) as temporary, open(temporary, "wb") as target:
+            model = self._model
             for name in order:
                 if name in self.places:
                     self._file.seek(self.places[name])
-                    target.write(_checked(_line(self._file), self.part) + b"\n")
+                    line = _checked(_line(self._file), self.part)
+                    if model is not None:
+                        record = _object(line, self.part) | {MODEL: json.dumps(model, ensure_ascii=False)}
+                        line, model = json.dumps(record, ensure_ascii=False).encode(), None
+                    target.write(line + b"\n")
         with writing(self.part):
             self.part.unlink()
 
@@ -177,6 +191,7 @@ class RolloutFile:
             held = _object(_checked(line, self.part), self.part)
             if first:
                 self._check(held.get(MARK), self.part)
+                self._check_model(held.pop(MODEL, None), self.part)
                 self.notes = {key: value for key, value in held.items() if key != MARK}
                 first = False
             else:
@@ -195,6 +210,18 @@ class RolloutFile:
                     f"out: {path} was begun with {key} = {shown(before)}, and now it is {shown(now)}; "
                     f"{REMEDY.format(path=path)}"
                 )
+
+    def _check_model(self, before: Any, path: Path) -> None:
+        """Check that the model is the one of the file in more than its weights; the file's own settings are kept."""
+        if before is None or self._model is None:
+            return
+        if differs := first_difference({"model": before}, {"model": self._model}):
+            raise CropiError(
+                f"out: {path} was begun with a model of the same weights, but {differs.field} = "
+                f"{shown(differs.left, LONGEST)}, and now it is {shown(differs.right, LONGEST)}; "
+                f"{REMEDY.format(path=path)}"
+            )
+        self._model = before
 
     def _check_row(self, held: Mapping[str, Any], path: Path) -> None:
         """Check that a record is of the prompt that its id names now."""
@@ -219,6 +246,7 @@ class RolloutFile:
                         f"out: {self.out}:{number} holds a record that was not made with these settings; "
                         f"{REMEDY.format(path=self.out)}"
                     )
+                self._check_model(_parsed(held.pop(MODEL, None)), self.out)
                 if str(held.get("id")) not in self.places:
                     self._check_row(held, self.out)
                     self._append(held)
@@ -252,6 +280,14 @@ def _checked(line: bytes, path: Path) -> bytes:
             f"out: {path} is damaged: the checksum of a line does not match; {REMEDY.format(path=path)}"
         )
     return text
+
+
+def _parsed(text: Any) -> Any:
+    """What a text holds in JSON; of one that is none, itself."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return text
 
 
 def _object(line: bytes, path: Path) -> dict[str, Any]:

@@ -23,8 +23,10 @@ from cropi.model.policy import Policy, check_dropout
 from cropi.rollouts.beginnings import families
 from cropi.rollouts.cache import bytes_of, make_cache
 from cropi.rollouts.engine import Request, Response, Sampling
+from cropi.rollouts.file import MODEL
 from cropi.rollouts.generate import generate, past
 from cropi.rollouts.trial import way_of
+from cropi.store.differences import LATER
 from cropi_kernels.frozen import Linears, PackedLinears, unsupported
 from cropi_kernels.sketcher.precision import own_precision
 
@@ -68,8 +70,9 @@ class HfEngine:
         return f"{dtype} on {self.policy.device}, {self.rows} responses at once{how}"
 
     def identity(self) -> dict[str, Any]:
-        """The weights."""
-        return {"weights": self.policy.fingerprint["weights"]}
+        """The weights, and what the model is beside them."""
+        made = self.policy.fingerprint
+        return {"weights": made["weights"], MODEL: {key: made[key] for key in LATER if key in made}}
 
     def notes(self) -> dict[str, Any]:
         """The rows at once, on which batches depend, and who multiplies, on which rounding depends."""

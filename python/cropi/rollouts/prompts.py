@@ -25,7 +25,8 @@ from cropi.gradient.tokenize import Tokenize
 # What an earlier rollout left in a record.
 OLD = {
     "responses", "rewards", "response_ids", "logprobs", "loss_mask", "temperature", "truncated", "policy", "response",
-    "completion", "completions", "reward", "rollout", "scorer", "top_k", "top_p",
+    "completion", "completions", "reward", "rollout", "rollout_model", "scorer", "top_k",
+    "top_p",
 }  # fmt: skip
 _NAMES = ("prompt", "messages", "question", "problem", "query", "instruction", "input", "text")
 
