@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 
 import torch
 
@@ -52,37 +50,6 @@ class Clock:
     def seconds(self) -> float:
         """The sum of all timed spans."""
         return sum(self.between(start, end) for start, end in self._spans)
-
-
-class Seconds(Mapping[str, float]):
-    """Spans by name. The first look at them waits until the device has done the work, and none before.
-
-    >>> Seconds(lambda: {"forward": 0.5})
-    {'forward': 0.5}
-    """
-
-    def __init__(self, measure: Callable[[], dict[str, float]]) -> None:
-        self._measure = measure
-
-    @cached_property
-    def _measured(self) -> dict[str, float]:
-        return self._measure()
-
-    def __getitem__(self, name: str) -> float:
-        return self._measured[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._measured)
-
-    def __len__(self) -> int:
-        return len(self._measured)
-
-    def __repr__(self) -> str:
-        return repr(self._measured)
-
-    def __reduce__(self) -> tuple[type[dict[str, float]], tuple[dict[str, float]]]:
-        """Pickled and deeply copied as a plain table: events of a device cannot leave the process."""
-        return dict, (self._measured,)
 
 
 class _Span:

@@ -22,7 +22,7 @@ from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator, finished
 from .attach import plan_model
-from .clock import Clock, Seconds
+from .clock import Clock
 from .coverage import Coverage
 from .formed_sums import Add, parameters_of
 from .groups import planned
@@ -170,8 +170,11 @@ class FormedSketcher:
         weights = scales.unscaled(weights)
         out.masked_fill_(failed_segments(logprobs, weights, scales), float("nan"))
         end = clock.mark()
-        seconds = Seconds(lambda: {"forward": 0.0, "backward": clock.between(begun, end), "sketch": 0.0})
-        return PolicyGradient(finished(out.unbind(), self.spec), logprobs, weights, seconds)
+
+        def measure() -> dict[str, float]:
+            return {"forward": 0.0, "backward": clock.between(begun, end), "sketch": 0.0}
+
+        return PolicyGradient(finished(out.unbind(), self.spec), logprobs, weights, measure)
 
     @contextmanager
     def _into(self, out: torch.Tensor) -> Iterator[None]:

@@ -21,7 +21,6 @@ from . import sharded
 from .apart import MIXED, Apart
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
-from .clock import Seconds
 from .coverage import Coverage
 from .decoder import output_embeddings, split_model, split_parts
 from .groups import width
@@ -384,7 +383,7 @@ class GradientSketcher:
             seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
             return seconds | {"sketch": share() * sum(seconds.values())}
 
-        return PolicyGradient(sketches, logprobs, used, Seconds(measure), others)
+        return PolicyGradient(sketches, logprobs, used, measure, others)
 
     def _ready(self, here: Batch) -> SplitModel:
         """The model's decoder and head, and the batch's tokens checked against them."""

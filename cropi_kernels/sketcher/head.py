@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +27,26 @@ class PolicyGradient:
     ``sketches`` float32 [segments, dim], a row of NaN where the segment has a NaN or an infinity (of a sketcher with
     groups of parameters [segments, groups * dim], side by side); ``logprobs`` and ``weights`` float32 [scored tokens];
     ``seconds``: forward, backward, and the part of both that was sketching (on a CUDA device measured in passes 1, 2,
-    4, 8, ...; in others, the share that the latest of those had). To read them is to wait for the pass; ``more``: the
-    sketches by other specs, where the sketcher was given some.
+    4, 8, ...; in others, the share that the latest of those had). To read them is to wait for the pass, which is when
+    ``measure`` is called, once; ``more``: the sketches by other specs, where the sketcher was given some.
 
-    >>> PolicyGradient(torch.zeros(2, 64), torch.zeros(5), torch.ones(5), {}).weights.sum()
-    tensor(5.)
+    >>> PolicyGradient(torch.zeros(2, 64), torch.zeros(5), torch.ones(5), lambda: {"forward": 0.5}).seconds
+    {'forward': 0.5}
     """
 
     sketches: torch.Tensor
     logprobs: torch.Tensor
     weights: torch.Tensor
-    seconds: Mapping[str, float]
+    measure: Callable[[], dict[str, float]]
     more: tuple[torch.Tensor, ...] = ()
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        return self.measure()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled and copied with its times: events of a device cannot leave the process."""
+        return {**vars(self), "measure": functools.partial(dict, self.seconds)}
 
     def __repr__(self) -> str:
         more = f", {len(self.more)} more" if self.more else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from support import zoo
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher import host
+from cropi_kernels.sketcher.head import PolicyGradient
 from cropi_kernels.sketcher.row_segments import RowSegments
 from cropi_kernels.sketcher.segments import Segments
 
@@ -97,6 +99,22 @@ def test_a_result_goes_to_another_process() -> None:
     for copied in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
         assert torch.equal(copied.sketches, result.sketches)
         assert copied.seconds == result.seconds and copied.seconds["backward"] > 0
+        assert json.loads(json.dumps(copied.seconds)) == result.seconds
+
+
+def test_a_results_seconds_are_a_dict_that_is_measured_when_it_is_read() -> None:
+    measured: list[int] = []
+
+    def measure() -> dict[str, float]:
+        measured.append(1)
+        return {"forward": 0.5}
+
+    none = torch.zeros(0)
+    result = PolicyGradient(none, none, none, measure)
+    repr(result)
+    assert not measured
+    assert json.dumps(result.seconds) == '{"forward": 0.5}' and result.seconds is result.seconds
+    assert pickle.loads(pickle.dumps(result.seconds)) == {"forward": 0.5} and len(measured) == 1
 
 
 def test_parts_of_one_copy_begin_where_kernels_read_fast(away: None) -> None:
