@@ -121,3 +121,69 @@ def test_batches_that_are_halved_run_ahead_too(
     monkeypatch.setattr(passes, "AHEAD", ("cpu",))
     run_job(tmp_path, "ahead")
     assert_equal(tmp_path, "one by one", "ahead")
+
+
+class Copies:
+    """A device's copies to the host, and its events: what is copied is there once an event behind it was waited for."""
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.pinned: list[torch.Tensor] = []
+
+    def launch(self, to: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        assert any(to is memory for memory in self.pinned), "a copy to other memory makes the host wait"
+        self.queue.append((to, values))
+        return to.fill_(torch.nan)
+
+    def arrive(self, count: int) -> None:
+        for to, values in self.queue[:count]:
+            to.copy_(values)
+        self.queue[:count] = [(to, to) for to, _ in self.queue[:count]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["", "no wait", "event before the copies"])
+def test_results_are_read_when_their_copies_have_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Until then the memory that they go to holds NaN. With a fault the store is another, so that this would show."""
+    run_job(tmp_path, "one by one", layout="padded")
+    copies, empty = Copies(), torch.empty
+
+    class OfDevice(torch.Tensor):
+        device = property(lambda self: torch.device("cuda", 0))
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.copy_:
+                assert kwargs == {"non_blocking": True}
+                return copies.launch(args[0], args[1].as_subclass(torch.Tensor))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            self.behind = 0 if fault == "event before the copies" else len(copies.queue)
+
+        def synchronize(self) -> None:
+            if fault != "no wait":
+                copies.arrive(self.behind)
+
+    def pinned(*size: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        made = empty(*size, **kwargs)
+        copies.pinned += [made] * pin_memory
+        return made
+
+    fetched = passes.Fetched
+    monkeypatch.setattr(passes, "AHEAD", ("cpu",))
+    monkeypatch.setattr(passes, "Fetched", lambda *given: fetched(*(x.as_subclass(OfDevice) for x in given)))
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    run_job(tmp_path, "ahead", layout="padded")
+    monkeypatch.setattr(torch, "empty", empty)
+    assert len(copies.pinned) == len(copies.queue) > 12
+    if not fault:
+        assert_equal(tmp_path, "one by one", "ahead")
+    else:
+        with pytest.raises(AssertionError):
+            assert_equal(tmp_path, "one by one", "ahead")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from cropi.gradient.estimators import ESTIMATORS, sequence_behaviour
 from cropi.gradient.layout import Layout, choose_layout
 from cropi.gradient.masks import additive_if_eager, handed, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
-from cropi_kernels import GradientSketcher, SketchSpec
+from cropi.sketching.passes import Passed
+from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 
 SHARED, PADDED = Layout(shared=True), Layout(shared=False)
 
@@ -283,3 +285,28 @@ def test_weights_do_not_depend_on_how_groups_are_split(name: str) -> None:
     assert {group.id: group.scored for group in GROUPS} == {key: len(w) for key, w in whole.items()}
     for layout, budget in ((SHARED, 20), (PADDED, 10_000), (PADDED, 1)):
         assert weights(layout, budget) == whole
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["each its own", "equal ones"])
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_weights_and_health_read_nothing_from_a_device(name: str, equal: bool) -> None:
+    """A device may still have passes to do, for which the host would wait: ``meta`` has no numbers to read."""
+    group = make_group("a", 5, [4, 1, 7, 3], seed=1)
+    assert group.logprobs is not None
+    if equal:
+        group = replace(
+            group, responses=[*group.responses[:3], group.responses[0]],
+            logprobs=[*group.logprobs[:3], group.logprobs[0]],
+        )  # fmt: skip
+    estimator = ESTIMATORS[name]
+    (batch,) = make_batches([group], estimator, PADDED, stored_behaviour=True)
+    there = batch.to("meta")
+    logprobs = torch.empty(len(batch.targets), device="meta")
+    weigh = estimator.weigher(
+        there.advantages, there.divisors, there.behaviour, there.responses, there.noise
+    )
+    weights = weigh(logprobs, 0, len(logprobs))
+    assert weights.is_meta and weights.shape == logprobs.shape
+    sketches = torch.empty(1, 8, device="meta")
+    passed = Passed(batch, there, there.behaviour, PolicyGradient(sketches, logprobs, weights, {}), 0.0)
+    assert [x.shape[0] for x in passed.fetched(estimator).wait()] == [1, 1, 1, 1]

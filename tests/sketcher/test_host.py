@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from support import zoo
+from torch.overrides import TorchFunctionMode
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher import host
@@ -60,6 +62,29 @@ def test_values_that_were_sent_are_not_asked_for(away: None) -> None:
         assert torch.equal(host.on_host(host.sent(device, x))[0], x)
     other = host.sent(device, x)[:1]
     assert host.on_host(other)[0].tolist() == x[:1].tolist()
+
+
+def test_what_is_sent_is_copied_from_pinned_memory() -> None:
+    """From other memory the host would wait. A device is played by the host's memory."""
+    copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+    pinned = torch.empty(2, 3)
+
+    class Cuda(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.empty_like:
+                assert kwargs == {"device": torch.device("cuda", 1)}
+                return func(*args)
+            if func is torch.Tensor.pin_memory:
+                return pinned.copy_(args[0])
+            if func is torch.Tensor.copy_ and kwargs == {"non_blocking": True}:
+                copied.append(args)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.arange(6.0).view(2, 3)
+    with Cuda():
+        there = host.sent(torch.device("cuda", 1), x)
+    ((to, source),) = copied
+    assert to is there and source is pinned and torch.equal(there, x)
 
 
 def test_what_is_fetched_is_there_when_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

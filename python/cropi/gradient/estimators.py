@@ -198,10 +198,28 @@ class Estimator:
         """The same estimator, for log-ratios of whole responses (:func:`sequence_behaviour`)."""
         return replace(self, level="token")
 
+    def _number_of(self, behaviour: torch.Tensor | None, responses: torch.Tensor | None) -> int | None:
+        """One more than the largest number of a response, where the ratio is one of responses. A device is not asked
+        for what was sent to it: it may still have passes to do."""
+        if behaviour is None or responses is None or self.level == "token":
+            return None
+        from cropi_kernels.sketcher.host import on_host  # the command line lists estimators before it needs a sketcher
+
+        (here,) = on_host(responses)
+        return int(here.max()) + 1 if here.numel() else 0
+
     def ratio_behaviour(
-        self, logprobs: torch.Tensor, behaviour: torch.Tensor | None, responses: torch.Tensor | None
+        self,
+        logprobs: torch.Tensor,
+        behaviour: torch.Tensor | None,
+        responses: torch.Tensor | None,
+        count: int | None = None,
     ) -> torch.Tensor | None:
         """Behaviour log-probs with which each token has this estimator's ratio: its own, or that of its response.
+
+        Args:
+            logprobs, behaviour, responses: as for :func:`sequence_behaviour`.
+            count: more than the largest of ``responses``; None: it is looked up.
 
         Raises:
             ValueError: the ratio is one of responses, and they are not given.
@@ -212,7 +230,9 @@ class Estimator:
             raise ValueError(
                 f"the estimator {self.name!r} has a ratio of responses: give each token's response"
             )
-        return sequence_behaviour(logprobs, behaviour, responses)
+        if count is None:
+            count = self._number_of(behaviour, responses)
+        return sequence_behaviour(logprobs, behaviour, responses, count)
 
     def weigher(
         self,
@@ -229,13 +249,13 @@ class Estimator:
             responses: the response that each token belongs to. An estimator with a ratio of responses wants them, and
                 tokens of whole responses at a time.
         """
-        by_token = self.of_sequences()
+        by_token, count = self.of_sequences(), self._number_of(behaviour, responses)
 
         def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             old, members, spread = (
                 None if table is None else table[start:stop] for table in (behaviour, responses, noise)
             )
-            old = self.ratio_behaviour(logprobs, old, members)
+            old = self.ratio_behaviour(logprobs, old, members, count)
             return by_token.weights(logprobs, old, advantages[start:stop], divisors[start:stop], spread)
 
         return weigh
@@ -276,7 +296,7 @@ def group_advantages(rewards: Sequence[float], *, std: bool = True, eps: float =
 
 
 def sequence_behaviour(
-    logprobs: torch.Tensor, behaviour: torch.Tensor, responses: torch.Tensor
+    logprobs: torch.Tensor, behaviour: torch.Tensor, responses: torch.Tensor, count: int | None = None
 ) -> torch.Tensor:
     """Behaviour log-probs with which every token has the log-ratio of its response, ``mean_t (log pi - log beta)``.
 
@@ -284,12 +304,14 @@ def sequence_behaviour(
         logprobs: float ``[n]``, log pi of all scored tokens of whole responses.
         behaviour: float ``[n]`` or ``[n, R]``, log beta.
         responses: int64 ``[n]``, the response that each token belongs to.
+        count: more than the largest of them; None: it is read from them, for which the host waits for their device.
     """
     log_ratio = (logprobs[:, None] if behaviour.ndim == 2 else logprobs).double() - behaviour.double()
-    count = int(responses.max()) + 1 if responses.numel() else 0
+    if count is None:
+        count = int(responses.max()) + 1 if responses.numel() else 0
     sums = log_ratio.new_zeros(count, *log_ratio.shape[1:]).index_add_(0, responses, log_ratio)
-    sizes = torch.bincount(responses, minlength=count).clamp(min=1).to(sums)
-    mean = (sums / (sizes[:, None] if sums.ndim == 2 else sizes))[responses]
+    sizes = torch.zeros_like(sums).index_add_(0, responses, torch.ones_like(log_ratio))
+    mean = (sums / sizes.clamp_(min=1))[responses]
     return ((logprobs[:, None] if behaviour.ndim == 2 else logprobs) - mean).to(behaviour.dtype)
 
 
