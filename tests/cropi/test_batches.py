@@ -302,9 +302,7 @@ def test_weights_and_health_read_nothing_from_a_device(name: str, equal: bool) -
     (batch,) = make_batches([group], estimator, PADDED, stored_behaviour=True)
     there = batch.to("meta")
     logprobs = torch.empty(len(batch.targets), device="meta")
-    weigh = estimator.weigher(
-        there.advantages, there.divisors, there.behaviour, there.responses, there.noise
-    )
+    weigh = estimator.weigher(there.advantages, there.divisors, there.behaviour, there.responses, there.noise)
     weights = weigh(logprobs, 0, len(logprobs))
     assert weights.is_meta and weights.shape == logprobs.shape
     sketches = torch.empty(1, 8, device="meta")

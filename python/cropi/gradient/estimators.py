@@ -203,7 +203,8 @@ class Estimator:
         for what was sent to it: it may still have passes to do."""
         if behaviour is None or responses is None or self.level == "token":
             return None
-        from cropi_kernels.sketcher.host import on_host  # the command line lists estimators before it needs a sketcher
+        # The command line lists the estimators before it needs a sketcher.
+        from cropi_kernels.sketcher.host import on_host
 
         (here,) = on_host(responses)
         return int(here.max()) + 1 if here.numel() else 0
