@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from support.stores import on_disk
 from test_uncertainty import two_stores
 
 from cropi.cli import main
@@ -91,6 +93,26 @@ def test_what_is_not_resampled_says_why(stores: tuple[SketchStore, SketchStore],
         "fraction 0.01 of a pool of 30 prompts chooses none; give a fraction of at least 0.034, a count, or more "
         "prompts"
     )
+
+
+def test_more_pairs_than_fit_into_memory_are_not_resampled(
+    stores: tuple[SketchStore, SketchStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products are kept of the validation prompts with one another, too: 100,000 of them would take 80 GB."""
+    train, valid = stores
+    n, v = len(train), sum(row.row is not None for row in valid.rows())
+    monkeypatch.setattr("cropi.ranking.uncertainty.MOST_PAIRS", n * v - 1)
+    many = score(train, [valid], Influence(draws=2))
+    assert many.meta["uncertainty_missing"].startswith(
+        f"{n} x {v} pairs are more than are resampled; --max-valid"
+    )
+    assert score(train, [valid], Influence(draws=2, max_valid=1)).stderr is not None
+    some = on_disk(train.path.parent / "few", torch.ones(2, train.dim), "t", ["train"] * 2)
+    monkeypatch.setattr("cropi.ranking.uncertainty.MOST_PAIRS", v * v - 1)
+    few = score(some, [valid], Influence(draws=2), Selecting(fraction=0.5))
+    assert few.meta["uncertainty_missing"].startswith(f"{v} x {v} pairs of validation prompts are more than")
+    monkeypatch.setattr("cropi.ranking.uncertainty.MOST_PAIRS", v * v)
+    assert score(some, [valid], Influence(draws=2), Selecting(fraction=0.5)).stderr is not None
 
 
 def test_at_most_so_many_validation_prompts_count_in_the_resampling_too(

@@ -65,6 +65,26 @@ def test_every_prompt_gets_its_products_with_any_number_of_threads(store: Sketch
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_products_are_made_of_some_rows_at_a_time(
+    store: SketchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All products of a block with 100,000 directions would take gigabytes: values are made of a few rows' of them."""
+    directions, most = torch.randn(7, DIM, generator=torch.Generator().manual_seed(1)), 0
+
+    def highest(dots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        nonlocal most
+        most = max(most, dots.size)
+        return dots.max(axis=1, keepdims=True)
+
+    whole = in_order(store, directions, highest, 1, 2)
+    assert most > 21
+    monkeypatch.setattr("cropi.ranking.products._MOST_PRODUCTS", 21)
+    most, parts = 0, in_order(store, directions, highest, 1, 2)
+    assert whole[0] == parts[0] and [x.tobytes() for x in whole[1:]] == [x.tobytes() for x in parts[1:]]
+    in_order(store, directions, highest, 1)
+    assert most == 21
+
+
 def test_damage_in_any_block_is_named(store: SketchStore, threads: Any) -> None:
     threads(2)
     shard, directions = store.files()[1], torch.ones(1, DIM)

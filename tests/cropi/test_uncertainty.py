@@ -70,7 +70,9 @@ def test_the_nearest_validation_prompt_instead_of_the_mean(stores: tuple[SketchS
     np.testing.assert_allclose(got[:, 1], cosines[:, 8:].max(dim=1).values.numpy(), atol=1e-5)
 
 
-def test_neighbours_are_the_ends_of_the_whole_order(stores: tuple[SketchStore, SketchStore]) -> None:
+def test_neighbours_are_the_ends_of_the_whole_order(
+    stores: tuple[SketchStore, SketchStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train, valid = stores
     pairs = pairwise(train, [valid])
     usable = [i for i in range(40) if i != 5]
@@ -81,6 +83,12 @@ def test_neighbours_are_the_ends_of_the_whole_order(stores: tuple[SketchStore, S
         assert [n.id for n in harmful] == [pairs.rows[i].id for i in order[::-1][:3]]
         assert helpful[0].cosine == pytest.approx(pairs.cosines[order[0], column], abs=1e-5)
     assert neighbours(train, valid, 3) == neighbours(train, [valid], 3)
+    monkeypatch.setattr("cropi.ranking.pairwise.TOGETHER", 3)
+    some = neighbours(train, [valid], 3)
+    assert list(some) == [row.id for row in pairs.valid]
+    for row in pairs.valid:
+        for one, other in zip(some[row.id], neighbours(train, [valid], 3, ids=[row.id])[row.id]):
+            assert [n.id for n in one] == [n.id for n in other]
     assert len(neighbours(train, [valid], 100)["v000"][0]) == 39, "no more than there are"
 
 

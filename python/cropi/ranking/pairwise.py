@@ -10,7 +10,7 @@ the stores alone, and no model. The training store is streamed.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
+
+TOGETHER = 1024  # validation prompts that `neighbours` compares with a block of rows at one time
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,29 @@ class Pairwise:
 
 
 def validation(
-    stores: Sequence[SketchStore], max_valid: int | None = None, seed: int = 0
+    stores: Sequence[SketchStore],
+    max_valid: int | None = None,
+    seed: int = 0,
+    ids: Collection[str] | None = None,
 ) -> tuple[list[RowInfo], torch.Tensor]:
-    """The usable validation prompts that count, and their sketches float32 ``[V, dim]``."""
-    members = set().union(*choose_members(stores, max_valid, seed).values())
-    usable = [
-        (row, vector)
-        for number, store in enumerate(stores)
-        for rows, table in store.shards()
-        for row, vector in zip(rows, table)
-        if (number, row.id) in members
-    ]
-    usable.sort(key=lambda pair: (pair[0].set or DEFAULT_SET, pair[0].id))
-    return [row for row, _ in usable], torch.stack([vector for _, vector in usable]).float()
+    """The usable validation prompts that count, of these those in ``ids``, and their sketches float32 ``[V, dim]``."""
+    order = sorted(
+        (name, prompt, number)
+        for name, held in choose_members(stores, max_valid, seed).items()
+        for number, prompt in held
+        if ids is None or prompt in ids
+    )
+    place = {(number, prompt): i for i, (_, prompt, number) in enumerate(order)}
+    found: list[RowInfo | None] = [None] * len(order)
+    table = torch.empty(len(order), stores[0].dim, dtype=torch.float32, device="cpu")
+    for number, store in enumerate(stores):
+        for rows, sketches in store.shards():
+            here = [(i, at) for i, row in enumerate(rows) if (at := place.get((number, row.id))) is not None]
+            for i, at in here:
+                found[at] = rows[i]
+            table[[at for _, at in here]] = sketches[[i for i, _ in here]]
+    there = [i for i, row in enumerate(found) if row is not None]
+    return [row for row in found if row is not None], table if len(there) == len(found) else table[there]
 
 
 def _check(train: SketchStore, valid: Sequence[SketchStore]) -> None:
@@ -199,7 +211,7 @@ def neighbours(
         raise CropiError(f"k must be an integer of at least 1, got {k!r}")
     valid = given_stores(train, valid)
     _check(train, valid)
-    rows, sketches = validation(valid)
+    rows, sketches = validation(valid, ids=None if ids is None else set(ids))
     if ids is not None:
         place = {row.id: i for i, row in enumerate(rows)}
         missing = [name for name in ids if name not in place]
@@ -212,9 +224,11 @@ def neighbours(
     best: list[list[tuple[float, str]]] = [[] for _ in rows]
     worst: list[list[tuple[float, str]]] = [[] for _ in rows]
     for kept, table in train.shards():
-        cosines = torch.nn.functional.normalize(table, dim=1) @ directions
+        unit = torch.nn.functional.normalize(table, dim=1)
         for column in range(len(rows)):
-            values = cosines[:, column]
+            if column % TOGETHER == 0:
+                cosines = unit @ directions[:, column : column + TOGETHER]
+            values = cosines[:, column % TOGETHER]
             for sign, heap in ((1, best), (-1, worst)):
                 # The k-th value and all that equal it, so that ties are settled by id and not by the shard's order.
                 cut = torch.topk(sign * values, min(k, len(kept))).values[-1]

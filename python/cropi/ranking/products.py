@@ -26,8 +26,18 @@ _MOST_THREADS = 8  # more of them wait for memory
 _SHORTEST, _LONGEST = 2.0**-40, 2.0**60
 
 
+_MOST_PRODUCTS = 1 << 20  # of a block that a thread makes before it makes them to values: 8 MB
+
+
+def _as_they_are(dots: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return dots, lengths
+
+
 def products(
-    store: SketchStore, directions: torch.Tensor, apart: int = 0
+    store: SketchStore,
+    directions: torch.Tensor,
+    apart: int = 0,
+    change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = _as_they_are,
 ) -> Iterator[tuple[list[RowInfo], np.ndarray, np.ndarray]]:
     """Block by block: rows with a sketch ``x``, float64 ``<x, d>`` ``[n, directions]`` and lengths ``|x|`` ``[n]``.
 
@@ -40,6 +50,8 @@ def products(
         store: where the sketches are.
         directions: ``[directions, dim]``; taken as float32.
         apart: see above; 0 for a store without groups.
+        change: what is made of the products and lengths of some rows, which is yielded in their place; the threads call
+            it, so that not all products of a block with many directions are in memory.
 
     Raises:
         CropiError: a shard is damaged or gone.
@@ -53,7 +65,15 @@ def products(
         buffer = getattr(own, "buffer", None)
         if buffer is None or len(buffer) < block.size:
             own.buffer = buffer = torch.empty(block.size, dtype=torch.uint8, device="cpu")
-        return _multiply(block.read(buffer), wanted, powers, apart, width)
+        tensors, rows = block.read(buffer), max(1, _MOST_PRODUCTS // max(len(wanted), 1))
+        parts = [
+            change(
+                *_multiply({n: t[at : at + rows] for n, t in tensors.items()}, wanted, powers, apart, width)
+            )
+            for at in range(0, len(block.rows), rows)
+        ]
+        first, second = (np.concatenate(part) if len(parts) > 1 else part[0] for part in zip(*parts))
+        return first, second
 
     waiting: deque[tuple[list[RowInfo], Future[tuple[np.ndarray, np.ndarray]]]] = deque()
     with ThreadPoolExecutor(count, thread_name_prefix="cropi-products") as pool:
@@ -93,13 +113,17 @@ def in_order(
     table = np.full((len(rows), columns), np.nan)
     kept = np.full((len(rows), last), np.nan, np.float32)
     begin = 0
-    for some, dots, lengths in products(store, directions, apart):
+
+    def wanted(dots: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return values(dots, lengths), dots[:, dots.shape[1] - last :].copy()
+
+    for some, made, dots in products(store, directions, apart, wanted):
         here = places[begin : begin + len(some)]
-        table[here] = values(dots, lengths)
+        table[here] = made
         if last:
-            if kept.dtype == np.float32 and _leave_float32(dots[:, -last:]):
+            if kept.dtype == np.float32 and _leave_float32(dots):
                 kept = kept.astype(np.float64)
-            kept[here] = dots[:, -last:]
+            kept[here] = dots
         begin += len(some)
     return rows, table, kept
 

@@ -281,7 +281,15 @@ MOST_PAIRS = 1 << 27
 
 def few_pairs(train: SketchStore, valid: Sequence[SketchStore], max_valid: int | None) -> bool:
     """Whether the products of all training and validation prompts that count are few enough to be resampled."""
-    return len(train) * _members(valid, max_valid) <= MOST_PAIRS
+    return not _too_many(len(train), _members(valid, max_valid))
+
+
+def _too_many(train: int, valid: int) -> str:
+    """What of so many prompts is more than is resampled, or nothing: products are kept of every training prompt with
+    every validation prompt, and of the validation prompts with one another."""
+    if max(train, valid) * valid <= MOST_PAIRS:
+        return ""
+    return f"{train} x {valid} pairs" if train >= valid else f"{valid} x {valid} pairs of validation prompts"
 
 
 def _members(valid: Sequence[SketchStore], max_valid: int | None) -> int:
@@ -302,7 +310,7 @@ def with_uncertainty(
     """A score table with its standard errors and ``p_selected``, from the stores that it was made from.
 
     Left out, and said why in ``meta["uncertainty_missing"]``: with ``draws`` 0, where the fraction chooses none, and
-    beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt.
+    beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt, or of two validation prompts.
     """
     from cropi.ranking.pairwise import pairwise
     from cropi.ranking.response_noise import response_noise
@@ -318,10 +326,8 @@ def with_uncertainty(
         why = "resampling was switched off (draws)"
     elif nothing := _chooses_nothing(scores, given):
         why = nothing
-    elif not few_pairs(train, valid, options["max_valid"]):
-        why = (
-            f"{len(scores.rows)} x {members} pairs are more than are resampled; --max-valid makes them fewer"
-        )
+    elif many := _too_many(len(train), members):
+        why = f"{many} are more than are resampled; --max-valid makes them fewer"
     if why:
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why}, pairs=None)
     how = {name: scores.meta[name] for name in ("metric", "mean")}
