@@ -23,7 +23,7 @@ from cropi.ranking.pairwise import Neighbour, Pairwise
 from cropi.ranking.selection import select
 from cropi.ranking.uncertainty import uncertainty
 from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
-from cropi.report.html import ReportInput, render, write_report
+from cropi.report.html import ReportInput, render, shown_in_full, write_report
 from cropi.store.shards import RowInfo
 
 BROWSER = next(
@@ -145,6 +145,42 @@ def test_a_large_page_stays_small(tmp_path: Path) -> None:
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
     data = data_of((tmp_path / "r.html").read_text())
     assert len(data["columns"]["id"]) == 20000 and 200 < len(data["details"]) < 700
+
+
+def test_a_table_too_large_for_a_browser_lists_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a million prompts would have 80 MB: beyond a size its table lists the prompts in equal steps."""
+    given = make_input(2000)
+    given.groups = []
+    monkeypatch.setattr("cropi.report.html.MOST_VALUES", 900 * (12 + 2 * 2))
+    page = render(given)
+    columns, order = data_of(page)["columns"], given.selection.order
+    full = {given.scores.rows[i].id for i in shown_in_full(given.scores, given.selection)}
+    near = {one.id for pair in given.neighbours.values() for side in pair for one in side}
+    assert near and full | near <= set(columns["id"]) and len(full) < len(columns["id"]) <= 900
+    assert f"lists {len(columns['id'])} of 2000 prompts" in page and "2000 read" in page
+    ranks = np.array(sorted(rank for rank in columns["rank"] if rank is not None))
+    assert (
+        ranks[0] == 1
+        and ranks[-1] == len(order)
+        and np.diff(ranks).max() <= 2000 / (900 - len(full | near)) + 1
+    )
+    for name, rank, score in zip(columns["id"], columns["rank"], columns["score1"]):
+        row = int(name[1:])
+        assert rank is None or (
+            order[rank - 1] == row and score == pytest.approx(given.scores.table[row, 1], rel=1e-4)
+        )
+    monkeypatch.setattr("cropi.report.html.MOST_VALUES", 2000 * (12 + 2 * 2))
+    page = render(given)
+    assert len(data_of(page)["columns"]["id"]) == 2000 and "of 2000 prompts:" not in page
+
+
+def test_texts_have_room_beside_a_table_that_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, text = make_input(1000), 1000 * "word "
+    given.groups = [PromptGroup(given.selection.ids[0], text, ["a", "b"], [1.0, 0.0])]
+    monkeypatch.setattr("cropi.report.html.MOST_BYTES", 5000)
+    data = data_of(render(given))
+    assert len(gzip.compress(json.dumps(data["columns"]).encode())) > 5000
+    assert data["details"][given.selection.ids[0]]["text"] == text
 
 
 def test_long_texts_are_begun_and_the_page_stays_small() -> None:
@@ -273,7 +309,7 @@ addEventListener("load", () => {
 def test_a_screenshot_shows_the_numbers(tmp_path: Path, scheme: str) -> None:
     """The bars of the chosen prompts are as high, in pixels, as their share of the first set's scores says."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    given = make_input(4000)
+    given = make_input(2000)
     page = render(given).replace("</body>", PLACES + "</body>")
     flag = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
     found = re.search('data-probe="(.*?)"', browse(tmp_path, page, flag, "--dump-dom"))

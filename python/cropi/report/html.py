@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import heapq
 import json
 import math
 from collections import Counter
@@ -38,6 +39,8 @@ SNIPPET = 70  # characters of the other prompts
 LONG = 6000  # characters of one text at most, and at least; fewer are shown where the page would be too large
 SHORT = 200
 MOST_BYTES = 1_900_000  # of the data, packed: with base64 and the rest a page is below 3 MB
+MOST_VALUES = 2_000_000  # of the browser's table, in which 100,000 prompts have 20 columns: a page of 8 MB
+MOST_TASKS = 500  # that can be filtered by
 STATUSES = ("ok", "skipped", "failed")
 
 
@@ -91,17 +94,21 @@ def render(given: ReportInput) -> str:
 
 
 def _packed(data: dict[str, Any]) -> bytes:
-    """The data as compressed JSON. Texts are cut to half, and half again, until they fit."""
-    size = LONG
-    while True:
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        packed = gzip.compress(text, 9, mtime=0)
-        if len(packed) <= MOST_BYTES or size <= SHORT:
-            return packed
+    """The data as compressed JSON. Texts are cut to half, and half again, until they fit beside the table, or into half
+    of the room where that takes more."""
+    size, details = LONG, data["details"]
+    room = max(MOST_BYTES - len(_compressed(data | {"details": {}})), MOST_BYTES // 2)
+    while len(_compressed(details)) > room and size > SHORT:
         size //= 2
-        for detail in data["details"].values():
+        for detail in details.values():
             for one in (detail, *detail["responses"]):
                 one["text"] = one["text"][:size]
+    return _compressed(data)
+
+
+def _compressed(data: Any) -> bytes:
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return gzip.compress(text, 9, mtime=0)
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -133,7 +140,8 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "choice_missing": given.uncertainty_missing,
         "composition": _composition(scores, usable, chosen), "overlap": _overlap(scores, selection),
         "groups": _groups(scores, chosen),
-        "tasks": sorted({row.task for row in scores.rows if row.task}),
+        "tasks": sorted(task for task, _ in _tasks(scores).most_common(MOST_TASKS)),
+        "listed": len(listed(given)),
         "neighbours": [
             {"name": name, "text": _cut(texts.get(name, ""), SNIPPET), "helpful": pair[0], "harmful": pair[1]}
             for name, pair in given.neighbours.items()
@@ -141,6 +149,10 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "policy": _policy(scores, chosen), "anatomy": _anatomy(given.check), "run": list(given.run),
         "command": given.command,
     }  # fmt: skip
+
+
+def _tasks(scores: Scores) -> Counter[str]:
+    return Counter(row.task for row in scores.rows if row.task)
 
 
 def _verdict(given: ReportInput) -> list[dict[str, str]]:
@@ -263,19 +275,21 @@ def _groups(scores: Scores, chosen: np.ndarray) -> list[dict[str, Any]]:
 def _overlap(scores: Scores, selection: Selection) -> dict[str, Any]:
     """Choices of one size: this one, every set alone, and the baselines."""
     n = len(selection.chosen)
-    choices = {"this choice": set(selection.chosen)}
+    choices = {"this choice": np.array(selection.chosen)}
     usable = np.flatnonzero(scores.usable)
     if len(scores.sets) > 1:
         for v, name in enumerate(scores.sets):
             best = usable[np.argsort(-scores.table[usable, v], kind="stable")[:n]]
-            choices[f"{name} alone"] = set(best.tolist())
+            choices[f"{name} alone"] = best
     fraction = n / len(scores.rows)
     for method in ("max", "random", "learnability"):
         if method != selection.method:
-            choices[method] = set(select(scores, fraction=fraction, method=method).chosen)
-    names = list(choices)
-    table = [[len(choices[a] & choices[b]) / n for b in names] for a in names]
-    return {"names": names, "table": table}
+            choices[method] = np.array(select(scores, fraction=fraction, method=method).chosen)
+    masks = {name: np.zeros(len(scores.rows), dtype=bool) for name in choices}
+    for name, chosen in choices.items():
+        masks[name][chosen] = True
+    table = [[np.count_nonzero(masks[a][chosen]) / n for chosen in choices.values()] for a in choices]
+    return {"names": list(choices), "table": table}
 
 
 def _median(scores: Scores, key: str) -> float | None:
@@ -311,13 +325,15 @@ def _anatomy(check: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------ the prompt browser
 def _data(given: ReportInput) -> dict[str, Any]:
-    """What the script shows: columns over all prompts, and the full text of some."""
+    """What the script shows: columns over the prompts that are listed, and the full text of some."""
     scores, selection, sure = given.scores, given.selection, given.uncertainty
     rank = {i: place for place, i in enumerate(selection.order, 1)}
-    rows, near = scores.rows, near_the_cut(selection)
-    snippets, details = _texts(given.groups, {rows[i].id for i in shown_in_full(scores, selection)})
+    places, near = listed(given), near_the_cut(selection)
+    rows = [scores.rows[i] for i in places]
+    full = {scores.rows[i].id for i in shown_in_full(scores, selection)}
+    snippets, details = _texts(given.groups, full, {row.id for row in rows})
     columns: dict[str, list[Any]] = {
-        "rank": [rank.get(i) for i in range(len(rows))],
+        "rank": [rank.get(i) for i in places],
         "id": [shown(row.id) for row in rows],
         "task": [shown(row.task or "") for row in rows],
         "pass": [round(row.pass_rate, 4) for row in rows],
@@ -325,11 +341,11 @@ def _data(given: ReportInput) -> dict[str, Any]:
         "tokens": [row.tokens for row in rows],
     }
     for v in range(len(scores.sets)):
-        columns[f"score{v}"] = [_digits(x) for x in scores.table[:, v]]
+        columns[f"score{v}"] = [_digits(x) for x in scores.table[places, v]]
         if sure is not None and sure.stderr.shape == scores.table.shape:
-            columns[f"se{v}"] = [_digits(x) for x in sure.stderr[:, v]]
-    if sure is not None and len(sure.p_selected) == len(rows):
-        columns["p"] = [_digits(x) for x in sure.p_selected]
+            columns[f"se{v}"] = [_digits(x) for x in sure.stderr[places, v]]
+    if sure is not None and len(sure.p_selected) == len(scores.rows):
+        columns["p"] = [_digits(x) for x in sure.p_selected[places]]
     for key in ("ratio", "ess"):
         if any(key in row.extra for row in rows):
             columns[key] = [_digits(row.extra.get(key)) for row in rows]
@@ -347,6 +363,24 @@ def _data(given: ReportInput) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def listed(given: ReportInput) -> list[int]:
+    """The prompts in the browser's table, as rows of the score table: all, or as many as :data:`MOST_VALUES` allows.
+
+    These are the ones that are shown in full, the neighbours, and others in equal steps down the ranking and then
+    through the prompts without a score.
+    """
+    scores, selection = given.scores, given.selection
+    most = MOST_VALUES // (12 + 2 * len(scores.sets))
+    if len(scores.rows) <= most:
+        return list(range(len(scores.rows)))
+    names = {one.id for pair in given.neighbours.values() for side in pair for one in side}
+    some = shown_in_full(scores, selection) | {i for i, row in enumerate(scores.rows) if row.id in names}
+    ranked = set(selection.order)
+    others = [*selection.order, *(i for i in range(len(scores.rows)) if i not in ranked)]
+    steps = np.linspace(0, len(others) - 1, max(most - len(some), 0)).round().astype(np.int64)
+    return sorted(some | {others[i] for i in steps.tolist()})
+
+
 def shown_in_full(scores: Scores, selection: Selection) -> set[int]:
     """The prompts whose text and responses are shown whole, as rows of the table.
 
@@ -359,7 +393,7 @@ def shown_in_full(scores: Scores, selection: Selection) -> set[int]:
     unscored = [
         i for i, row in enumerate(scores.rows) if row.status != "ok" and not _equal_rewards(row.reason)
     ]
-    largest = sorted(range(len(scores.rows)), key=lambda i: -scores.rows[i].norm)[:20]
+    largest = heapq.nsmallest(20, range(len(scores.rows)), key=lambda i: -scores.rows[i].norm)
     return some | set(unscored[:FULL]) | set(largest)
 
 
@@ -372,9 +406,13 @@ def _equal_rewards(reason: str) -> bool:
     return reason == no_gradient_reason([1.0, 1.0])
 
 
-def _texts(groups: Iterable[PromptGroup], full: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+def _texts(
+    groups: Iterable[PromptGroup], full: set[str], some: set[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
     snippets, details = {}, {}
     for group in groups:
+        if group.id not in some:
+            continue
         prompt = _conversation(group.prompt) or "(token ids)"
         snippets[group.id] = _cut(" ".join(prompt.split()), SNIPPET)
         if group.id in full:
