@@ -4,13 +4,14 @@
 # A part that fails is recorded and the rest still runs; the exit status is 1 if any part failed.
 #
 # A second call goes on where the first one ended: its parts that are done are not run again, and the rows of one that
-# was stopped are kept. The machine may be another one, if the archive is brought along.
+# was stopped are kept. The machine may be another one, if the archive is brought along. What no GPU has run yet comes
+# first; it alone, in some three minutes: GPU_SUITE_PARTS="build new counters warm new_times".
 #
 #   PYTHON=python3          an interpreter with a CUDA build of torch, triton, transformers, pybind11
 #   GPU_SUITE_OUT=folder    for raw rows and logs (default: build/gpu_suite)
 #   GPU_SUITE_KEEP=folder   gets gpu_suite.tgz and gpu.md after every part (default: benchmarks/results)
 #   GPU_SUITE_FROM=file     the gpu_suite.tgz of an earlier call
-#   GPU_SUITE_PARTS="..."   these parts alone, done or not: build warm first sketch passes model logprob correctness; jobs model_7b model_moe cuda variants
+#   GPU_SUITE_PARTS="..."   these parts alone, done or not: build warm new new_times first sketch passes model logprob correctness; jobs model_7b model_moe cuda variants
 #                           counters project_correctness project sanitizer_memcheck sanitizer_racecheck
 #   GPU_SUITE_SECONDS=520   of the whole call
 #   GPU_SUITE_COMMIT=sha    where the tree is no git checkout

@@ -102,6 +102,7 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, kernels: bool = True) -> Stage:
         "max_memory_allocated": lambda: 1 << 20,
         "current_stream": lambda *args: Stream(),
         "set_per_process_memory_fraction": lambda share: None,
+        "set_sync_debug_mode": lambda mode: None,
         "device_count": lambda: 2,
         "get_device_properties": lambda device: Properties(),
         "graph": lambda graph: contextlib.nullcontext(),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rehearsal import set_stage
 
-from cropi_kernels import SketchSpec
+from cropi_kernels import SketchSpec, _gpu
 
 SUITE = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"
 TINY = {"qwen2.5-1.5b": {"layers": 1, "head": (130, 32), "linears": [("q_proj", 32, 32), ("k_proj", 16, 96)]}}
@@ -69,6 +69,11 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def rows(folder: Path, part: str) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in map(json.loads, (folder / f"{part}.jsonl").read_text().splitlines())}
+
+
+def cut_down(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **values: Any) -> None:
+    for name, value in values.items():
+        monkeypatch.setattr(module, name, value)
 
 
 def finish(module: ModuleType) -> None:
@@ -143,16 +148,7 @@ def test_model(
 ) -> None:
     pytest.importorskip("transformers")
     module = suite("model")
-    for name, value in {
-        "LENGTH": 8,
-        "ROWS": 2,
-        "WIDTHS": (64,),
-        "BLOCK": 8,
-        "BLOCKS": 2,
-        "DIM": 64,
-        "SHAPE": TINY_MODEL,
-    }.items():
-        monkeypatch.setattr(module, name, value)
+    cut_down(monkeypatch, module, LENGTH=8, ROWS=2, WIDTHS=(64,), BLOCK=8, BLOCKS=2, DIM=64, SHAPE=TINY_MODEL)
     monkeypatch.setattr(module, "SHAPE_7B", TINY_MODEL)
     monkeypatch.setattr(module, "ROWS_7B", 1)
     finish(module)
@@ -174,15 +170,9 @@ def test_model(
 def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels: its cases are the first that any GPU computes."""
     module = suite("first")
-    for name, value in {
-        "REPEATS": 2,
-        "REPEATED_TOKENS": 24,
-        "SLABS": (("gate_proj", 16, 48, 40),),
-        "VOCAB": 70,
-        "HIDDEN": 48,
-        "REAL": {"gate_proj": (48, 40, 16, 32768, [9, 0, 5])},
-    }.items():
-        monkeypatch.setattr(module, name, value)
+    cut_down(monkeypatch, module, REPEATS=2, REPEATED_TOKENS=24, VOCAB=70, HIDDEN=48)
+    cut_down(monkeypatch, module, SLABS=(("gate_proj", 16, 48, 40),))
+    cut_down(monkeypatch, module, REAL={"gate_proj": (48, 40, 16, 32768, [9, 0, 5])})
     monkeypatch.setattr(module.correctness, "TOKENS", 100)
     monkeypatch.setattr(module.correctness, "SCORED", 12)
     small_taps(module.taps, monkeypatch)
@@ -196,26 +186,11 @@ def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def small_fused(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "TOKENS": 12,
-        "HIDDEN": 24,
-        "INNER": 72,
-        "SEGMENTS": 2,
-        "DTYPE": torch.float16,
-    }.items():
-        monkeypatch.setattr(fused, name, value)
+    cut_down(monkeypatch, fused, TOKENS=12, HIDDEN=24, INNER=72, SEGMENTS=2, DTYPE=torch.float16)
 
 
 def small_taps(taps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "HIDDEN": 136,
-        "NARROW": 8,
-        "INNER": 144,
-        "BATCH": 1,
-        "LENGTH": 12,
-        "REPEATS": 2,
-    }.items():
-        monkeypatch.setattr(taps, name, value)
+    cut_down(monkeypatch, taps, HIDDEN=136, NARROW=8, INNER=144, BATCH=1, LENGTH=12, REPEATS=2)
     monkeypatch.setattr(taps, "SPEC", SketchSpec(width=128))
     monkeypatch.setattr(taps, "DTYPE", torch.float16)
 
@@ -279,28 +254,61 @@ def test_jobs(
     monkeypatch.setattr(
         module, "KINDS", {"llama": module.SIZE | small, "qwen3_moe": module.KINDS["qwen3_moe"] | small}
     )
-    for name, value in {
-        "PROMPTS": 3,
-        "LONGEST": 6,
-        "LONG": 8,
-        "FEW": 2,
-        "MANY": 4,
-        "TOKENS": 24,
-        "TURNS": 1,
-        "DEVICE": "cpu",
-        "LAYERS": 1,
-        "AGAIN": 2,
-    }.items():
-        monkeypatch.setattr(module, name, value)
+    cut_down(monkeypatch, module, PROMPTS=3, LONGEST=6, LONG=8, FEW=2, DEVICE="cpu", LAYERS=1, AGAIN=2)
     finish(module)
     got = rows(tmp_path, "jobs")
-    assert len(got) == 12 and got["passes launched ahead"]["ok"]
+    assert len(got) == 11
     assert got["cropi run"]["chosen"] > 0
     assert got["llama: a store by the device and by the CPU"]["error"] == 0
     assert (
         got["the first call with the self-test"]["first_s"]
         > got["the first call with the self-test"]["second_s"]
     )
+
+
+@WITHOUT_KERNELS
+@pytest.mark.long
+def test_new(
+    suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage plays streams by what is current; its passes are looked at as those of a device."""
+    pytest.importorskip("transformers")
+    module, current = suite("new"), ["the first"]
+    monkeypatch.setattr(_gpu, "stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the first")
+    monkeypatch.setattr(module.launches, "on_a_stream", lambda call: call())
+    monkeypatch.setattr(module.passes, "AHEAD", ("cpu",))
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 4}
+    kinds = {kind: module.jobs.KINDS[kind] | small for kind in ("llama", "qwen2", "qwen3_moe")}
+    cut_down(monkeypatch, module.jobs, KINDS=kinds, PROMPTS=6, LONGEST=6)
+    cut_down(monkeypatch, module, TOKENS=60, NARROW=(1, 18), WIDE=301, LENGTHS=(41,), BATCH=48)
+    cut_down(monkeypatch, module, JOBS=module.JOBS[1:2])
+    monkeypatch.setattr(module.correctness, "TOKENS", 60)
+    finish(module)
+    got = rows(tmp_path, "new")
+    assert len(got) == 6 and all(row["ok"] for row in got.values())
+    assert got["streams"]["message"].startswith("model.layers.1.mlp.up_proj runs on another CUDA stream")
+    assert got["a bias of millions"]["features"] == 301 and got["norms of 18"]["sums"] > 0
+
+
+@WITHOUT_KERNELS
+@pytest.mark.long
+def test_the_times_of_what_is_new(
+    suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    module = suite("new")
+    monkeypatch.setattr(module.passes, "AHEAD", ("cpu",))
+    monkeypatch.setattr(module.whole, "SHAPE", TINY_MODEL)
+    cut_down(monkeypatch, module.jobs, LONG=8, MANY=4, TOKENS=24, TURNS=1)
+    cut_down(monkeypatch, module, NORMS=((32, 72),), ROW=32, SHARING=3)
+    monkeypatch.setattr(sys, "argv", ["new.py", "times"])
+    finish(module)
+    got = rows(tmp_path, "new_times")
+    assert got["passes launched ahead"]["times_faster"] > 0
+    assert got["rows that share a prompt, by their mask"]["apart"] < 0.02
+    assert {"norm 32 x 72", "norm 32 x 72, no rows ahead"} < set(got) and len(got) == 4
 
 
 def test_busy_share_counts_overlaps_once(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,8 +339,7 @@ def test_variants(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = suite("variants")
-    for name, value in {"TOKENS": 32, "SCORED": 8, "VOCAB": 130, "HIDDEN": 32, "WIDE": 72}.items():
-        monkeypatch.setattr(module, name, value)
+    cut_down(monkeypatch, module, TOKENS=32, SCORED=8, VOCAB=130, HIDDEN=32, WIDE=72)
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
