@@ -149,11 +149,11 @@ def masks(length: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def watched(waits: Counter[str], full: int | None = None) -> Iterator[None]:
-    """Counts how often the host waits in passes from the third on, by the line of code; pass ``full`` finds no memory."""
+    """Counts how often the host waits in passes from the fourth on, by line of code; pass ``full`` finds no memory."""
     compute, fetch, count = GradientSketcher.policy_gradient, passes.Passed.fetched, 0
 
     def noted(run: Any, *args: Any, **kwargs: Any) -> Any:
-        if count < 3:
+        if count < 4:
             return run(*args, **kwargs)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
