@@ -242,17 +242,19 @@ def cut_batches(groups: list[TokenGroup], layout: Layout, budget: int) -> list[l
     plans.sort(key=lambda rows: (rows[0].group.temperature, rows[0].shared, -max(row.length for row in rows)))
     batches: list[list[Row]] = []
     batch: list[Row] = []
+    longest = nearest = furthest = 0  # the length, and the least and the largest reach, of the batch's rows
     for row in (row for rows in plans for row in rows):
-        longest = max([row.length, *(other.length for other in batch)])
-        kind = (row.group.temperature, row.shared)
-        reaches = [other.reach for other in (*batch, row)]
+        length, reach = row.length, row.reach
         if batch and (
-            (len(batch) + 1) * longest > budget
-            or kind != (batch[0].group.temperature, batch[0].shared)
-            or not layout.lengths.together(min(reaches), max(reaches))
+            (len(batch) + 1) * max(longest, length) > budget
+            or (row.group.temperature, row.shared) != (batch[0].group.temperature, batch[0].shared)
+            or not layout.lengths.together(min(nearest, reach), max(furthest, reach))
         ):
             batches.append(batch)
             batch = []
+        if not batch:
+            longest, nearest, furthest = length, reach, reach
+        longest, nearest, furthest = max(longest, length), min(nearest, reach), max(furthest, reach)
         batch.append(row)
     return [*batches, batch] if batch else batches
 
@@ -269,6 +271,7 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
             groups.append(row.group)
         segments.append(len(groups) - 1)
         parts.extend(_fill(row, estimator, stored, ids[b], places[b], blocks[b], b * width, segments[-1]))
+    ended = {id(row.group) for row in rows if row.last}
     columns = list(zip(*parts, strict=True))
     positions, targets, token_segments, members = (np.concatenate(column) for column in columns[:4])
     most = int(members.max())
@@ -285,7 +288,7 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
     advantages, divisors, behaviour, noise = tables
     return MicroBatch(
         groups=groups,
-        finished=[any(row.last and row.group is group for row in rows) for group in groups],
+        finished=[id(group) in ended for group in groups],
         input_ids=torch.from_numpy(ids),
         present=torch.from_numpy((blocks >= 0).astype(np.int64)),
         blocks=torch.from_numpy(blocks) if rows[0].shared else None,
