@@ -130,13 +130,18 @@ def few_tokens(split: SplitModel) -> torch.Tensor:
     return torch.arange(4, device=sharded.device_of(split.model))[None] % split.head.weight.shape[0]
 
 
-def _check_place(model: nn.Module) -> None:
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if "meta" in devices:
+def check_loaded(model: nn.Module) -> None:
+    """Raise ValueError where a parameter has no values."""
+    if any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError(
             f"parameters of {type(model).__name__} are on the meta device: they are not loaded, or a device_map has "
             "moved them to the disk or to the host; load the model whole on one device (device_map=None)"
         )
+
+
+def _check_place(model: nn.Module) -> None:
+    check_loaded(model)
+    devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise ValueError(
             f"the parameters of {type(model).__name__} lie on {', '.join(devices)}: a pass needs them on one device; "

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
@@ -48,7 +51,7 @@ class CropiError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shortened(message))
+        super().__init__(shortened(_with_keywords(message)))
 
 
 class RecordError(CropiError):
@@ -75,8 +78,48 @@ def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
 
 
 def warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
-    """``warnings.warn`` with a message of less than 2 kB, whatever the values in it."""
-    warnings.warn(shortened(message), category, stacklevel=stacklevel + 1)
+    """``warnings.warn`` with a message of less than 2 kB, whatever the values in it.
+
+    Under :func:`as_keywords` its place is the line of the user's that called this package.
+    """
+    level = _outside() if _CALLED.get() else stacklevel + 1
+    warnings.warn(shortened(_with_keywords(message)), category, stacklevel=level)
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the innermost frame outside of this package, for the function that called this one."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+_OURS = ("cropi", "cropi_kernels", "contextlib")
+# What flags are called by the function that was called from Python.
+_CALLED: ContextVar[Mapping[str, str]] = ContextVar("called", default={})
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+
+
+@contextmanager
+def as_keywords(flags: Mapping[str, str]) -> Iterator[None]:
+    """Inside, an error or warning that names flags of the command line names the keywords of a Python call, too.
+
+    >>> with as_keywords({"--skip-bad": "skip_bad=True"}):
+    ...     print(CropiError("bad; mend it, or pass --skip-bad"))
+    bad; mend it, or pass --skip-bad (in Python skip_bad=True)
+    """
+    token = _CALLED.set(flags)
+    try:
+        yield
+    finally:
+        _CALLED.reset(token)
+
+
+def _with_keywords(message: str) -> str:
+    called = _CALLED.get()
+    words = dict.fromkeys(called[flag] for flag in _FLAG.findall(message) if flag in called) if called else {}
+    new = ", ".join(word for word in words if word not in message)
+    return f"{message} (in Python {new})" if new else message
 
 
 def shown(value: Any, limit: int = 60) -> str:

@@ -74,7 +74,8 @@ def _check(about: Field[Any], value: Any) -> None:
     if kind == "positive" and not value > 0:
         raise CropiError(f"{name} must be a number above 0, got {value!r}")
     if kind == "share" and not 0 < value <= 1:
-        raise CropiError(f"{name} must be in (0, 1], got {value!r}")
+        percent = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
+        raise CropiError(f"{name} must be in (0, 1], got {value!r}{percent}")
 
 
 def check_used(given: Options, **used: tuple[str, bool]) -> None:
@@ -96,6 +97,21 @@ def check_used(given: Options, **used: tuple[str, bool]) -> None:
 def names_of(*classes: type[Any]) -> list[str]:
     """The names of the options of some classes."""
     return [about.name for one in classes for about in fields(one)]
+
+
+def keywords_of(*classes: type[Any], more: Sequence[str] = ()) -> dict[str, str]:
+    """What the flags of some classes are in Python, for :func:`cropi.errors.as_keywords`; ``more``: other parameters.
+
+    >>> from cropi.options import Tokens
+    >>> made = keywords_of(Tokens)
+    >>> made["--no-eos"], made["--too-long"]
+    ('eos=False', 'too_long=')
+    """
+    made = {f"--{name.replace('_', '-')}": f"{name}=" for name in more}
+    for about in (about for one in classes for about in fields(one)):
+        flag = about.metadata.get("flag") or f"--{about.name.replace('_', '-')}"
+        made[flag] = f"{about.name}={not about.default if about.metadata.get('kind') == 'switch' else ''}"
+    return made
 
 
 def part_of(options: Any, one: type[Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from support.stores import in_memory
 import cropi
 from cropi.cli import main
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores
+from cropi.ranking.influence import Scores, SharedPrompts
 from cropi.ranking.selection import read_selection
 from cropi.ranking.table import read_scores
 from cropi.store.memory import MemoryStore
@@ -325,3 +325,9 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.
     monkeypatch.delitem(vars(cropi), "__version__", raising=False)
     assert cropi.__version__ == cropi_kernels.__version__
     monkeypatch.delitem(vars(cropi), "__version__")
+
+
+def test_a_warning_points_to_the_line_that_called_this_package() -> None:
+    with pytest.warns(SharedPrompts) as caught:
+        cropi.score(make_model(), TRAIN, TRAIN, make_tokenizer(), **SMALL)
+    assert {warning.filename for warning in caught} == {__file__}

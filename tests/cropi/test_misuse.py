@@ -79,6 +79,13 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "score: an option": (lambda: cropi.score(model(), TRAIN, VALID, dims=3), "'dims' is not an option.*'dim'"),
     "score: progress": (lambda: cropi.score(model(), TRAIN, VALID, progress="no"), "progress must be True or False"),
     "score: device": (lambda: cropi.score(model(), TRAIN, VALID, device="cpu"), "device='cpu' is for a model that"),
+    "score: too long": (
+        lambda: cropi.score(model(), TRAIN, VALID, max_length=3, **QUIET),
+        r"--max-length or --too-long skip .*\(in Python max_length=, too_long=\)",
+    ),
+    "sketch: bad record": (
+        lambda: cropi.sketch(model(), [record("a", ("1", 2.0))], **QUIET), r"--skip-bad \(in Python skip_bad=True\)$",
+    ),
     "sketch: a number": (lambda: cropi.sketch(model(), 3, **QUIET), "int"),
     "sketch: a token id": (
         lambda: cropi.sketch(model(), [{**record("a"), "prompt_ids": [10**6]}], **QUIET), "token id 1000000 is beyond",
@@ -90,6 +97,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "select: a list": (lambda: cropi.select([1.0]), "scores is a list"),  # type: ignore[arg-type]
     "select: text": (lambda: cropi.select(scores(), "0.5"), "fraction must be a finite number, got '0.5'"),  # type: ignore[arg-type]
+    "select: percent": (lambda: cropi.select(scores(), 20), r"fraction must be in \(0, 1\], got 20; 20 % is 0.2"),
     "select: nothing": (lambda: cropi.select(scores(), 0.01), "fraction 0.01 of a pool of 4 prompts chooses none"),
     "neighbours: paths": (lambda: cropi.neighbours("a", "b"), "train is a str"),  # type: ignore[arg-type]
     "neighbours: none": (lambda: cropi.neighbours(store(), []), "valid is empty"),
@@ -109,10 +117,14 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "check: few": (lambda: cropi.check(model(), TRAIN[:2], **QUIET), "holds 2 prompts with a gradient"),
     "check: n": (lambda: cropi.check(model(), TRAIN, n=1, **QUIET), "n must be at least 4, got 1"),
     "Policy: nothing": (lambda: cropi.Policy(None), "model is of type NoneType"),  # type: ignore[arg-type]
+    "Policy: meta": (
+        lambda: cropi.Policy(torch.nn.Linear(2, 2, device="meta")), "model: parameters of Linear are on the meta device",
+    ),
     "Policy: order": (lambda: cropi.Policy(model(), model()), "the order is Policy"),
     "Scores: table": (lambda: cropi.Scores([], ["v"], [[1.0]], {}), "table is a list"),  # type: ignore[arg-type]
     "Scores: rows": (lambda: cropi.Scores(3, ["v"], T.numpy(), {}), "rows is of type int"),  # type: ignore[arg-type]
     "Scores: set": (lambda: scores().top("math", 5), "set is 'math': give one of 'valid'"),
+    "Scores: n for the set": (lambda: scores().top(3), "set is 3: give one of 'valid'; n=3 is how many"),  # type: ignore[arg-type]
     "Scores: n": (lambda: scores().top(n=-1), "n must be an integer of at least 1, got -1"),
     "Scores: folder": (lambda: scores().plot("nowhere/at/all/x.png"), "fraction 0.1|nowhere"),
     "SketchStore: path": (lambda: cropi.SketchStore.open(3), "path is of type int"),  # type: ignore[arg-type]

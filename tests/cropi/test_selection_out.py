@@ -79,6 +79,33 @@ def test_a_dataset_keeps_its_columns_features_and_order(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_dataset_may_be_a_list_of_prompts_or_a_frame(tmp_path: Path) -> None:
+    rows = [{"id": name, "question": f"q{i}"} for i, name in enumerate(IDS)]
+    want = [rows[9], rows[8]]
+    frame = pytest.importorskip("pandas").DataFrame(rows)
+    for held in (rows, tuple(rows), frame, pyarrow.Table.from_pylist(rows)):
+        assert chosen().to_dataset(held).to_list() == want
+        assert chosen().save(tmp_path / "p.jsonl", rows=held) == 2
+        assert json_lines(tmp_path / "p.jsonl") == want
+    other = [{"uid": row["id"], "question": row["question"]} for row in rows]
+    assert chosen().to_dataset(other, id_key="uid").to_list() == [other[9], other[8]]
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (3, "dataset: got int; give a datasets.Dataset"), ([], "dataset: got list; give"), ({"id": "a"}, "got dict; give"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"id": IDS})), "a DatasetDict of train: give one of its"),
+        (datasets.Dataset.from_dict({"id": IDS}).to_iterable_dataset(), "got IterableDataset; give"),
+        ([{"id": "a", "question": "q"}], "the list: 2 of 2 selected prompts have no row"),
+        ([{"question": "q"}], r"name it with --id-key \(in Python id_key=\)"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_dataset_are_named(held: Any, words: str) -> None:
+    with pytest.raises(CropiError, match=words):
+        chosen().to_dataset(held)
+
+
 def test_a_folder_that_is_no_data_set_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")

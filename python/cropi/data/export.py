@@ -249,15 +249,14 @@ def _rows_of_records(trajectories: Any, ids: Sequence[str]) -> list[dict[str, An
 
 def read_dataset(path: Any) -> Any:
     """A trainer's dataset: a pyarrow table (``.parquet``, a folder of ``save_to_disk``, a name on the hub, a
-    ``datasets.Dataset``), or :class:`cropi.data.spilled.Rows` of JSON objects (``.jsonl``, ``.json``).
+    ``datasets.Dataset``, a pandas frame), or :class:`cropi.data.spilled.Rows` (``.jsonl``, ``.json``, a list of
+    dictionaries).
 
     Raises:
         CropiError: the file does not exist, or is not of that form.
     """
-    if hasattr(path, "with_format"):
-        return saved.table_of_dataset(path)
-    if hasattr(path, "schema") and hasattr(path, "column_names"):
-        return path
+    if not isinstance(path, (str, os.PathLike)):
+        return _held(path)
     if is_hub_name(path) and not os.path.exists(path):
         return from_hub(str(path), lambda file, _: read_dataset(file), lambda held, _: read_dataset(held))
     path = Path(path)
@@ -273,6 +272,25 @@ def read_dataset(path: Any) -> Any:
         raise CropiError(f"dataset: there is no file {path}")
     with reading(path, missing=True):
         return _dataset_in(path)
+
+
+def _held(dataset: Any) -> Any:
+    """The same for a dataset in memory."""
+    if hasattr(dataset, "with_format") and hasattr(dataset, "__len__") and not isinstance(dataset, Mapping):
+        return saved.table_of_dataset(dataset)
+    if hasattr(dataset, "schema") and hasattr(dataset, "column_names"):
+        return dataset
+    if hasattr(dataset, "iterrows"):  # pandas
+        return optional("pyarrow").Table.from_pandas(dataset, preserve_index=False)
+    if isinstance(dataset, Sequence) and dataset and all(isinstance(row, Mapping) for row in dataset):
+        return Rows(dict(row) for row in dataset)
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping) and dataset and all(hasattr(part, "column_names") for part in dataset.values()):
+        raise CropiError(f"dataset: a {kind} of {', '.join(map(str, dataset))}: give one of its splits")
+    raise CropiError(
+        f"dataset: got {kind}; give a datasets.Dataset, a table, a pandas frame, a list of dictionaries (one a "
+        "prompt), a path or a name on the hub"
+    )
 
 
 def _dataset_in(path: Path) -> Any:

@@ -31,6 +31,7 @@ from cropi.model.placing import placed_device, placed_dtype
 from cropi.model.settings import model_settings, saved_buffers
 from cropi.model.sources import has_tokenizer, is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
+from cropi_kernels.sketcher.decoder import check_loaded
 from cropi_kernels.sketcher.packed import keep_gradients
 from cropi_kernels.sketcher.precision import unwrapped
 
@@ -62,7 +63,8 @@ class Policy:
         name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
 
     Raises:
-        CropiError: ``model`` is neither; ``dtype``, ``device`` and the like with a module, which has its own.
+        CropiError: ``model`` is neither, or is not loaded; ``dtype``, ``device`` and the like with a module, which has
+            its own.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -107,6 +109,10 @@ class Policy:
                         f"own: leave {option} out, and call model.to(...) where it should be another"
                     )
             self._model = unwrapped(model)
+            try:
+                check_loaded(self._model)
+            except ValueError as error:
+                raise CropiError(f"model: {error}") from None
             keep_gradients(self._model)
         elif isinstance(model, (str, os.PathLike)) and os.fspath(model):
             self._source = os.fspath(model)

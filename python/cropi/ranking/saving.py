@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 # By the ending of a path.
 ENDINGS = {".jsonl": "jsonl", ".json": "indices", ".parquet": "parquet", ".txt": "ids", "": "save_to_disk"}
+
+# Rows with one of these are trajectories.
+REWARDS = {"rewards", "reward"}
 
 
 def own_rows(selection: Selection) -> list[dict[str, Any]]:
@@ -119,10 +124,14 @@ def _parts(rows: Any, id_key: str | None, format: str = "") -> tuple[Any, Any]:
     if format in BY_PLACE or id_key is not None:
         return (), rows
     if isinstance(rows, (list, tuple)):
+        if all(isinstance(row, Mapping) and not REWARDS & row.keys() for row in rows):
+            return (), rows
         return rows, None
     try:
         table = read_dataset(rows)
     except CropiError:
+        if not isinstance(rows, (str, os.PathLike)):
+            raise
         return rows, None  # a form that trajectories alone have
     columns = column_values(table)[0]
-    return (rows, None) if {"rewards", "reward"} & set(columns) else ((), rows)
+    return (rows, None) if REWARDS & set(columns) else ((), rows)

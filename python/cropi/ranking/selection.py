@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cropi.errors import CropiError, optional, shown, warn
+from cropi.errors import CropiError, as_keywords, optional, shown, warn
 from cropi.files import is_folder
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
@@ -35,6 +35,9 @@ from cropi.ranking.selection_files import read_selection, write_selected_records
 from cropi.ranking.shares import how_many, read_quotas
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import METHODS, fuse_ranks, order_of, ranks_of, students_quantile
+
+# How messages name what :meth:`Selection.save` and others take.
+OF_ROWS = {"--dataset": "rows=", "--trajectories": "rows=", "--id-key": "id_key=", "--format": "format="}
 
 if TYPE_CHECKING:  # a selection by scores alone needs no torch
     from cropi.ranking.distinct import Distinct
@@ -91,8 +94,9 @@ class Selection:
         """The chosen prompts as a ``datasets.Dataset``, best first.
 
         Args:
-            rows: a dataset, whose rows are taken whole (a ``datasets.Dataset``, a path, a name on the hub), or
-                trajectory records, whose prompts are taken without the rollouts. None: id, rank and scores alone.
+            rows: a dataset, whose rows are taken whole (a ``datasets.Dataset``, a pandas frame, a list of
+                dictionaries, a path, a name on the hub), or trajectory records, whose prompts are taken without the
+                rollouts. None: id, rank and scores alone.
             id_key: the column of a dataset that holds the prompt ids; None finds it.
 
         Raises:
@@ -106,7 +110,8 @@ class Selection:
         """
         from cropi.ranking.saving import to_dataset
 
-        return to_dataset(self, rows, id_key)
+        with as_keywords(OF_ROWS):
+            return to_dataset(self, rows, id_key)
 
     def save(
         self,
@@ -131,7 +136,8 @@ class Selection:
         """
         from cropi.ranking.saving import save
 
-        return save(self, path, format, rows, id_key, data_source)
+        with as_keywords(OF_ROWS):
+            return save(self, path, format, rows, id_key, data_source)
 
     def push_to_hub(self, name: str, rows: Any = None, *, id_key: str | None = None, **options: Any) -> str:
         """Push the chosen prompts to the Hugging Face hub; returns the address.
@@ -146,7 +152,8 @@ class Selection:
         """
         from cropi.ranking.saving import push_to_hub
 
-        return push_to_hub(self, name, rows, id_key, **options)
+        with as_keywords(OF_ROWS):
+            return push_to_hub(self, name, rows, id_key, **options)
 
     def soft_weights(self, temperature: float = 1.0) -> dict[str, float]:
         """A weight for every usable prompt by id, with mean 1, best first: all are trained on, the better the more.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cropi.checked import check_fields
-from cropi.errors import CropiError, RecordError, optional
+from cropi.errors import CropiError, RecordError, as_keywords, optional
 from cropi.gradient.template import prints_date
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
-from cropi.option_fields import names_of, split
+from cropi.option_fields import keywords_of, names_of, split
 from cropi.options import Loading
 from cropi.rollouts.engine import Engine
 from cropi.rollouts.file import hash_of
@@ -25,6 +25,8 @@ from cropi.rollouts.rewards import Reward
 from cropi.rollouts.server import ServerEngine
 from cropi.rollouts.vllm import VllmEngine
 
+# How messages name the options.
+KEYWORDS = keywords_of(Loading, Rollout, more=("out", "reward"))
 CLOSELY = 256  # answers that a verifier parses beforehand, which takes milliseconds each
 
 
@@ -76,11 +78,12 @@ def rollout(
     >>> report.prompts, report.responses
     (2, 8)
     """
-    loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
-    split(loading, Loading)
-    (given,) = split(options, Rollout)
-    job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given, loading)
-    return run(job, out, say=say or (print if progress else _silent), progress=progress)
+    with as_keywords(KEYWORDS):
+        loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
+        split(loading, Loading)
+        (given,) = split(options, Rollout)
+        job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given, loading)
+        return run(job, out, say=say or (print if progress else _silent), progress=progress)
 
 
 def make_job(
