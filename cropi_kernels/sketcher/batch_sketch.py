@@ -17,3 +17,8 @@ class BatchSketch:
     """
 
     sketches: torch.Tensor
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "sketches"):
+            return "BatchSketch(not filled yet: its block has not ended)"
+        return f"BatchSketch({len(self.sketches)} segments, sketches of {self.sketches.shape[1]})"

@@ -100,14 +100,16 @@ def score(
         job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
         if noise:
             replace(job, noise=True)  # what does not go with it shows here
-        setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
+        setup = Setup(
+            job, compare, Selecting(fraction=1.0)
+        )  # nothing is chosen here, so no pool is too small
         train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
         folder = None if out is None else Path(out)
         for name in valid if isinstance(valid, dict) and folder is not None else ():
             if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
                 raise CropiError(
-                    f"valid: the store of the set {shown(name)} would lie outside of out={str(folder)!r}: give the set a "
-                    "name that does not begin with '/' and has no '..' in it"
+                    f"valid: the store of the set {shown(name)} would lie outside of out={str(folder)!r}: give the "
+                    "set a name that does not begin with '/' and has no '..' in it"
                 )
         checked = pipeline.check(policy, train, valid, setup, option="valid", named=True)
 
@@ -169,7 +171,13 @@ def sketch(
         (sketching,) = split(rest, Sketching)
         trajectories = _opened(policy, sketching, trajectories, source)
         job = make_job(
-            sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name}, noise=noise
+            sketching,
+            trajectories,
+            out,
+            set=set,
+            behaviour_model=beta,
+            notes={"model": policy.name},
+            noise=noise,
         )
         summary = run_job(policy, job, progress=progress)
         if summary.interrupted:
@@ -356,7 +364,9 @@ def check(
         (sketching,) = split(rest, Sketching)
         trajectories = _opened(policy, sketching, trajectories, source)
         job = make_job(sketching, trajectories, None, behaviour_model=beta)
-        return check_job(policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None)
+        return check_job(
+            policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None
+        )
 
 
 def _opened(policy: Policy, options: Sketching, given: Any, source: str) -> Any:

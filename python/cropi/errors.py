@@ -96,7 +96,7 @@ def _outside() -> int:
 
 _OURS = ("cropi", "cropi_kernels", "contextlib")
 # What flags are called by the function that was called from Python.
-_CALLED: ContextVar[Mapping[str, str]] = ContextVar("called", default={})
+_CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 
 
@@ -117,7 +117,9 @@ def as_keywords(flags: Mapping[str, str]) -> Iterator[None]:
 
 def _with_keywords(message: str) -> str:
     called = _CALLED.get()
-    words = dict.fromkeys(called[flag] for flag in _FLAG.findall(message) if flag in called) if called else {}
+    if not called:
+        return message
+    words = dict.fromkeys(called[flag] for flag in _FLAG.findall(message) if flag in called)
     new = ", ".join(word for word in words if word not in message)
     return f"{message} (in Python {new})" if new else message
 

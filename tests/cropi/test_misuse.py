@@ -118,7 +118,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "check: n": (lambda: cropi.check(model(), TRAIN, n=1, **QUIET), "n must be at least 4, got 1"),
     "Policy: nothing": (lambda: cropi.Policy(None), "model is of type NoneType"),  # type: ignore[arg-type]
     "Policy: meta": (
-        lambda: cropi.Policy(torch.nn.Linear(2, 2, device="meta")), "model: parameters of Linear are on the meta device",
+        lambda: cropi.Policy(torch.nn.Linear(2, 2, device="meta")),
+        "model: parameters of Linear are on the meta device",
     ),
     "Policy: order": (lambda: cropi.Policy(model(), model()), "the order is Policy"),
     "Scores: table": (lambda: cropi.Scores([], ["v"], [[1.0]], {}), "table is a list"),  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.stores import sketches_of
@@ -167,6 +168,32 @@ def test_what_is_no_model_is_refused_at_once(
 ) -> None:
     with pytest.raises(CropiError, match=message):
         Policy(*arguments, **options)
+
+
+def test_models_that_are_no_policy_are_named() -> None:
+    """Before a record is read."""
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    t5 = transformers.T5Config(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4)
+    refused = {
+        "T5ForConditionalGeneration, an encoder-decoder": transformers.T5ForConditionalGeneration(t5),
+        "LlamaModel, which has no head": transformers.LlamaModel(transformers.LlamaConfig(**sizes)),
+        "LlamaForSequenceClassification, which has no head": transformers.LlamaForSequenceClassification(
+            transformers.LlamaConfig(**sizes)
+        ),
+    }
+    for words, model in refused.items():
+        with pytest.raises(CropiError, match=f"model is a {words}.*: give a causal language model .*batch"):
+            Policy(model)
+    with pytest.raises(CropiError, match="model is a Linear, which names no embedding of tokens"):
+        _ = Policy(torch.nn.Linear(2, 2)).vocabulary
+    with pytest.raises(CropiError, match="model is a Linear, which has no configuration"):
+        _ = Policy(torch.nn.Linear(2, 2)).config
 
 
 def test_a_policy_takes_nothing_beside_it() -> None:

@@ -94,8 +94,9 @@ def test_a_dataset_may_be_a_list_of_prompts_or_a_frame(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "words"),
     [
-        (3, "dataset: got int; give a datasets.Dataset"), ([], "dataset: got list; give"), ({"id": "a"}, "got dict; give"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"id": IDS})), "a DatasetDict of train: give one of its"),
+        (3, "dataset: got int; give a datasets.Dataset"), ([], "dataset: got list; give"),
+        ({"id": "a"}, "dataset: got dict; give"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"id": IDS})), "a DatasetDict of train: give one"),
         (datasets.Dataset.from_dict({"id": IDS}).to_iterable_dataset(), "got IterableDataset; give"),
         ([{"id": "a", "question": "q"}], "the list: 2 of 2 selected prompts have no row"),
         ([{"question": "q"}], r"name it with --id-key \(in Python id_key=\)"),

@@ -241,6 +241,12 @@ def test_export_to_numpy_and_parquet(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert matrix.dtype == np.float32 and np.array_equal(
         matrix, torch.stack([want[r["id"]] for r in rows]).numpy()
     )
+    part(tmp_path / "before", range(23, 30), dtype="float16")
+    both = SketchStore.join([SketchStore.open(tmp_path / "before"), SketchStore.open(tmp_path / "s")])
+    ids, held = both.to_numpy()  # in order of id, and not of the files
+    want_both = want | content(tmp_path / "before")
+    assert ids == sorted(want_both) and held.dtype == np.float32
+    assert np.array_equal(held, torch.stack([want_both[name] for name in ids]).numpy())
     assert main(f"{line}/y --to parquet --normalise".split()) == 0
     table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "y").to_pydict()
     for name, vector_ in zip(table["id"], table["sketch"], strict=True):

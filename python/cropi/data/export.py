@@ -285,7 +285,11 @@ def _held(dataset: Any) -> Any:
     if isinstance(dataset, Sequence) and dataset and all(isinstance(row, Mapping) for row in dataset):
         return Rows(dict(row) for row in dataset)
     kind = type(dataset).__name__
-    if isinstance(dataset, Mapping) and dataset and all(hasattr(part, "column_names") for part in dataset.values()):
+    if (
+        isinstance(dataset, Mapping)
+        and dataset
+        and all(hasattr(part, "column_names") for part in dataset.values())
+    ):
         raise CropiError(f"dataset: a {kind} of {', '.join(map(str, dataset))}: give one of its splits")
     raise CropiError(
         f"dataset: got {kind}; give a datasets.Dataset, a table, a pandas frame, a list of dictionaries (one a "

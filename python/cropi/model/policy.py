@@ -63,8 +63,8 @@ class Policy:
         name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
 
     Raises:
-        CropiError: ``model`` is neither, or is not loaded; ``dtype``, ``device`` and the like with a module, which has
-            its own.
+        CropiError: ``model`` is neither, not loaded, an encoder-decoder or a model without a language model's head;
+            ``dtype``, ``device`` and the like with a module, which has its own.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -113,6 +113,7 @@ class Policy:
                 check_loaded(self._model)
             except ValueError as error:
                 raise CropiError(f"model: {error}") from None
+            _check_kind(self._model)
             keep_gradients(self._model)
         elif isinstance(model, (str, os.PathLike)) and os.fspath(model):
             self._source = os.fspath(model)
@@ -247,6 +248,8 @@ class Policy:
         """The model's configuration. A name's is loaded alone, before the weights."""
         if self._config is None:
             assert self._source is not None or self._model is not None
+            if self.loaded and not hasattr(self._model, "config"):
+                raise _no_policy(self._model, "which has no configuration")
             self._config = (
                 self._model.config if self.loaded else load_config(str(self._source), **self._where)
             )
@@ -257,7 +260,10 @@ class Policy:
         """Rows of the embedding: token ids are below this."""
         if not self.loaded:
             return int(self.config.get_text_config().vocab_size)
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        try:
+            return int(self.model.get_input_embeddings().weight.shape[0])
+        except AttributeError:
+            raise _no_policy(self.model, "which names no embedding of tokens") from None
 
     @property
     def context(self) -> int | None:
@@ -395,6 +401,22 @@ def check_dropout(model: Any, name: str) -> None:
                     "would drop other activations, so that gradients would be random; call model.eval(), or set "
                     "every such rate to 0 where gradient checkpointing needs training mode"
                 )
+
+
+def _check_kind(model: Any) -> None:
+    """Refuse modules that say themselves that they are no causal language model."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise _no_policy(model, "an encoder-decoder")
+    head = getattr(model, "get_output_embeddings", None)
+    if callable(head) and head() is None:
+        raise _no_policy(model, "which has no head that gives the logits of tokens")
+
+
+def _no_policy(model: Any, why: str) -> CropiError:
+    return CropiError(
+        f"model is a {type(model).__name__}, {why}: give a causal language model (AutoModelForCausalLM), or sketch a "
+        "loss of your own by cropi.GradientSketcher(model).batch(...)"
+    )
 
 
 def _shown(value: object) -> str:

@@ -7,7 +7,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cropi.errors import CropiError
 from cropi.store.codec import decode
@@ -79,6 +81,28 @@ class StoredSketches:
                 rows,
                 table.clone() if table.data_ptr() == next(iter(tensors.values())).data_ptr() else table,
             )
+
+    def to_numpy(self) -> tuple[list[str], NDArray[np.float32]]:
+        """The ids of the prompts that have a sketch, in order, and their sketches, float32 ``[n, dim]``, in memory.
+
+        Raises:
+            CropiError: a shard's checksum does not match; the shard is named.
+
+        >>> from cropi.store.memory import MemoryStore
+        >>> store = MemoryStore({"spec": {"dim": 64}})
+        >>> for name in ("b", "a"):
+        ...     _ = store.add(RowInfo(name), torch.ones(64))
+        >>> store.finish()
+        >>> ids, sketches = store.to_numpy()
+        >>> ids, sketches.shape
+        (['a', 'b'], (2, 64))
+        """
+        ids = [row.id for row in self.rows() if row.row is not None]
+        places = {name: place for place, name in enumerate(ids)}
+        table = np.empty((len(ids), self.dim), np.float32)
+        for rows, sketches in self.shards():
+            table[[places[row.id] for row in rows]] = sketches.numpy()
+        return ids, table
 
     def verify(self) -> int:
         """Check every shard's checksums, those of ``sha256sum`` too; returns how many shards there are."""
