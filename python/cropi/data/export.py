@@ -255,7 +255,7 @@ def read_dataset(path: Any) -> Any:
     Raises:
         CropiError: the file does not exist, or is not of that form.
     """
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, Path)):
         return _held(path)
     if is_hub_name(path) and not os.path.exists(path):
         return from_hub(str(path), lambda file, _: read_dataset(file), lambda held, _: read_dataset(held))

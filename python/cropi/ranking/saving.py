@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +129,7 @@ def _parts(rows: Any, id_key: str | None, format: str = "") -> tuple[Any, Any]:
     try:
         table = read_dataset(rows)
     except CropiError:
-        if not isinstance(rows, (str, os.PathLike)):
+        if not isinstance(rows, (str, Path)):
             raise
         return rows, None  # a form that trajectories alone have
     columns = column_values(table)[0]
