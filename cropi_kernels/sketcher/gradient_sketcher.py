@@ -41,7 +41,7 @@ from .labels import Batch, scored_tokens
 from .one_sequence import check_call
 from .origin import origin_of
 from .precision import own_precision
-from .probe import Probe, checked_rows, probe_policy
+from .probe import Probe, checked_rows, probe_longer, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .scale import SegmentScales
 from .segments import Segments
@@ -319,7 +319,7 @@ class GradientSketcher:
         where = Segments.of(here.segments, batch, length, num_segments)
         assert here.positions is not None
         scored, segment = scored_segments(where, here.positions)
-        kwargs = self._inputs(here, attention_mask, position_ids, model_kwargs)
+        kwargs = self._inputs(split, here, attention_mask, position_ids, model_kwargs)
         if labels is not None and segments.ndim == 1:
             check_call(
                 batch, kwargs | {"attention_mask": here.attention_mask, "position_ids": here.position_ids}
@@ -397,6 +397,7 @@ class GradientSketcher:
 
     def _inputs(
         self,
+        split: SplitModel,
         here: Batch,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
@@ -404,6 +405,10 @@ class GradientSketcher:
     ) -> dict[str, Any]:
         """What the decoder is called with beside the tokens, checked against what the probe has measured."""
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
+        square = attention_mask is not None and attention_mask.ndim == 4
+        # Of a sharded model some ranks alone might measure.
+        if not (self.probe is None or square or sharded.units(self.model)):
+            self.probe = probe_longer(self.probe, self.model, split, here)
         return kwargs | checked_rows(self.probe, here, attention_mask)
 
     def _taken_apart(self) -> SplitModel:

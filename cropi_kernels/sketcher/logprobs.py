@@ -15,7 +15,7 @@ from .host import on_host
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import Batch
 from .precision import own_precision, unwrapped
-from .probe import Probe, checked_rows, probe_rows
+from .probe import Probe, checked_rows, probe_longer, probe_rows
 from .sharded import units
 from .split import SplitModel
 
@@ -80,7 +80,7 @@ def token_logprobs(
     with own_precision(model):
         # Of a sharded model some ranks alone might measure.
         if not (square or units(model)) and (mask is not None or position_ids is not None):
-            kwargs |= checked_rows(_measured_probe(model, split), here, mask)
+            kwargs |= checked_rows(_measured_probe(model, split, here), here, mask)
         hidden = split.hidden(input_ids, **kwargs)
     with split.whole_head():
         picked = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
@@ -102,10 +102,10 @@ def measured_split(model: nn.Module) -> SplitModel:
     return dataclasses.replace(named, scale=known[2], softcap=known[3])
 
 
-def _measured_probe(model: nn.Module, split: SplitModel) -> Probe:
-    """How the model takes rows, measured at the first call, and again for another kind of attention."""
+def _measured_probe(model: nn.Module, split: SplitModel, here: Batch) -> Probe:
+    """How the model takes rows, measured at the first call, and again for another kind of attention or longer rows."""
     kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
     known = _PROBES.get(model)
-    if known is None or known[0] != kind:
-        known = _PROBES[model] = kind, probe_rows(model, split)
-    return known[1]
+    probe = known[1] if known is not None and known[0] == kind else probe_rows(model, split)
+    _PROBES[model] = kind, probe_longer(probe, model, split, here)
+    return _PROBES[model][1]

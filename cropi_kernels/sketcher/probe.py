@@ -17,7 +17,8 @@ from torch import nn
 from .host import values
 from .labels import Batch
 from .lengths import Lengths, check_lengths, lengths_of, same
-from .one_sequence import check_apart
+from .one_sequence import check_apart, restart
+from .precision import own_precision
 from .sharded import device_of
 from .split import SplitModel
 from .trial import few_rows
@@ -44,6 +45,8 @@ class Probe:
         packing: several sequences in a row, with positions that begin anew: "as it is" (the model keeps them apart);
             "without a mask" (it does unless it is given a mask [batch, length], as most of transformers' do); "wrong"
             (an error).
+        padded, packed: the longest rows on which these two were measured. Longer ones are measured on before they are
+            used: Llama 4 scales the queries of long rows by the column, and not by the position.
     """
 
     scale: float
@@ -52,6 +55,8 @@ class Probe:
     by_length: bool
     left_padding: str
     packing: str
+    padded: int = dataclasses.field(repr=False, compare=False)
+    packed: int = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [
@@ -96,8 +101,43 @@ def probe_rows(model: nn.Module, split: SplitModel) -> Probe:
 
 def _measured(model: nn.Module, split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> Probe:
     lengths = lengths_of(model, split, ids)
-    padding, packing = _left_padding(split, ids, plain), _packing(split, ids, plain)
-    return Probe(split.scale, split.softcap, lengths.switch, lengths.by_length, padding, packing)
+    padding, packing = _left_padding(split, ids, plain), _packing(split, ids[:2], plain[:2])
+    length = ids.shape[1]
+    known = split.scale, split.softcap, lengths.switch, lengths.by_length, padding, packing
+    return Probe(*known, padded=length + PAD, packed=2 * length)
+
+
+def probe_longer(probe: Probe, model: nn.Module, split: SplitModel, here: Batch) -> Probe:
+    """The probe, measured again on made-up rows as long as those of a batch, where it was measured on shorter ones
+    alone and the batch needs it. Leaves no trace in the model.
+
+    Args:
+        probe: what was measured so far.
+        model, split: whose.
+        here: the batch, on the host; its mask is None where there is a 4-D one.
+    """
+    length, mask, where = here.input_ids.shape[1], here.attention_mask, here.position_ids
+    shapes: dict[str, tuple[int, int]] = {}
+    # Positions go no further than those of the batch: a table of them may end there.
+    if mask is not None and length > probe.padded and probe.left_padding != "wrong" and where is None:
+        if bool((values(mask[:, 0]) == 0).any()):
+            shapes["left"] = 1, min(length - PAD, int(mask.sum(1).max()))
+    if where is not None and length > probe.packed and probe.packing != "wrong":
+        where = where.reshape(-1, *where.shape[-2:])[0].expand(here.input_ids.shape)
+        if restart(where, mask) is not None:
+            each = min(length - 1, int(where.max()) + 1)
+            shapes["several"] = -(-length // each), each
+    with own_precision(model), untouched(model), torch.no_grad():
+        model.eval()
+        for what, shape in shapes.items():
+            ids = few_rows(model, split.head.weight.shape[0], device_of(model), shape)
+            plain = split.hidden(ids)
+            if what == "left":
+                found = _left_padding(split, ids, plain, length - shape[1], probe.left_padding)
+                probe = dataclasses.replace(probe, left_padding=found, padded=length)
+            else:
+                probe = dataclasses.replace(probe, packing=_packing(split, ids, plain), packed=length)
+    return probe
 
 
 def is_causal(run: Run, ids: torch.Tensor, plain: torch.Tensor) -> bool:
@@ -125,21 +165,21 @@ def _check_alone(run: Run, ids: torch.Tensor, plain: torch.Tensor, name: str) ->
 
 
 # ----------------------------------------------------------------------------------------------- padding
-PAD = 3
+PAD, PART = 3, 32  # tokens
 
 
-def _left_padding(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:
-    """What rows that are padded on the left need, to give what they give without padding."""
-    padded = torch.cat([ids[:, :1].expand(-1, PAD), ids], 1)
+def _left_padding(
+    split: SplitModel, ids: torch.Tensor, plain: torch.Tensor, pad: int = PAD, known: str = "as it is"
+) -> str:
+    """What rows with ``pad`` tokens of padding on the left need, to give what they give without; at least ``known``."""
+    padded = torch.cat([ids[:, :1].expand(-1, pad), ids], 1)
     mask = torch.ones_like(padded)
-    mask[:, :PAD] = 0
+    mask[:, :pad] = 0
     for answer, options in (("as it is", {}), ("position_ids", {"position_ids": counted(mask)})):
+        if known == "position_ids" != answer:
+            continue
         try:
-            if same(
-                split.hidden(padded, attention_mask=mask, **options)[:, PAD:],
-                plain,
-                most=plain.element_size() < 4,
-            ):
+            if _alike(split.hidden(padded, attention_mask=mask, **options)[:, pad:], plain):
                 return answer
         except (IndexError, TypeError, ValueError, RuntimeError):  # takes no mask, or no positions
             continue
@@ -147,20 +187,32 @@ def _left_padding(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> 
 
 
 def _packing(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:
-    """Whether two rows in one, with positions that begin anew, give what each gives alone."""
-    length, half = ids.shape[1], plain.element_size() < 4
-    row = ids[:2].reshape(1, -1)
-    where = torch.arange(length, device=ids.device).repeat(2)[None]
+    """Whether rows in one, with positions that begin anew, give what each gives alone."""
+    row = ids.reshape(1, -1)
+    where = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids))[None]
     answer = "wrong"
     for better, mask in (("without a mask", {}), ("as it is", {"attention_mask": torch.ones_like(row)})):
         try:
             got = split.hidden(row, position_ids=where, **mask)
         except (IndexError, TypeError, ValueError, RuntimeError):  # takes no positions, or no mask
             break
-        if not same(got.view(2, length, -1), plain[:2], most=half):
+        if not _alike(got, plain):
             break
         answer = better
     return answer
+
+
+def _alike(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether hidden states of the same tokens are equal up to rounding.
+
+    Of many tokens, most of every part of them: rounding changes the expert of a few.
+    """
+    got, want = got.reshape(-1, got.shape[-1]), want.reshape(-1, want.shape[-1])
+    if len(want) <= 2 * PART:
+        return same(got, want, most=want.element_size() < 4)
+    parts = min(16, len(want) // PART)
+    terms = len(want) / PART
+    return all(same(a, b, True, terms) for a, b in zip(got.chunk(parts), want.chunk(parts), strict=True))
 
 
 def counted(mask: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,10 @@ ROWS = 3
 LENGTHS = (11, 13, 17, 19, 23, 29, 31, 37)
 
 
-def few_rows(model: nn.Module, vocab: int, device: torch.device) -> torch.Tensor:
-    """Token ids [ROWS, length] to try a model on.
+def few_rows(
+    model: nn.Module, vocab: int, device: torch.device, shape: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Token ids [ROWS, length] to try a model on, or of another shape.
 
     The length is unlike any size of the model, so that no tensor of another meaning has this shape by accident. Ids
     that the configuration names (padding, images) are left out.
@@ -29,10 +31,10 @@ def few_rows(model: nn.Module, vocab: int, device: torch.device) -> torch.Tensor
         default=11,
     )
     fitting = [n for n in LENGTHS if n not in sizes and n * ROWS not in sizes and n <= max(most, LENGTHS[0])]
-    length = fitting[0] if fitting else LENGTHS[0]
+    rows, length = shape or (ROWS, fitting[0] if fitting else LENGTHS[0])
     plain = [i for i in range(min(vocab, 65536)) if i not in special] or list(range(vocab))
-    chosen = [plain[(7919 * (i + 1)) % len(plain)] for i in range(ROWS * length)]
-    ids = torch.tensor(chosen, device=device).view(ROWS, length)
+    chosen = [plain[(7919 * (i + 1)) % len(plain)] for i in range(rows * length)]
+    ids = torch.tensor(chosen, device=device).view(rows, length)
     # Without these tokens, adapters that depend on them do nothing and have no gradient.
     if wanted := [*invocation_tokens(model), *trained_tokens(model)[:3]][: length - 2]:
         ids[:, 1 : 1 + len(wanted)] = torch.tensor(wanted, device=device)

@@ -143,6 +143,67 @@ def test_sequences_that_the_model_does_not_keep_apart_are_refused(name: str, mas
     assert ((got.sketches - want.sketches).norm(dim=1) <= 1e-5 * want.sketches.norm(dim=1)).all()
 
 
+def llama4() -> Any:
+    """Scales queries by the column and not by the position, from column 31 on."""
+    sizes = {
+        **zoo.SIZES,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = transformers.Llama4TextConfig(
+        **sizes, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, no_rope_layers=[0, 0], moe_layers=[],
+        attention_chunk_size=256, floor_scale=32, attn_scale=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "make, dtype",
+    [(llama4, torch.float32), (lambda: zoo.make("llama"), torch.float32),
+     (lambda: zoo.make("llama"), torch.bfloat16)],
+    ids=["llama4", "llama", "llama in bfloat16"],
+)  # fmt: skip
+def test_packed_rows_are_probed_as_long_as_they_are(make: Any, dtype: torch.dtype) -> None:
+    model, apart = make().to(dtype), make is not llama4
+    alone = torch.randint(3, zoo.VOCAB, (3, 40), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(3 * 40).view(3, 40)[:, 10:-1].flatten()
+    targets = alone[:, 11:].flatten()
+    row = dict(input_ids=alone.view(1, -1), position_ids=torch.arange(40).repeat(3)[None])
+    given: dict[str, Any] = dict(positions=places, targets=targets)
+    short = dict(input_ids=alone[:2, :12].reshape(1, -1), position_ids=torch.arange(12).repeat(2)[None])
+    few: dict[str, Any] = dict(positions=torch.tensor([5, 20]), targets=torch.tensor([7, 8]))
+    weights = torch.sin(torch.arange(len(targets)) + 1.0)
+    refused = "row 0 holds several sequences .* in column 40.* does not keep apart"
+    token_logprobs(model, **short, **few)
+    with GradientSketcher(model, SPEC) as sketcher:
+        sketcher.policy_gradient(
+            **short, **few, segments=torch.arange(2).repeat_interleave(12)[None], weights=torch.ones(2)
+        )
+        rest: dict[str, Any] = dict(segments=torch.arange(3).repeat_interleave(40)[None], weights=weights)
+        if not apart:
+            for _ in range(2):
+                with pytest.raises(ValueError, match=refused):
+                    sketcher.policy_gradient(**row, **given, **rest)
+                with pytest.raises(ValueError, match=refused):
+                    token_logprobs(model, **row, **given)
+            return
+        got = sketcher.policy_gradient(**row, **given, **rest)
+        assert sketcher.probe is not None and sketcher.probe.packed == 120
+        want = sketcher.policy_gradient(alone, **given, segments=torch.arange(3), weights=weights)
+    near = 2e-6 if dtype == torch.float32 else 0.05
+    assert ((got.sketches - want.sketches).norm(dim=1) <= near * want.sketches.norm(dim=1)).all()
+    found = token_logprobs(model, **row, **given)
+    torch.testing.assert_close(found, want.logprobs, rtol=near, atol=near)
+
+
 def test_another_kind_of_attention_is_probed_anew() -> None:
     model: Any = zoo.make("llama")
     sketcher = GradientSketcher(model, SPEC)

@@ -28,9 +28,12 @@ REFUSED: dict[str, dict[str, str]] = {
     ),
     # Their experts are not gate and up, activation, down, or not as many of each.
     "inkling_text": _both("do not hold the same experts"),
-    "inkling2_text": _both("its forward is not gate and up, activation, down"),
+    **dict.fromkeys(
+        ("inkling2_text", "inkling2_loop_text"), _both("its forward is not gate and up, activation, down")
+    ),
     "longcat_flash": _both("do not hold the same experts"),
     # Between decoder and head these do more than a factor and a cap; `batch` takes them.
+    "dory": {"policy_gradient": _PARTS},
     "electra": {"policy_gradient": _PARTS},
     "modernbert-decoder": {"policy_gradient": _PARTS},
     "rembert": {"policy_gradient": "have 32 features, and its head takes 1664"},
