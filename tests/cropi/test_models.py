@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cropi.model.gguf_reader import quick_reading
 from cropi.model.load import load_model, load_tokenizer
 from cropi.model.policy import Policy
 from cropi.model.sources import PYPI_MODELS
@@ -148,6 +149,44 @@ def test_gguf_is_dequantised_into_a_dense_model(tmp_path: Path, llama: LlamaForC
     tok.save_pretrained(tmp_path / "dense")
     again, _ = load_model(tmp_path / "dense")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+
+
+@needs("transformers", "5.23", "its GGUF reader wants another package for this tokenizer")
+def test_a_policy_parses_a_gguf_file_once_for_its_configuration_and_once_for_its_weights(
+    tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama)
+    parsed: list[type] = []
+    build = gguf.GGUFReader._build_fields
+
+    def counted(reader: gguf.GGUFReader, *args: Any) -> Any:
+        parsed.append(type(reader.data))
+        return build(reader, *args)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", counted)
+    policy = Policy(tmp_path / "tiny.gguf")
+    assert policy.config is not None and policy.tokenizer is not None and policy.model is not None
+    # Arrays of numpy's class of mapped files take three times as long to cut.
+    assert parsed == [np.ndarray] * 2
+
+
+def test_the_quick_gguf_reader_finds_the_same_and_is_taken_away_again(
+    tmp_path: Path, llama: LlamaForCausalLM
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", llama)
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    with quick_reading():
+        quick = gguf.GGUFReader(tmp_path / "tiny.gguf")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        assert names is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+    assert names.mapping == gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2).mapping
+    assert list(quick.fields) == list(plain.fields)
+    for got, expected in zip(quick.fields.values(), plain.fields.values(), strict=True):
+        assert got.contents() == expected.contents() and got.types == expected.types
+    for got, expected in zip(quick.tensors, plain.tensors, strict=True):
+        assert got.name == expected.name and np.array_equal(got.data, expected.data)
 
 
 @needs("transformers", "5.23", "its GGUF reader wants another package for this tokenizer")

@@ -19,6 +19,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import entries, failure_of, is_file, is_folder, meant, reason
+from cropi.model.gguf_reader import quick_reading
 from cropi.model.sources import is_local, locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +51,7 @@ def load_model(
     *,
     eos: bool = True,
     tokenizer: Any = None,
+    config: Any = None,
     trust_remote_code: bool = False,
     variant: Variant | None = None,
     progress: bool = True,
@@ -65,6 +67,7 @@ def load_model(
         device: where the model goes, or "auto".
         eos: the tokenizer needs an EOS token; False takes one without, for texts to which none is appended.
         tokenizer: the one that :func:`load_tokenizer` gave, if it has been loaded already; False: none is wanted.
+        config: the one that :func:`load_config` gave, if it has been loaded already.
         trust_remote_code: let the model's folder or hub repository bring code of its own, **which is run**.
         variant: quantised, with an adapter, of a revision, with another attention.
         progress: leave transformers its progress bars.
@@ -88,7 +91,8 @@ def load_model(
     spread = _spread(name, variant)
     source, options = _located(name, trust_remote_code, variant.revision)
     with _explained(name), nullcontext() if progress else _no_bars():
-        config = _load_config(name, source, options)
+        if config is None:
+            config = _load_config(name, source, options)
         dtype = placed_dtype(dtype, device, config)
         packed = quantization(
             variant.quantize, dtype, device, options, has_adapter=variant.adapter is not None
@@ -253,7 +257,8 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> Any:
     if "local_files_only" not in options and (closed := _closed_cache(name)):
         raise _unreadable(name, PermissionError(errno.EACCES, "", str(closed)))
     try:
-        config = AutoConfig.from_pretrained(source, **options)
+        with quick_reading() if "gguf_file" in options else nullcontext():
+            config = AutoConfig.from_pretrained(source, **options)
     except OSError as error:
         # transformers' own message says what is wrong with a folder
         if "local_files_only" in options or failure_of(error):
@@ -285,7 +290,8 @@ def _load_weights(
         **options, **(_dense_gguf() if is_gguf else {}),
     )  # fmt: skip
     try:
-        model, info = load(attn_implementation="sdpa" if attention == "auto" else attention)
+        with quick_reading() if is_gguf else nullcontext():
+            model, info = load(attn_implementation="sdpa" if attention == "auto" else attention)
     except (ValueError, ImportError) as error:  # raised before any weight is read
         if attention != "auto":
             raise CropiError(

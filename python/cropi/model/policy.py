@@ -170,7 +170,9 @@ class Policy:
         if self._model is None:
             assert self._source is not None
             known = self._tokenizer if self._tokenizer is not None or self._has_tokenizer else False
-            self._model, self._tokenizer = load_model(self._source, **self._load, tokenizer=known)
+            self._model, self._tokenizer = load_model(
+                self._source, **self._load, tokenizer=known, config=self._config
+            )
             keep_gradients(self._model)
         return self._model
 
