@@ -1,7 +1,7 @@
 """What transformers does with a GGUF file, without what takes most of its time; the numbers are the same.
 
-- Every token of the vocabulary is cut out of the mapped file as arrays of numpy's class of mapped files, which asks of each
-  whether it shares the file's memory. Arrays of the plain class are cut in a third of the time.
+- Every token of the vocabulary is cut out of the mapped file as arrays of numpy's class of mapped files, which asks of
+  each whether it shares the file's memory. Arrays of the plain class are cut in a third of the time.
 - The table of tensor names depends on architecture and number of layers alone, and is made anew for every module.
 """
 
