@@ -22,6 +22,7 @@ from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator, finished
 from .attach import plan_model
+from .attention import right_backward
 from .clock import Clock
 from .coverage import Coverage
 from .formed_sums import Add, parameters_of
@@ -156,7 +157,8 @@ class FormedSketcher:
         weigh = scales.weigh(weigh)
         clock = Clock(input_ids.device)
         begun = clock.mark()
-        with own_precision(self.model), torch.enable_grad():
+        attention = right_backward(input_ids.device, input_ids.shape[1])
+        with own_precision(self.model), attention, torch.enable_grad():
             for segment, rows, tokens in batch.parts():
                 if tokens.start == tokens.stop:
                     continue

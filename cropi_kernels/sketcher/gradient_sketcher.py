@@ -19,6 +19,7 @@ from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from . import sharded
 from .apart import MIXED, Apart
+from .attention import right_backward
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
 from .coverage import Coverage
@@ -331,10 +332,11 @@ class GradientSketcher:
             "gradient checkpointing",
         )
         plan, acc, more = self._tapped.plan, self._tapped.acc, self._tapped.more
-        with explained, own_precision(self.model), self._linears.around(self.model):
+        device = sharded.device_of(self.model)
+        attention = right_backward(device, length)
+        with explained, own_precision(self.model), self._linears.around(self.model), attention:
             self._begin(where)
             try:
-                device = sharded.device_of(self.model)
                 more.begin(where, device)
                 # Before the forward: see `head_pass`.
                 of_labels = () if labels is None else (positions, targets)

@@ -234,9 +234,12 @@ def test_a_model_that_takes_bool_masks_alone_is_handed_these() -> None:
 
 def test_masks_that_are_added_begin_where_attention_reads_them_without_a_copy() -> None:
     seen = prefix_mask(torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, 1, 2, 2, 3]]))
-    got = handed(seen, torch.bfloat16)
-    assert got.dtype == torch.bfloat16 and got.stride(-1) == 1 and all(n % 8 == 0 for n in got.stride()[:-1])
-    assert torch.equal(got == 0, seen) and torch.equal(got == -torch.inf, ~seen)
+    for dtype, lowest in ((torch.bfloat16, -9e29), (torch.float32, -9e29), (torch.float16, -65504)):
+        got = handed(seen, dtype)
+        assert got.dtype == dtype and got.stride(-1) == 1 and all(n % 8 == 0 for n in got.stride()[:-1])
+        assert torch.equal(got == 0, seen) and torch.equal(got <= lowest, ~seen)
+        # As kernels have it, which know exponentials of 2 alone.
+        assert (got.float() * 1.4427).isfinite().all()
 
 
 def test_prefix_mask_by_hand() -> None:
@@ -326,5 +329,5 @@ def test_weights_and_health_read_nothing_from_a_device(name: str, equal: bool) -
     weights = weigh(logprobs, 0, len(logprobs))
     assert weights.is_meta and weights.shape == logprobs.shape
     sketches = torch.empty(1, 8, device="meta")
-    passed = Passed(batch, there, there.behaviour, PolicyGradient(sketches, logprobs, weights, {}), 0.0)
+    passed = Passed(batch, there, there.behaviour, PolicyGradient(sketches, logprobs, weights, dict), 0.0)
     assert [x.shape[0] for x in passed.fetched(estimator).wait()] == [1, 1, 1, 1]

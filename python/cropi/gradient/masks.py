@@ -8,6 +8,10 @@ import torch
 
 # Torch's memory-efficient attention copies a mask whose rows do not begin at a multiple of so many numbers.
 ALIGNED = 8
+# Added to the scores of tokens that are not attended to. Not minus infinity, which torch keeps from cuDNN's attention
+# up to 2.10 (NaN where a tile of keys is masked whole); nor a dtype's smallest number, which kernels multiply by
+# log2(e): beyond float32.
+HIDDEN = -1e30
 
 
 def prefix_mask(blocks: torch.Tensor) -> torch.Tensor:
@@ -29,7 +33,7 @@ def prefix_mask(blocks: torch.Tensor) -> torch.Tensor:
 
 def handed(mask: torch.Tensor, added: torch.dtype | None) -> torch.Tensor:
     """A mask as a model is handed it: of a bool ``[B, 1, L, L]`` the numbers that attention adds to its scores, 0 where
-    it is True and minus infinity elsewhere; the mask itself if ``added``, their dtype, is None.
+    it is True and :data:`HIDDEN` (in float16 its lowest) elsewhere; the mask itself if ``added``, their dtype, is None.
 
     Torch's ``scaled_dot_product_attention`` makes the same of a bool mask, but in every layer anew, and keeps each for
     the backward pass: two bytes for every pair of tokens and layer.
@@ -38,7 +42,7 @@ def handed(mask: torch.Tensor, added: torch.dtype | None) -> torch.Tensor:
         return mask
     length = mask.shape[-1]
     room = torch.zeros(*mask.shape[:-1], -(-length // ALIGNED) * ALIGNED, dtype=added, device=mask.device)
-    return room[..., :length].masked_fill_(mask.logical_not(), -torch.inf)
+    return room[..., :length].masked_fill_(mask.logical_not(), max(HIDDEN, torch.finfo(added).min))
 
 
 def additive_if_eager(model: Any, mask: torch.Tensor) -> torch.Tensor:
