@@ -26,6 +26,7 @@ MIXED = (
     "has a gradient of its own: give position_ids that begin anew with each sequence and no attention_mask [batch, "
     "length] (most models of transformers keep sequences apart so), or one sequence a row"
 )
+NOTHING, APART, LEAKS = range(3)  # what two runs show; of several ranks, the largest counts
 
 
 class Apart:
@@ -34,18 +35,20 @@ class Apart:
     Args:
         model: a causal language model; of another one nothing is recorded.
         acc: the sums of its taps.
-        ids: int64 [batch, length], the number of each token's segment, on the host.
+        segments: int64 [batch, length], the number of each token's segment, or [batch], that of each row's.
     """
 
-    def __init__(self, model: nn.Module, acc: Accumulator, ids: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, acc: Accumulator, segments: torch.Tensor) -> None:
         self._model, self._acc = model, acc
-        begins = ids[:, 1:] != ids[:, :-1]
-        # The tokens of every second segment of a row.
-        self._second = torch.nn.functional.pad(begins.cumsum(1), (1, 0)) % 2 == 1
+        self._second: torch.Tensor | None = None  # of per-row segments
+        if segments.ndim == 2:
+            begins = (segments[:, 1:] != segments[:, :-1]).cpu()
+            # The tokens of every second segment of a row.
+            self._second = torch.nn.functional.pad(begins.cumsum(1), (1, 0)) % 2 == 1
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._decoder: nn.Module | None = None
-        # Of a sharded model some ranks alone might come here.
-        if bool(begins.any()) and not sharded.units(model):
+        # The ranks of a sharded model run the same passes, whatever each one's rows hold.
+        if sharded.largest(model, int(self._second is not None and bool(self._second.any()))):
             with contextlib.suppress(ValueError):
                 self._decoder = split_parts(model).decoder
 
@@ -64,16 +67,33 @@ class Apart:
             yield
 
     def mixed(self) -> bool | None:
-        """Whether a segment's hidden states depend on another's tokens; None: nothing was seen that tells."""
-        if self._call is None or self._decoder is None:
+        """Whether a segment's hidden states depend on another's tokens, on any rank of a sharded model; None: nothing
+        was seen that tells."""
+        given = self._given()
+        if self._decoder is None or sharded.largest(self._model, int(given is None)):
+            return None
+        assert given is not None
+        seen = sharded.largest(self._model, self._seen(given))
+        return None if seen == NOTHING else seen == LEAKS
+
+    def _given(self) -> torch.Tensor | None:
+        """The tokens that the decoder was called on, if the call can be repeated."""
+        if self._call is None:
             return None
         args, kwargs = self._call
         given = args[0] if args else kwargs.get("input_ids")
-        if not isinstance(given, torch.Tensor) or given.shape != self._second.shape:
+        if not isinstance(given, torch.Tensor):
             return None
-        if kwargs.get("past_key_values") is not None:  # a call adds to them
+        if self._second is not None and given.shape != self._second.shape:
             return None
-        second, mask = self._second.to(given.device), kwargs.get("attention_mask")
+        # A call adds to keys and values.
+        return given if kwargs.get("past_key_values") is None else None
+
+    def _seen(self, given: torch.Tensor) -> int:
+        assert self._call is not None
+        args, kwargs = self._call
+        mask = kwargs.get("attention_mask")
+        second = torch.zeros_like(given, dtype=torch.bool) if self._second is None else self._second.to(given.device)
         others = given.flatten().roll(1).view_as(given)
         ids = torch.where(second, given, others)
         with self._acc.absent(), untouched(self._model), torch.no_grad():
@@ -83,14 +103,36 @@ class Apart:
         if isinstance(mask, torch.Tensor) and mask.shape == second.shape:
             second = second & (mask != 0)
         if not bool(second.any()):
-            return None
-        return not same(after[second], before[second], most=before.element_size() < 4)
+            return NOTHING
+        alike = same(after[second], before[second], most=before.element_size() < 4)
+        return APART if alike else LEAKS
 
     def _run(self, ids: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        assert self._decoder is not None
-        out = (
-            self._decoder(ids, *args[1:], **kwargs) if args else self._decoder(**{**kwargs, "input_ids": ids})
-        )
+        decoder = self._decoder
+        assert decoder is not None
+
+        def call() -> Any:
+            return decoder(ids, *args[1:], **kwargs) if args else decoder(**{**kwargs, "input_ids": ids})
+
+        out = sharded.through(sharded.root_around(self._model, decoder), call)
         hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
         assert isinstance(hidden, torch.Tensor)
         return hidden
+
+
+class Tested:
+    """Which batches are looked at: all, until one has told. Of a sharded model those of the numbers 1, 2, 4, 8, ..., in
+    which its ranks wait for each other."""
+
+    def __init__(self, model: nn.Module, acc: Accumulator) -> None:
+        self._model, self._acc, self._spread = model, acc, bool(sharded.units(model))
+        self.done = False
+        self._batches = 0
+
+    def next(self, segments: torch.Tensor) -> Apart | None:
+        """What looks at the batch that begins; None: nothing."""
+        if self.done:
+            return None
+        self._batches += 1
+        due = self._batches & (self._batches - 1) == 0 if self._spread else segments.ndim == 2
+        return Apart(self._model, self._acc, segments) if due else None

@@ -30,7 +30,9 @@ from .groups import planned
 from .head import PolicyGradient, failed_segments, scored_segments
 from .hooks import unless_none
 from .host import on_device, on_host
-from .inputs import check_positions, check_rows, check_tensors, model_inputs, ordinary
+from .inputs import check_positions, check_rows, check_tensors, ordinary
+from .labels import Batch
+from .logprobs import inputs_of_rows
 from .precision import check_adapters, own_precision, unwrapped
 from .scale import SegmentScales
 from .segments import Segments
@@ -138,15 +140,18 @@ class FormedSketcher:
         check_tensors(input_ids=input_ids, segments=segments, positions=positions, targets=targets)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
-        here, segments = on_host(positions, segments)
-        check_positions(input_ids, here, targets)
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        here = Batch(*on_host(input_ids, segments, None, positions, targets, mask, position_ids))
+        segments = here.segments
+        assert here.positions is not None
+        check_positions(input_ids, here.positions, targets)
         if segments.ndim != 1:
             raise ValueError(
                 f"segments has shape {tuple(segments.shape)}: give the segment of each row [{input_ids.shape[0]}]"
             )
         where = Segments.of(segments, input_ids.shape[0], input_ids.shape[1], num_segments)
-        scored = scored_segments(where, here)
-        kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
+        scored = scored_segments(where, here.positions)
+        kwargs = self._inputs(here, attention_mask, position_ids, model_kwargs)
         batch = _Batch(ordinary(input_ids), segments, positions, ordinary(targets), kwargs, temperature)
         groups = 1 if self._groups is None else len(self._groups.names)
         shape = groups, where.count, self.spec.base_dim
@@ -177,6 +182,17 @@ class FormedSketcher:
             return {"forward": 0.0, "backward": clock.between(begun, end), "sketch": 0.0}
 
         return PolicyGradient(finished(out.unbind(), self.spec), logprobs, weights, measure)
+
+    def _inputs(
+        self,
+        here: Batch,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        model_kwargs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """What the model is called with beside the tokens, as a `GradientSketcher` calls it."""
+        with own_precision(self.model), torch.no_grad():
+            return inputs_of_rows(self.model, here, attention_mask, position_ids, model_kwargs)
 
     @contextmanager
     def _into(self, out: torch.Tensor) -> Iterator[None]:
@@ -239,6 +255,8 @@ class _Batch:
             key: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (batch,) else value
             for key, value in self.kwargs.items()
         }
+        if (where := self.kwargs.get("position_ids")) is not None:  # also [3, batch, length]
+            kwargs["position_ids"] = where[..., rows, :] if where.shape[-2] == batch else where
         z = model(input_ids=self.input_ids[rows], use_cache=False, **kwargs).logits
         scored = z.flatten(0, 1)[self.positions[tokens] - rows.start * length].float()
         return torch.log_softmax(scored / self.temperature, dim=-1).gather(1, self.targets[tokens, None])[

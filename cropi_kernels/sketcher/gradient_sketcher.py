@@ -18,7 +18,7 @@ from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from . import sharded
-from .apart import MIXED, Apart
+from .apart import MIXED, Tested
 from .attention import right_backward
 from .batch_sketch import BatchSketch
 from .beside import check_heard, inside_compiled, watch_weights
@@ -127,7 +127,7 @@ class GradientSketcher:
         self._head = base_of(output_embeddings(self.model))  # of which the taps know
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
-        self._batch_tested = self._apart_tested = False
+        self._batch_tested, self._apart = False, Tested(self.model, self._tapped.acc)
         self._heard: dict[str, frozenset[str]] = {}  # the taps that a method's self-test heard
         self.self_test: SelfTest | None = None
         self.probe: Probe | None = None
@@ -160,7 +160,7 @@ class GradientSketcher:
         if (shape := code_shape(self.model)) != self._shape:
             self._tapped.fuse_again()
             self._shape, self._split, self._heard = shape, None, {}
-            self._batch_tested = self._apart_tested = False
+            self._batch_tested, self._apart = False, Tested(self.model, self._tapped.acc)
             self.self_test = self.probe = None
         self._tapped.tap()
         return self
@@ -221,9 +221,8 @@ class GradientSketcher:
                 self._try_batch()
                 watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
                 watching.enter_context(recorded.of(self.model))
-            apart = None
-            if self._verify and not self._apart_tested and segments.ndim == 2:
-                apart = Apart(self.model, self._tapped.acc, segments.cpu())
+            apart = self._apart.next(segments) if self._verify else None
+            if apart is not None:
                 watching.enter_context(apart.watching())
             self._begin(where)
             result = BatchSketch()
@@ -246,7 +245,7 @@ class GradientSketcher:
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:
                     raise SelfTestError(f"{MIXED}; verify=False leaves out this test")
-                self._apart_tested = True
+                self._apart.done = True
         result.sketches = sketches
 
     def policy_gradient(

@@ -13,6 +13,7 @@ from torch import nn
 from .decoder import split_parts
 from .listener import unit_roundoff
 from .precision import own_precision, unwrapped
+from .sharded import device_of
 from .split import SplitModel
 from .trial import config_numbers, few_rows
 from .untouched import untouched
@@ -54,7 +55,7 @@ def measure_lengths(model: nn.Module) -> Lengths:
         return Lengths()
     with own_precision(model), untouched(model), torch.no_grad():
         model.eval()
-        return lengths_of(model, split, few_rows(model, split.head.weight.shape[0], split.head.weight.device))
+        return lengths_of(model, split, few_rows(model, split.head.weight.shape[0], device_of(model)))
 
 
 def lengths_of(model: nn.Module, split: SplitModel, ids: torch.Tensor) -> Lengths:
@@ -91,7 +92,7 @@ def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:
     A table of positions that ends raises an error on a CPU. On a GPU it would end the process, so there only models
     whose configuration names a scaling are tried.
     """
-    if split.head.weight.device.type == "cpu":
+    if device_of(model).type == "cpu":
         return True
     config = getattr(model, "config", None)
     for name in ("rope_parameters", "rope_scaling"):

@@ -15,7 +15,7 @@ from torch import nn
 from ..names import canonical_name
 from ..spec import SketchSpec
 from . import sharded
-from .apart import MIXED, Apart
+from .apart import MIXED, Tested
 from .attach import Attachment
 from .beside import check_heard
 from .coverage import Coverage
@@ -100,7 +100,7 @@ class LiveSketcher:
         self._audited = self._whole and self._plan.ranks is None
         self._shape: object = None
         self._audits = Schedule()
-        self._ready = self._apart = False
+        self._ready, self._apart = False, Tested(self.model, self._acc)
         self._runs: Runs | None = None  # of the open batch
         self.loss: str | None = None
 
@@ -134,7 +134,7 @@ class LiveSketcher:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
         if (shape := code_shape(self.model)) != self._shape:
             self._shape, self._audits, self.loss = shape, Schedule(), None
-            self._ready = self._apart = False
+            self._ready, self._apart = False, Tested(self.model, self._acc)
         try:
             self._handles.extend(self._plan.hook())
         except BaseException:
@@ -186,9 +186,7 @@ class LiveSketcher:
             self._try()
         due = self._verify and self._audited and self._audits.due()
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
-        apart = None
-        if self._verify and not (self.coupled or self._apart or runs.rows):
-            apart = Apart(self.model, self._acc, segments.cpu())
+        apart = self._apart.next(segments) if self._verify and not self.coupled else None
         self._acc.begin(runs.segments, sharded.device_of(self.model))
         self._runs = runs
         result, started = LiveSketch(), time.perf_counter()
@@ -210,7 +208,7 @@ class LiveSketcher:
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:
                     raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
-                self._apart = True
+                self._apart.done = True
             if self._audits.heard is not None:
                 check_heard(self.model, self._plan, self._audits.heard, runs.segments, partly=True)
             clock, sketches = self._acc.clock, self._acc.end()

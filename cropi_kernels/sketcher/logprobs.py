@@ -67,24 +67,40 @@ def token_logprobs(
     one_thread_after_fork()
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)
     check_rows(input_ids, attention_mask, position_ids)
-    square = attention_mask is not None and attention_mask.ndim == 4
-    mask = None if square else attention_mask
     rows = torch.arange(len(input_ids), device=input_ids.device)
+    mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
     here = Batch(*on_host(input_ids, rows, None, positions, targets, mask, position_ids))
     assert here.positions is not None and here.targets is not None
     check_positions(here.input_ids, here.positions, here.targets)
     model = unwrapped(model)
     split = measured_split(model)
     check_vocabulary(here.input_ids, here.targets, split.head.weight.shape[0], known_ids(model))
-    kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     with own_precision(model):
-        # Of a sharded model some ranks alone might measure.
-        if not (square or units(model)) and (mask is not None or position_ids is not None):
-            kwargs |= checked_rows(_measured_probe(model, split, here), here, mask)
+        kwargs = inputs_of_rows(model, here, attention_mask, position_ids, model_kwargs)
         hidden = split.hidden(input_ids, **kwargs)
     with split.whole_head():
         picked = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
         return split.logprobs(picked, targets, temperature)
+
+
+def inputs_of_rows(
+    model: nn.Module,
+    here: Batch,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    model_kwargs: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What the decoder is called with beside the tokens, checked against what is measured of the model here, at its
+    first call with a mask or positions; at its first call where it is sharded, since all ranks run the same passes.
+
+    Raises:
+        ValueError: as `model_inputs` and `checked_rows`.
+    """
+    kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
+    given = attention_mask is not None or position_ids is not None
+    square = attention_mask is not None and attention_mask.ndim == 4
+    probe = _measured_probe(model, here, square) if given or units(model) else None
+    return kwargs | checked_rows(probe, here, attention_mask) if given else kwargs
 
 
 def measured_split(model: nn.Module) -> SplitModel:
@@ -102,10 +118,13 @@ def measured_split(model: nn.Module) -> SplitModel:
     return dataclasses.replace(named, scale=known[2], softcap=known[3])
 
 
-def _measured_probe(model: nn.Module, split: SplitModel, here: Batch) -> Probe:
+def _measured_probe(model: nn.Module, here: Batch, square: bool) -> Probe:
     """How the model takes rows, measured at the first call, and again for another kind of attention or longer rows."""
     kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    known = _PROBES.get(model)
+    known, split = _PROBES.get(model), measured_split(model)
     probe = known[1] if known is not None and known[0] == kind else probe_rows(model, split)
-    _PROBES[model] = kind, probe_longer(probe, model, split, here)
-    return _PROBES[model][1]
+    # Of a sharded model some ranks alone might have longer rows.
+    if not (square or units(model)):
+        probe = probe_longer(probe, model, split, here)
+    _PROBES[model] = kind, probe
+    return probe

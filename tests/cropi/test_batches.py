@@ -16,10 +16,11 @@ from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, Row, cut_batches, make_batches, plan_rows
 from cropi.gradient.estimators import ESTIMATORS, sequence_behaviour
 from cropi.gradient.layout import Layout, choose_layout
-from cropi.gradient.masks import additive_if_eager, handed, prefix_mask
+from cropi.gradient.masks import handed, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
 from cropi.sketching.passes import Passed
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
+from cropi_kernels.sketcher.inputs import model_inputs
 
 SHARED, PADDED = Layout(shared=True), Layout(shared=False)
 
@@ -57,11 +58,8 @@ def from_batches(model: Any, batches: list[MicroBatch]) -> dict[str, torch.Tenso
     """Each prompt's gradient from the arrays that the sketcher gets, by plain autograd."""
     sums: dict[str, torch.Tensor] = {}
     for batch in batches:
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=additive_if_eager(model, batch.attention_mask),
-            position_ids=batch.position_ids,
-        ).logits
+        inputs = model_inputs(model, batch.attention_mask, batch.position_ids, None)
+        logits = model(input_ids=batch.input_ids, **inputs).logits
         chosen = logits.flatten(0, 1)[batch.positions] / batch.temperature
         logp = chosen.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
         weights = ESTIMATOR.weights(logp.detach(), batch.behaviour, batch.advantages, batch.divisors)

@@ -71,15 +71,7 @@ def test_a_row_that_depends_on_others_is_refused() -> None:
 def test_rows_padded_on_the_left_are_right(name: str) -> None:
     """GPT-2 counts its learned positions from the padding on, unless it is told."""
     model, batch = zoo.make(name), zoo.padded()
-    assert batch.attention_mask is not None
-    length = batch.input_ids.shape[1]
-    shift = length - batch.attention_mask.sum(1)
-    column = (torch.arange(length)[None] - shift[:, None]) % length
-    left = dict(
-        input_ids=batch.input_ids.gather(1, column),
-        attention_mask=batch.attention_mask.gather(1, column),
-        positions=batch.positions + shift[batch.positions // length],
-    )
+    left = zoo.on_the_left(batch)
     with GradientSketcher(model, SPEC) as sketcher:
         want = batch.sketch(sketcher)
         got = batch.sketch(sketcher, **left)

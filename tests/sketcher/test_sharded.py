@@ -24,7 +24,7 @@ EXACT = (
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Two processes for all cases: their start takes as long as a case."""
-    return found_on_ranks(tmp_path_factory, "sharded", WORKER, *EXACT, "llama:mixed")
+    return found_on_ranks(tmp_path_factory, "sharded", WORKER, *EXACT, "llama:mixed", "packing")
 
 
 def left_as_it_was(found: dict[str, Any]) -> bool:
@@ -58,6 +58,17 @@ def test_compiled_layers_on_one_rank() -> None:
 def test_mixed_precision_costs_what_bfloat16_costs(two: list[dict[str, Any]]) -> None:
     for found in (rank["llama:mixed"] for rank in two):
         assert 0 < max(found["errors"]) <= 2 * found["bfloat16"] < 0.1 and left_as_it_was(found), found
+
+
+@pytest.mark.slow
+def test_rows_of_several_sequences_are_checked(two: list[dict[str, Any]]) -> None:
+    """Also where one rank's rows alone hold several: all ranks raise, and none waits for another."""
+    said = "what the model gives for the tokens of one segment changes with those of another in its row"
+    for found in (rank["packing"] for rank in two):
+        assert found["batch"][0].startswith(f"SelfTestError: {said}") and not found["batch"][1]
+        assert found["live"][0].startswith(f"CoupledLossError: {said}") and not found["live"][1]
+        assert "does not keep apart by position_ids beside an attention_mask" in found["token_logprobs"]
+        assert found["logp"] == 0.0
 
 
 # ------------------------------------------------------------------------------------------- refused in words

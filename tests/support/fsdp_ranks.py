@@ -5,7 +5,9 @@ PYTHONPATH=tests python tests/support/fsdp_ranks.py CASE ...       with RANK, WO
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from cropi_kernels import GradientSketcher, SketchSpec, canonical_name, token_logprobs
+from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, canonical_name, token_logprobs
 from support import moe, zoo
 from support.launch import as_rank
 from support.tensors import off
@@ -160,5 +162,51 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
     }
 
 
+def raised(act: Callable[[], object]) -> str:
+    """The first words of the error, or of none."""
+    try:
+        act()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def packing(rank: int) -> dict[str, Any]:
+    """Rows of several sequences beside a mask, under which the model does not keep them apart; on one of the ranks, or
+    where the mask is left out, nothing mixes."""
+    model, packed, padded = zoo.make("llama"), zoo.packed(), zoo.padded()
+    layers_and_root(model)
+    each = padded.segments[:, None].repeat(1, padded.input_ids.shape[1])
+    alone = dataclasses.replace(padded, segments=each)
+    ones = torch.ones_like(packed.input_ids)
+    mixed = dataclasses.replace(packed, attention_mask=ones)
+    mine = alone if rank == 0 else mixed
+    found: dict[str, Any] = {}
+    with GradientSketcher(model, SPEC) as sketcher:
+        found["batch"] = [raised(lambda b=b: b.through(sketcher, model, use_cache=False)) for b in (mine, packed)]
+    for p in model.parameters():
+        p.requires_grad_(True)
+    with LiveSketcher(model, SPEC) as live:
+
+        def step(batch: zoo.Batch) -> None:
+            with live.batch(batch.segments):
+                (batch.logprobs(model, use_cache=False) * zoo.weights_of(batch)).sum().backward()
+
+        found["live"] = [raised(lambda b=b: step(b)) for b in (mine, packed)]
+    given = dict(positions=packed.positions, targets=packed.targets, position_ids=packed.position_ids)
+    plain = token_logprobs(model, packed.input_ids, **given)  # type: ignore[arg-type]
+    whole = token_logprobs(zoo.make("llama"), packed.input_ids, **given)  # type: ignore[arg-type]
+    found["logp"] = float((plain - whole).abs().max())
+    found["token_logprobs"] = raised(
+        lambda: token_logprobs(model, packed.input_ids, attention_mask=ones, **given)  # type: ignore[arg-type]
+    )
+    return found
+
+
 if __name__ == "__main__":
-    as_rank(lambda: {case: run(*case.split(":"), dist.get_rank()) for case in sys.argv[1:]})
+    as_rank(
+        lambda: {
+            case: packing(dist.get_rank()) if case == "packing" else run(*case.split(":"), dist.get_rank())
+            for case in sys.argv[1:]
+        }
+    )

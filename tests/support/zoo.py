@@ -140,6 +140,19 @@ def padded() -> Batch:
     return Batch(ids, torch.tensor([s for s, _, _ in rows]), positions, targets, mask)
 
 
+def on_the_left(batch: Batch) -> dict[str, torch.Tensor]:
+    """What differs of a `padded` batch whose padding stands in front."""
+    assert batch.attention_mask is not None
+    length = batch.input_ids.shape[1]
+    shift = length - batch.attention_mask.sum(1)
+    column = (torch.arange(length)[None] - shift[:, None]) % length
+    return {
+        "input_ids": batch.input_ids.gather(1, column),
+        "attention_mask": batch.attention_mask.gather(1, column),
+        "positions": batch.positions + shift[batch.positions // length],
+    }
+
+
 def shared() -> Batch:
     """One row per prompt: its responses follow it, attend to it and to themselves, and start at its length."""
     length = max(len(p) + sum(map(len, rs)) for p, rs in zip(PROMPTS, RESPONSES))

@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 
-from cropi.gradient.masks import additive_if_eager, handed, prefix_mask
+from cropi.gradient.masks import handed, prefix_mask
 from cropi_kernels.sketcher.decoder import evaluating, split_parts
 from cropi_kernels.sketcher.hooks import hooked
+from cropi_kernels.sketcher.inputs import model_inputs
 from cropi_kernels.sketcher.precision import own_precision, product_eps
 
 MEDIUM, LARGEST, LEAK = 4.0, 64.0, 2.0
@@ -141,11 +142,8 @@ class LayoutTrial:
         places = [*range(len(prompt)), *(len(prompt) + t for n in sizes for t in range(n))]
         mask = prefix_mask(torch.tensor([blocks], device=device))
         row = [*prompt, *(token for ids in responses for token in ids)]
-        hidden = self._hidden(
-            [row],
-            attention_mask=additive_if_eager(self.model, handed(mask, added)),
-            position_ids=torch.tensor([places], device=device),
-        )
+        where = torch.tensor([places], device=device)
+        hidden = self._hidden([row], **model_inputs(self.model, handed(mask, added), where, None))
         return list(hidden[len(prompt) :].split(sizes))
 
     def _hidden(self, ids: list[list[int]], **inputs: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 # Torch's memory-efficient attention copies a mask whose rows do not begin at a multiple of so many numbers.
@@ -43,11 +41,3 @@ def handed(mask: torch.Tensor, added: torch.dtype | None) -> torch.Tensor:
     length = mask.shape[-1]
     room = torch.zeros(*mask.shape[:-1], -(-length // ALIGNED) * ALIGNED, dtype=added, device=mask.device)
     return room[..., :length].masked_fill_(mask.logical_not(), max(HIDDEN, torch.finfo(added).min))
-
-
-def additive_if_eager(model: Any, mask: torch.Tensor) -> torch.Tensor:
-    """The mask as the sketcher hands it on: eager attention adds its mask to the scores, so False becomes -inf."""
-    if mask.ndim != 4 or getattr(model.config, "_attn_implementation", None) != "eager":
-        return mask
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
