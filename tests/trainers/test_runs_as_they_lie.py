@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -138,6 +139,23 @@ def test_a_first_response_without_a_reward_is_one_of_all(kind: str, tmp_path: Pa
         groups(path)
     # Of records it is the whole prompt that is left out.
     assert sum(group.size for group in groups(path, skip_bad=True)) == (2 if kind == "records" else 3)
+
+
+@lossy
+@pytest.mark.parametrize("kind", ["trl", "ms-swift"])
+def test_functions_that_give_no_reward_are_left_out_of_the_sum(kind: str, tmp_path: Path) -> None:
+    """As the trainers add them up (``nansum``). A completion that no function scored is left out, and counted."""
+    scores = [(1.0, math.nan), (math.nan, 0.5), (0.25, 0.5), (math.nan, math.nan)]
+    rows = [
+        {"step": 4, "prompt": "q", "completion": f"r{k}", "right": right, "form": form, "advantage": advantage}
+        for k, ((right, form), advantage) in enumerate(zip(scores, (0.4375, -0.0625, 0.1875, -0.5625)))
+    ]
+    name = "completions_00004.parquet" if kind == "trl" else "completions.jsonl"
+    if kind == "ms-swift":
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        rows = [columns | {"advantages": columns.pop("advantage"), "step": ["4"] * 4}]
+    (held,) = opened(write(tmp_path / name, rows))
+    assert [group.rewards for group in read(held)] == [[1.0, 0.5, 0.75]] and held.left.counts == {"right": 1}
 
 
 # ------------------------------------------------------------------------------------------------ evaluations
@@ -281,6 +299,9 @@ def changed(kind: str, change: Callable[[list[Any]], Any]) -> list[Any]:
         ("atropos", lambda x: x[0]["scores"].pop(), "1, tokens: the columns of the group have several lengths"),
         ("atropos", lambda x: x[0]["inference_logprobs"][0].__setitem__(-1, 1.0), "member 0, logprobs: .*1.0"),
         ("nemo-gym", lambda x: x[3]["response"]["output"][-1]["prompt_token_ids"].pop(0), "4, trajectory.1..tok"),
+        ("nemo-gym", lambda x: x[3]["response"]["output"][-1].pop("generation_token_ids"), r"4, response.output\[3\]: has no"),
+        ("nemo-gym", lambda x: x[3]["response"]["output"][1].pop("generation_token_ids"), r"4, response.output\[1\]: has no"),
+        ("nemo-gym", lambda x: x[0]["response"]["output"].append({"type": "function_call"}), "1, response.output.2.: has"),
         ("art", lambda x: x[1].update(messages=None), "row 1, messages: are missing"),
         ("art", lambda x: x[1]["messages"][2].update(content="z"), "row 1, messages: begin with another prompt"),
         ("art", lambda x: x[0]["messages"].append(x[0]["messages"][1]), "row 0, messages: should be"),

@@ -2,8 +2,9 @@
 
 A line has ``responses_create_params`` (the request in the form of OpenAI's Responses), ``response`` (its ``output``
 is a list of messages, calls of tools and what tools said) and ``reward``. Where the model server gives tokens, what
-the policy said in each turn holds ``prompt_token_ids``, ``generation_token_ids`` and ``generation_log_probs``.
-Without tokens a response of one message is read as text.
+the policy said in each turn holds ``prompt_token_ids``, ``generation_token_ids`` and ``generation_log_probs``, in its
+last item. Where turns have tokens and others none, the row is an error: of what was sampled a part would be missing.
+Without any tokens a response of one message is read as text.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
             raise Unused(where, "mask_sample", "is set")
         items = [item for item in listed(said, SAID, where) if isinstance(item, Mapping)]
         warm = asked.get("temperature") if reading.temperature is None else reading.temperature
-        held = sequence([{"tokens": _turn(item)} for item in items if item.get(TOKENS) is not None], where)
+        turns = [{"tokens": _turn(item)} for item in items if item.get(TOKENS) is not None]
+        if turns:
+            _check_turns(items, where)
+        held = sequence(turns, where)
         if held is None:
             warn_text(path, left)
         prompt = _prompt(asked, where)
@@ -71,6 +75,27 @@ def _turn(item: Mapping[str, Any]) -> dict[str, Any]:
         "prompt_ids": item.get("prompt_token_ids"), "completion_ids": item[TOKENS],
         "completion_logprobs": item.get("generation_log_probs"),
     }  # fmt: skip
+
+
+def _check_turns(items: list[Mapping[str, Any]], where: str) -> None:
+    """Check that all that the policy said has token ids.
+
+    Raises:
+        BadSample: the last item of one of its turns has none.
+    """
+    for number, item in enumerate(items):
+        ends = number + 1 == len(items) or not _is_said(items[number + 1])
+        if ends and _is_said(item) and item.get(TOKENS) is None:
+            raise BadSample(
+                where, f"{SAID}[{number}]", f"has no {TOKENS}, and other items have: a call of the model would be left "
+                "out", "collect the rollouts with the token ids of every call, or pass --skip-bad",
+            )  # fmt: skip
+
+
+def _is_said(item: Mapping[str, Any]) -> bool:
+    """Whether an item is of the policy, not of a tool or a user."""
+    kind = str(item.get("type", "message"))
+    return item.get("role", "assistant") == "assistant" if kind == "message" else not kind.endswith("_output")
 
 
 def _prompt(asked: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

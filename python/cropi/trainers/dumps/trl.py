@@ -87,8 +87,7 @@ def rollouts_of(path: Path, reading: Reading, left: Left, rows: Rows) -> Iterato
                 where, "advantage", "the advantages of this prompt's completions do not sum to 0, so the file holds a "
                 "part of them: an evaluation wrote its own over the others",
             )  # fmt: skip
-        numbers = [row.get(name) for name in rewards]
-        known = [finite(value, name, where) for name, value in zip(rewards, numbers) if value is not None]
+        known = [finite(row[name], name, where) for name in rewards if _is_given(row.get(name))]
         if not known:
             raise NotFinite(where, rewards[0], "no reward function gave this completion a number")
         completion = row.get("completion")
@@ -190,6 +189,11 @@ class _Seen:
     others: bool = False
 
 
+def _is_given(value: Any) -> bool:
+    """Whether a reward function gave a number: TRL and ms-swift add up those that did, and write NaN for the others."""
+    return value is not None and value == value
+
+
 def _float(value: float) -> float:
     """A number as a float; infinite where no float holds it."""
     try:
@@ -207,7 +211,7 @@ def _agree(rows: list[dict[str | None, Any]], rewards: list[str]) -> bool:
     """
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        numbers = [row[name] for name in rewards if name in row]
+        numbers = [row[name] for name in rewards if _is_given(row.get(name))]
         advantage = row.get("advantage")
         if numbers and advantage is not None and np.isfinite([*numbers, advantage]).all():
             groups[row[None]].append((sum(numbers), advantage))
