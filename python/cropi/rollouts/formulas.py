@@ -1,7 +1,7 @@
 r"""Formulas of a text that nothing marks as one, such as ``2\sqrt{3}`` in ``so it is 2\sqrt{3}.``
 
 Readers of answers look for marks (``$``, ``\(``, ``\[``, ``\boxed``) and, where there are none, for plain numbers: of
-such a formula they would take the 2.
+such a formula they would take the 2, and of ``5x+3`` the 5.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ _PIECE = re.compile(
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt\()[A-Za-z]{2,}")
 _LATEX = re.compile(r"\\[A-Za-z]|sqrt\(|[_^]\{")
+# A sum, a product or an exponent with a letter; a difference too where a letter has a factor. Not what may be a number
+# with its unit, a name or a dash: 12 m/s, 12m^2, 5x, 5-A, B - 3.
+_SUM = re.compile(r"[\w)}](?P<blanks>[ \t]*)[+*](?P=blanks)[\w({]|\^[({]?-?\d*[A-Za-z]")
+_DIFFERENCE = re.compile(r"[\w)}](?P<blanks>[ \t]*)-(?P=blanks)[\w({]")
+_FACTOR = re.compile(r"\d[A-Za-z]")
+_POWER_OF_TEN = re.compile(r"\d[eE][+-]?\d")
 _CLOSING = {"{": "}", "(": ")"}
 
 
@@ -44,6 +50,11 @@ def unmarked_formulas(text: str) -> Iterator[slice]:
     >>> [text[place] for place in unmarked_formulas(text)]
     ['2 \\sqrt{3} + x']
     """
+    return (place for place, latex in _formulas(text) if latex)
+
+
+def _formulas(text: str) -> Iterator[tuple[slice, bool]]:
+    """Numbers and letters with all that is joined to them, and whether there is LaTeX among it."""
     text = re.sub(r"\\(?:left|right)(?=[(\[)\]|.])", lambda found: " " * len(found[0]), text)
     start = end = place = 0
     last, formula = "", False
@@ -66,12 +77,27 @@ def unmarked_formulas(text: str) -> Iterator[slice]:
             if kind != "join":
                 end = after
         else:
-            if formula:
-                yield slice(start, end)
+            if last:
+                yield slice(start, end), formula
             starts = kind in ("command", "number", "letter", "group") or piece.lstrip(" \t") == "-"
             start, end = after - len(piece.lstrip(" \t")) if kind == "join" else place, after
             kind, formula = (kind, latex) if starts else ("", False)
         last, place = kind, after
+
+
+def plain_formulas(text: str) -> Iterator[slice]:
+    """Where formulas in plain text stand that are not marked, and have a letter for a variable, in order.
+
+    >>> text = "With y = 5x + 3, 2^n or 2(x+1) in 12 m/s it is 12m^2 (or 7)"
+    >>> [text[place] for place in plain_formulas(text)]
+    ['5x + 3', '2^n', '2(x+1)']
+    """
+    for place, latex in _formulas(text):
+        piece = text[place]
+        if latex or not re.search("[A-Za-z]", piece) or _POWER_OF_TEN.search(piece):
+            continue
+        if _SUM.search(piece) or _FACTOR.search(piece) and _DIFFERENCE.search(piece):
+            yield place
 
 
 def _continues(last: str, kind: str) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cropi.data.rewards import final_answer
 from cropi.errors import optional, shown
-from cropi.rollouts.formulas import unmarked_formulas
+from cropi.rollouts.formulas import plain_formulas, unmarked_formulas
 
 SECONDS = 5  # for one expression; beyond, the answer counts as wrong
 
@@ -66,9 +66,10 @@ class Math:
     def _said(self, response: str) -> Any:
         """What the package reads of a response in which every formula that is not marked is one number: where it takes
         such a number, the whole formula."""
-        places = [] if "\\boxed" in response else list(unmarked_formulas(response))
+        places = [] if "\\boxed" in response else [*unmarked_formulas(response), *self._read_in_part(response)]
         if not places:
             return self._verify.parse(response, parsing_timeout=self._limit())
+        places.sort(key=lambda place: place.start)
         number = 7530918246135
         while any(str(number + i) in response for i in range(len(places))):
             number += 1_000_003
@@ -84,6 +85,12 @@ class Math:
                 alone = str(said[0]) == str(number + i)
                 return self._verify.parse(whole, parsing_timeout=self._limit()) if alone else []
         return said
+
+    def _read_in_part(self, response: str) -> Iterator[slice]:
+        """Formulas in plain text of which the package takes a number; others, as of a unit's ``m*s``, it passes over."""
+        for place in plain_formulas(response):
+            if self._verify.parse(response[place], parsing_timeout=self._limit()):
+                yield place
 
     def _parsed(self, text: str) -> Any:
         # Of LaTeX that is not marked the package takes one number: 2 of 2\sqrt{3}.
