@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +84,7 @@ class FakeRay:
             return SimpleNamespace(remote=lambda *arguments: Ref(lambda: run(arguments)))
 
         return SimpleNamespace(
-            **{name: call(name) for name in ("prepare", "begin", "work", "finish")}, held=held
+            **{name: call(name) for name in ("prepare", "here", "begin", "work", "finish")}, held=held
         )
 
     def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
@@ -186,6 +187,41 @@ def test_a_chunk_that_kills_every_worker_ends_the_job(folder: Path, monkeypatch:
     with pytest.raises(CropiError, match="died before it did any work"):
         on_fake(folder, monkeypatch, FakeRay(1, lambda worker, method, arguments: method == "prepare"))
     assert on_fake(folder, monkeypatch, FakeRay(1)).resumed > 0, "finished rows are kept"
+    assert equal(content(folder / "whole"), content(folder / "out"))
+
+
+@pytest.mark.long
+def test_workers_that_die_while_they_have_nothing_to_do_are_not_held_against_a_chunk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers die over the last chunk, and all others, which are idle, at the same time."""
+    asked: list[int] = []
+
+    def alone(worker: int, method: str, arguments: Any) -> bool:
+        asked.extend(arguments if method == "work" else ())
+        return False
+
+    on_fake(folder, monkeypatch, FakeRay(1, alone))
+    last, deaths, found = max(asked) - 1, 0, 0
+    idle: set[int] = set()
+
+    def dies(worker: int, method: str, arguments: Any) -> bool:
+        nonlocal deaths, found
+        if deaths < 2 and method == "work" and arguments[0] == last:
+            deaths += 1
+            return True
+        if method == "work" and arguments[0] > last:
+            idle.add(worker)
+            return False
+        dead = deaths == 2 and worker in idle and method != "finish"
+        found += dead
+        return dead
+
+    shutil.rmtree(folder / "out")
+    ray = FakeRay(4, dies)
+    summary = on_fake(folder, monkeypatch, ray)
+    assert deaths == 2 and found and ray.actors == 4 + 2 + found, "those that were found dead are replaced, too"
+    assert summary.sketched + summary.skipped.total() == 60
     assert equal(content(folder / "whole"), content(folder / "out"))
 
 

@@ -204,6 +204,8 @@ class _Driver:
             there = {"store": digest(frozenset(row.id for row in self.store.rows()))}
             check_same([there, {"store": result}], ["the driver", str(held)], REMEDIES)
             self._assign(held)
+        elif held.doing == "here":
+            self._assign(held)
         else:
             self._done(held, result)
 
@@ -256,21 +258,24 @@ class _Driver:
         self.ray.kill(held.actor)
         self.workers.remove(held)
         why = str(error).strip().splitlines()[0]
-        if held.doing == "work":
+        working = held.doing == "work"
+        if working:
             self.deaths[held.chunk] += 1
             self.returned.append(held.chunk)
-        else:
+        elif held.doing != "here":
             self.early += 1
-        if self.deaths[held.chunk] >= DEATHS or self.early > DEATHS + len(self.refs):
-            what = f"over chunk {held.chunk}" if held.doing == "work" else "before it did any work"
+        if working and self.deaths[held.chunk] >= DEATHS or self.early > DEATHS + len(self.refs):
+            what = f"over chunk {held.chunk}" if working else "before it did any work"
             raise CropiError(
                 f"{held} of Ray died {what}, as {DEATHS - 1} others did ({why}); finished prompts are stored. If "
                 "memory was too small, give a smaller --tokens-per-batch or larger nodes, and a new --out"
             )
-        self.bar.write(f"{held} of Ray died ({why}); its chunk goes to another one")
+        self.bar.write(f"{held} of Ray died ({why})" + "; its chunk goes to another one" * working)
         self._start()
-        while self.idle and self.returned:
-            self._assign(self.idle.pop())
+        # Idle workers may have died without a word: one that does not answer has not died over the chunk.
+        for _ in range(min(len(self.idle), len(self.returned))):
+            woken = self.idle.pop()
+            self._ask(woken, "here", woken.actor.here.remote())
 
     # ---------------------------------------------------------------------------------------------------------- end
     def _end(self, interrupted: bool) -> Summary:

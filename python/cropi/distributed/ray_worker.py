@@ -40,7 +40,8 @@ class Prepared:
 
 
 class Worker:
-    """:meth:`prepare`, then :meth:`begin`, then :meth:`work` for every chunk, and :meth:`finish`.
+    """:meth:`prepare`, then :meth:`begin`, then :meth:`work` for every chunk, and :meth:`finish`; :meth:`here` at any
+    time.
 
     Args:
         make: gives the policy and the job.
@@ -62,6 +63,9 @@ class Worker:
             manifest, facts(ready, manifest), ready.total, budget, job.shard_rows, job.shard_bytes,
             tuple(ready.summary.bad_records), os.getpid(), socket.gethostname(),
         )  # fmt: skip
+
+    def here(self) -> None:
+        """Nothing: whether the worker lives."""
 
     def begin(self, out: Path, number: int, manifest: Mapping[str, Any], tokens_per_batch: int) -> str:
         """Open this worker's store; says which prompts it sees in the job's."""
