@@ -87,7 +87,7 @@ class Math:
         return said
 
     def _read_in_part(self, response: str) -> Iterator[slice]:
-        """Formulas in plain text of which the package takes a number; others, as of a unit's ``m*s``, it passes over."""
+        """Formulas in plain text of which the package takes a number; others, as a unit's ``m*s``, it leaves."""
         for place in plain_formulas(response):
             if self._verify.parse(response[place], parsing_timeout=self._limit()):
                 yield place
