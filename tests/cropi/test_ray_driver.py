@@ -220,7 +220,9 @@ def test_workers_that_die_while_they_have_nothing_to_do_are_not_held_against_a_c
     shutil.rmtree(folder / "out")
     ray = FakeRay(4, dies)
     summary = on_fake(folder, monkeypatch, ray)
-    assert deaths == 2 and found and ray.actors == 4 + 2 + found, "those that were found dead are replaced, too"
+    assert deaths == 2 and found and ray.actors == 4 + 2 + found, (
+        "those that were found dead are replaced, too"
+    )
     assert summary.sketched + summary.skipped.total() == 60
     assert equal(content(folder / "whole"), content(folder / "out"))
 

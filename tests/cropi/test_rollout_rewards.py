@@ -191,7 +191,7 @@ def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> 
         ("2", "so 2*sqrt(3)", 0.0), ("2*sqrt(3)", "so 2*sqrt(3)", 1.0), ("7", r"$\pi$ or not, \boxed{7}", 1.0),
         # Formulas in plain text with a variable, of which math-verify takes a number.
         ("5x+3", "so it is 5x+3", 1.0), ("5", "so it is 5x+3", 0.0), ("5x+3", "y = 5x + 3.", 1.0),
-        ("3", "y = 5x + 3.", 0.0), ("2^n", "that is 2^n", 1.0), ("2", "that is 2^n", 0.0), 
+        ("3", "y = 5x + 3.", 0.0), ("2^n", "that is 2^n", 1.0), ("2", "that is 2^n", 0.0),
         ("3", "It is 5x - 3", 0.0),
         ("2x+2", "so 2(x+1)", 1.0), ("2", "so 2(x+1)", 0.0), ("3+4i", "so 3+4i", 1.0),
         ("7", "2x+3 = 17, x = 7", 1.0),

@@ -183,7 +183,9 @@ def packing(rank: int) -> dict[str, Any]:
     mine = alone if rank == 0 else mixed
     found: dict[str, Any] = {}
     with GradientSketcher(model, SPEC) as sketcher:
-        found["batch"] = [raised(lambda b=b: b.through(sketcher, model, use_cache=False)) for b in (mine, packed)]
+        found["batch"] = [
+            raised(lambda b=b: b.through(sketcher, model, use_cache=False)) for b in (mine, packed)
+        ]
     for p in model.parameters():
         p.requires_grad_(True)
     with LiveSketcher(model, SPEC) as live:

@@ -147,7 +147,14 @@ def test_functions_that_give_no_reward_are_left_out_of_the_sum(kind: str, tmp_pa
     """As the trainers add them up (``nansum``). A completion that no function scored is left out, and counted."""
     scores = [(1.0, math.nan), (math.nan, 0.5), (0.25, 0.5), (math.nan, math.nan)]
     rows = [
-        {"step": 4, "prompt": "q", "completion": f"r{k}", "right": right, "form": form, "advantage": advantage}
+        {
+            "step": 4,
+            "prompt": "q",
+            "completion": f"r{k}",
+            "right": right,
+            "form": form,
+            "advantage": advantage,
+        }
         for k, ((right, form), advantage) in enumerate(zip(scores, (0.4375, -0.0625, 0.1875, -0.5625)))
     ]
     name = "completions_00004.parquet" if kind == "trl" else "completions.jsonl"

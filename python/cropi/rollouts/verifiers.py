@@ -66,7 +66,9 @@ class Math:
     def _said(self, response: str) -> Any:
         """What the package reads of a response in which every formula that is not marked is one number: where it takes
         such a number, the whole formula."""
-        places = [] if "\\boxed" in response else [*unmarked_formulas(response), *self._read_in_part(response)]
+        places = (
+            [] if "\\boxed" in response else [*unmarked_formulas(response), *self._read_in_part(response)]
+        )
         if not places:
             return self._verify.parse(response, parsing_timeout=self._limit())
         places.sort(key=lambda place: place.start)
