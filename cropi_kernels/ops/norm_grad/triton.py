@@ -127,7 +127,9 @@ def row_constants(n: int) -> dict[str, int]:
     Measured on an H200, in turns, microseconds with what came before (twice the tokens, half the warps, every row
     fetched when its turn came) in front, of norms and of fused norms' backward passes: 8192 x 3584 57.5, 41.7; 66, 55.
     16384 x 3584 75.7, 83.3; 130, 106. 16384 x 1536 43, 40; 52, 53. 8192 x 8192 80, 83; 141, 115. Rows of 128 are slower
-    in parts of 16 (371 for 328; 388 for 335), and gain nothing from being fetched ahead.
+    in parts of 16 (371 for 328; 388 for 335), and gain nothing from being fetched ahead. It is one choice for any
+    number of rows, though 16384 x 3584 lost 10 %: the number of warps decides the order of a row's sums, and a
+    segment's result must not depend on how much company it has.
     """
     features = max(16, _triton.next_power_of_two(n))
     if features <= 128:

@@ -23,6 +23,7 @@ from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
 from cropi_kernels import canonical_name
+from cropi_kernels.sketcher.attention import right_backward
 from cropi_kernels.sketcher.growing import forget_longest
 
 CHUNK = 1 << 22  # numbers of a parameter that are multiplied at once
@@ -125,11 +126,12 @@ def _backward(
     scale = 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
     for batch in batches:
         here = batch.to(policy.device)
-        logprobs = _logprobs(policy.model, here)
         old = behaviour.model.logprobs(here) if behaviour.model is not None else here.behaviour
         weigh = estimator.weigher(here.advantages, here.divisors, old, here.responses)
-        weights = weigh(logprobs.detach(), 0, len(logprobs))
-        (logprobs * (weights / scale)).sum().backward()
+        with right_backward(policy.device, here.input_ids.shape[1]):
+            logprobs = _logprobs(policy.model, here)
+            weights = weigh(logprobs.detach(), 0, len(logprobs))
+            (logprobs * (weights / scale)).sum().backward()
     return scale
 
 

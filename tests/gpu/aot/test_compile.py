@@ -23,18 +23,28 @@ CASES = {
     for capability in SHARED_LIMIT
     for case in all_cases(capability)
     if EVERYTHING or capability in WHOLE or capability != 89 and case.name in SAMPLE
+    # What this Triton serves there.
+    if _triton.fence_reason(divmod(capability, 10), triton.__version__) is None
 }
 # Bytes of a thread's stack. There ptxas keeps to a number of registers with which one more program fits on a
 # multiprocessor: embeddings to 128 (156 without a spill, one program of eight warps instead of two), with nine spills;
 # slabs of 128 columns to 128, where they add to the sums at the end. Of log-probs by turns, two groups share the
-# registers; the spills are at the end of a tile.
+# registers; the spills are at the end of a tile. A program of 16 warps, for rows of 8192 numbers of float32, has all
+# the registers that there are.
 SPILLED = {
     (90, "slab bfloat16 128 sums"): 8,
     (100, "slab bfloat16 128 sums"): 48,
     (100, "embedding bfloat16"): 24,
+    (100, "rms-backward float32 8192"): 16,
+    (120, "rms-backward float32 8192"): 16,
     (90, "tiles bfloat16 entropy kept again"): 8,
     (90, "turns bfloat16 kept"): 8,
     (90, "turns bfloat16 entropy"): 16,
+}
+# More registers than elsewhere: of the slab, as many programs fit on a multiprocessor all the same; of the others four
+# instead of five.
+REGISTERS = {(120, "slab bfloat16 128 sums"): 198} | {
+    (120, f"project gather by runs{kind}"): 50 for kind in (" bfloat16", " float16", ", kept bfloat16")
 }
 
 
@@ -52,7 +62,7 @@ def test_kernel_fits(capability: int, name: str) -> None:
     )
     stack = SPILLED.get((capability, name), 0)
     assert got.stack <= stack and (got.spills == 0 or stack), f"{got.spills} spills, stack of {got.stack} B"
-    assert got.registers <= case.registers
+    assert got.registers <= REGISTERS.get((capability, name), case.registers)
     assert got.registers * 32 * case.options["num_warps"] <= 65536
     assert got.shared <= SHARED_LIMIT[capability]
     if case.tensor_cores:
