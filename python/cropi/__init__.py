@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cropi import _moved
 
 if TYPE_CHECKING:
+    from cropi import options as options
     from cropi.api import check, influence, score, select, sketch, write_report
     from cropi.errors import CropiError, RecordError
     from cropi.gradient.estimators import Estimator, make_estimator
@@ -102,6 +103,8 @@ def __getattr__(name: str) -> Any:
             from cropi_kernels import __version__ as value
     elif name in _PLACES:
         value = getattr(importlib.import_module(_PLACES[name]), name)
+    elif name == "options":
+        value = importlib.import_module("cropi.options")
     else:
         raise AttributeError(f"module 'cropi' has no attribute {name!r}")
     globals()[name] = value
@@ -110,4 +113,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, for completion: those that this module imports for itself are left out."""
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+    return sorted({*__all__, "options", *(name for name in globals() if name.startswith("__"))})

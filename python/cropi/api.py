@@ -100,9 +100,8 @@ def score(
         job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
         if noise:
             replace(job, noise=True)  # what does not go with it shows here
-        setup = Setup(
-            job, compare, Selecting(fraction=1.0)
-        )  # nothing is chosen here, so no pool is too small
+        # Nothing is chosen here, so that no pool is too small.
+        setup = Setup(job, compare, Selecting(fraction=1.0))
         train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
         folder = None if out is None else Path(out)
         for name in valid if isinstance(valid, dict) and folder is not None else ():

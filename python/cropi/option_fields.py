@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``cropi --help`` is quick.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar
@@ -169,6 +170,19 @@ def split(given: Mapping[str, Any], *classes: type[Any]) -> list[Any]:
                 f"{name!r} is not an option; {did_you_mean(name, known)}known are {', '.join(known)}"
             )
     return [one(**{name: given[name] for name in names_of(one) if name in given}) for one in classes]
+
+
+def listed(one: type[T]) -> type[T]:
+    """A decorator: the docstring gets a line for every option, as ``--help`` of the command line has it."""
+    lines = []
+    for about in fields(one):  # type: ignore[arg-type]
+        if help := about.metadata.get("help"):
+            # The text of a switch that is on says what its flag turns off.
+            text = f"False: {help}" if about.metadata["kind"] == "switch" and about.default else help
+            lines.append(f"{about.name}: {text} (default: {default_in_words(about)})")
+    wrapped = (textwrap.fill(line, 110, initial_indent=" " * 8, subsequent_indent=" " * 12) for line in lines)
+    one.__doc__ = "\n".join([(one.__doc__ or "").rstrip(), "", "    Options:", *wrapped, "    "])
+    return one
 
 
 def default_in_words(about: Field[Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cropi.errors import CropiError
 from cropi.grouping import Grouping
-from cropi.option_fields import Options, check_used, option, split
+from cropi.option_fields import Options, check_used, listed, option, split
 
 ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo")
 STORE_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "int1")
@@ -21,6 +21,7 @@ KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
 BASELINES = ("random", "learnability", "pass_rate")  # methods that look at no score
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class Loading(Options):
     """How a model is loaded by its name."""
@@ -149,6 +150,7 @@ SOURCES = (
 )  # fmt: skip
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class Reading(Options):
     """Which program wrote the files of trajectories."""
@@ -277,6 +279,7 @@ class Storing(Options):
     stage: str = option("0", "name of the training stage; sketches of two stages are never compared")
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class Sketching(Sketch, Gradient, Grouping, Tokens, Running, Storing):
     """How trajectories become sketches.
@@ -329,6 +332,7 @@ class Comparing(Options):
         check_used(self, minus_weight=("minus", self.minus is not None), mean=("aggregate mean", not nearest))
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class Influence(Comparing):
     """:class:`Comparing`, and its seed."""
@@ -434,6 +438,7 @@ class Choosing(Options):
         return self.dedup is not None or self.diversity != "none"
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class Selecting(Choosing):
     """:class:`Choosing`, and its seed."""

@@ -220,6 +220,13 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "reward NaN": (
         {"advantages": None, "rewards": torch.tensor([1.0, float("nan"), *[0] * 5])}, "rewards holds NaN.* in row 1",
     ),
+    "advantage NaN": ({"advantages": ADVANTAGES.clone().fill_(torch.nan)}, "advantages holds NaN or infinity in row 0"),
+    "a token's weight NaN": (
+        {"advantages": None, "weights": torch.where(SCORED == 1, torch.inf, 0.0)}, "weights is inf at the token in row",
+    ),
+    "old log-prob NaN": (
+        {"old_logprobs": torch.full(SCORED.shape, torch.nan)}, "old_logprobs is nan at the token in row 0, column",
+    ),
     "one reward a prompt": (
         {"advantages": None, "rewards": torch.ones(7), "prompt_ids": None}, "rewards: a prompt has one row alone",
     ),

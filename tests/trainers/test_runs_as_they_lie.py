@@ -393,6 +393,7 @@ def test_a_folder_of_folders_stands_for_the_files_in_them(
     # Two runs beside each other are not one.
     (records / "b").mkdir()
     shutil.copy(out, records / "b" / "1.jsonl")
+    (records / "README.md").write_text("# A model card, as TRL writes one\n")
     assert main(["info", str(records)]) == 2
     assert f"{records} holds the folders a, b, which are not the steps of one run" in capsys.readouterr().err
 

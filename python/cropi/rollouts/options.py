@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cropi.errors import CropiError
-from cropi.option_fields import Options, option
+from cropi.option_fields import Options, listed, option
 
 ENGINES = ("hf", "vllm", "openai-url")
 
@@ -102,6 +102,7 @@ class Engines(Options):
             raise CropiError(f"retries must be 0 or more, got {self.retries}")
 
 
+@listed
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Sampling, Prompting, Engines):
     """How prompts become trajectories.

@@ -272,7 +272,7 @@ class _Rows:
         where a token is ``scored``."""
         _check_tensor(name, value)
         if per_row and tuple(value.shape) == (self.batch,):
-            return self._here(name, value).float()[:, None].expand(self.batch, self.length)
+            return self.each_row(name, value).float()[:, None].expand(self.batch, self.length)
         if value.ndim != 2 or value.shape[0] != self.batch or not 1 <= value.shape[1] <= self.length:
             row = f"[{self.batch}] (a row), " if per_row else ""
             raise CropiError(
@@ -288,6 +288,12 @@ class _Rows:
             )
         out = torch.zeros(self.batch, self.length, dtype=torch.float32, device=self.device)
         out[:, first:] = value.float()
+        if scored is not None and bool((wrong := scored & ~torch.isfinite(out)).any()):
+            row, column = wrong.nonzero()[0].tolist()
+            raise CropiError(
+                f"{name} is {float(out[row, column])} at the token in row {row}, column {column}, which is scored: "
+                "give a finite number, or leave the token out of the mask"
+            )
         return out
 
     def each_logprob(self, name: str, value: Any, scored: torch.Tensor) -> torch.Tensor:

@@ -256,12 +256,13 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
 
 
 def files_of(folder: str | Path, depth: int = DEPTH) -> list[Path]:
-    """The files of a folder that are not hidden; where there is none, those of the folders in it, down to ``depth``.
+    """The files of a folder but hidden ones and a README; where there is none, those of the folders in it, down to
+    ``depth``.
 
     Raises:
         CropiError: it holds folders that are not the steps of one run.
     """
-    held = [path for path in entries(folder) if not path.name.startswith(".")]
+    held = [path for path in entries(folder) if not path.name.startswith((".", "README."))]
     files = [path for path in held if is_file(path)]
     if files or depth == 0:
         return files
