@@ -15,9 +15,13 @@ import torch
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 import cropi
+from cropi.data.records import make_group
 from cropi.errors import CropiError
-from cropi.gradient.behaviour_check import BehaviourMismatch, judge, signature
+from cropi.gradient.behaviour_check import BehaviourMismatch, check_behaviour, judge, signature
+from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.health import Health
+from cropi.gradient.layout import layout_of
+from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
 from cropi.ranking.influence import influence
 from cropi.ranking.table import read_scores, write_scores
@@ -86,6 +90,35 @@ def test_heads_that_scale_or_cap_their_logits_pass(tmp_path: Path, kind: str, he
     model = make_model(kind, **head)
     finding = run(tmp_path, model, rollouts(model)).finding
     assert finding is not None and finding.level == "" and finding.median == pytest.approx(1.0, abs=1e-5)
+
+
+def test_prompts_are_shared_and_a_model_that_mixes_responses_there_is_judged_without(tmp_path: Path) -> None:
+    """The layout is tried on 13 tokens first; in longer shared rows this model gives hidden states of other tokens."""
+    model, seen, mixes = make_model(), [], False
+
+    def watch(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        shared = mask is not None and mask.ndim == 4
+        seen.append((shared, ids.numel()))
+        if mixes and shared and ids.shape[1] > 13:
+            output.last_hidden_state.copy_(output.last_hidden_state.flip(1))
+
+    policy = Policy(model, make_tokenizer())
+    tokens = Tokenize(policy.tokenizer, policy.vocabulary)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6.0)
+    groups = [tokens(make_group(record, "made")) for record in rollouts(model, length=4)]
+    layout = layout_of(policy, "auto")
+    check_behaviour(policy, groups, ESTIMATORS["cropi"], layout=layout)  # the head is measured once a model
+    model.model.register_forward_hook(watch, with_kwargs=True)
+    findings = []
+    for mixes in (False, True):
+        seen.clear()
+        findings.append(check_behaviour(policy, groups, ESTIMATORS["cropi"], layout=layout))
+        assert [shared for shared, _ in seen] == ([True, False] if mixes else [True])
+    assert seen[0][1] < 0.75 * seen[1][1]
+    for finding in findings:
+        assert finding is not None and finding.level == "" and finding.median == pytest.approx(1.0, abs=1e-4)
 
 
 WRONG: dict[str, tuple[Callable[[Any], list[dict[str, Any]]], str]] = {

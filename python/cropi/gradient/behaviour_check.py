@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import tee
 
 import torch
 
@@ -29,7 +30,7 @@ from cropi.errors import CropiError, warn
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.gradient.health import Health
-from cropi.gradient.layout import layout_of
+from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
 from cropi_kernels.sketcher.inputs import model_inputs
@@ -81,15 +82,20 @@ def check_behaviour(
     groups: Iterable[TokenGroup],
     estimator: Estimator,
     *,
+    layout: Layout,
     budget: int = 1024,
     level: str = "error",
 ) -> Finding | None:
     """Look at the stored log-probs of a few prompts: one pass, without a gradient.
 
+    Rows are laid out as the job's, but are not tried in both layouts first, as the job's are, which would cost more
+    than the pass. Where something seems wrong in shared rows, it is judged in rows of one response each.
+
     Args:
         policy: the current policy.
         groups: prompts with log-probs; read until there are enough tokens.
         estimator: its clipping is reported.
+        layout: of the job.
         budget: tokens of a forward.
         level: "warn" or "error": what happens beyond the bounds that are errors; beyond the others there is a warning.
 
@@ -102,23 +108,33 @@ def check_behaviour(
     """
     if level not in LEVELS:
         raise CropiError(f"behaviour_check must be one of {', '.join(LEVELS)}, got {level!r}")
-    made = make_batches(
-        groups, estimator, layout_of(policy, "padded"), budget=budget, window=8, stored_behaviour=True
-    )
-    parts, seen = [], 0
-    for batch in made:
-        parts.append(_Part(policy, batch))
-        seen += len(batch.targets)
-        if seen >= ENOUGH or len(parts) == MOST_BATCHES:
-            break
-    if level == "off" or not seen:
+    first, again = tee(groups)
+    shared = layout.shared and not (layout.trial is not None and layout.trial.problem)
+    parts = _parts(policy, first, estimator, replace(layout, shared=shared, trial=None), budget)
+    if level == "off" or not parts:
         return None
     finding = examine(parts, estimator)
+    if finding.level and any(part.batch.blocks is not None for part in parts):
+        parts = _parts(policy, again, estimator, replace(layout, shared=False), budget)
+        finding = examine(parts, estimator)
     if finding.level == "error" and level == "error":
         raise CropiError(f"{finding.problem}; --behaviour-check warn goes on all the same")
     if finding.level:
         warn(finding.problem, BehaviourMismatch, stacklevel=2)
     return finding
+
+
+def _parts(
+    policy: Policy, groups: Iterable[TokenGroup], estimator: Estimator, layout: Layout, budget: int
+) -> list[_Part]:
+    """Micro-batches with enough tokens to judge by; no more groups are read."""
+    parts, seen = [], 0
+    for batch in make_batches(groups, estimator, layout, budget=budget, window=8, stored_behaviour=True):
+        parts.append(_Part(policy, batch))
+        seen += len(batch.targets)
+        if seen >= ENOUGH or len(parts) == MOST_BATCHES:
+            break
+    return parts if seen else []
 
 
 class _Part:

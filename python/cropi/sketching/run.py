@@ -157,7 +157,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
     behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model, policy=policy)
     job = replace(with_date(policy, job, scan), tokens_per_batch=budget)
     tokens = make_tokenize(policy, job)
-    layout_of(policy, job.layout)  # a layout that the model cannot take shows before a store is made
+    layout = layout_of(policy, job.layout)  # one that the model cannot take shows before a store is made
     summary = Summary(Path(job.out or "memory"), bad_records=[str(error) for error in scan.bad])
     summary.behaviour = behaviour.source if job.estimator.ratio else ""
     if behaviour.source == "file" and job.estimator.ratio and job.behaviour_check != "off":
@@ -165,6 +165,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
             policy,
             _few_groups(groups, tokens),
             job.estimator,
+            layout=layout,
             budget=budget,
             level=job.behaviour_check,
         )
