@@ -117,6 +117,7 @@ class LiveSketcher:
 
     @property
     def coverage(self) -> Coverage:
+        """Which parameters are sketched, and which are left out."""
         return self._plan.coverage
 
     @property
@@ -126,9 +127,11 @@ class LiveSketcher:
 
     @property
     def self_test(self) -> SelfTest | None:
+        """The comparison of the taps with autograd on a few tokens; None before it."""
         return self._tried.self_test
 
     # ---------------------------------------------------------------------------------------------- the block
+
     def __enter__(self) -> LiveSketcher:
         if self._handles:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")

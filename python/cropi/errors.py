@@ -97,7 +97,7 @@ def _outside() -> int:
 _OURS = ("cropi", "cropi_kernels", "contextlib")
 # What flags are called by the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+_FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 
 @contextmanager

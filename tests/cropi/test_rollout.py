@@ -23,6 +23,7 @@ from cropi.rollouts import trial
 from cropi.rollouts.file import RolloutFile
 from cropi.rollouts.generate import past
 from cropi.rollouts.hf import FewerRows, HfEngine
+from cropi.rollouts.job import OneResponse
 
 
 def prompts(count: int = 7) -> list[dict[str, Any]]:
@@ -385,6 +386,11 @@ def test_bad_prompts_are_named_before_work_begins(
         progress=False, skip_bad=True,
     )  # fmt: skip
     assert report.prompts == 6 and len(report.skipped) == 1 and "left out" in report.text()
+
+
+def test_one_response_a_prompt_is_said_to_have_no_gradient(tmp_path: Path) -> None:
+    with pytest.warns(OneResponse, match=r"n is 1: .* has no gradient, .* \(in Python n=\)$"):
+        rolled(tmp_path / "out.jsonl", make_model(), asked=prompts(1), n=1, max_tokens=1)
 
 
 def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:

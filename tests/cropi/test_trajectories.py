@@ -168,11 +168,12 @@ def test_scan_counts_and_its_fingerprint_ignores_compression(tmp_path: Path) -> 
     changed = scan([write_lines(tmp_path / "u.jsonl", [GOOD | {"rewards": [0, 1]}, *records[1:]])])
     assert changed.fingerprint != found.fingerprint
     with pytest.warns(
-        LossyTokens, match="1 of 3 records have no response_ids.*; 1 of them do not say which.*--no-eos"
+        LossyTokens,
+        match="^t.jsonl: 1 of 3 records have no response_ids.*; 1 of them do not say which.*--no-eos",
     ):
-        warn_lossy(found)
+        warn_lossy(found, "t.jsonl")
     with pytest.warns(LossyTokens, match="to be exact$"):
-        warn_lossy(found, eos=False)
+        warn_lossy(found, "t.jsonl", eos=False)
     told = scan(
         [
             write_lines(
@@ -181,7 +182,7 @@ def test_scan_counts_and_its_fingerprint_ignores_compression(tmp_path: Path) -> 
         ]
     )
     with pytest.warns(LossyTokens, match="to be exact$"):
-        warn_lossy(told)
+        warn_lossy(told, "t.jsonl")
 
 
 def test_behaviour_source_is_decided_once_for_all_records(tmp_path: Path) -> None:

@@ -153,9 +153,9 @@ def scan(
     return counts
 
 
-def warn_lossy(counts: Scan, eos: bool = True) -> None:
+def warn_lossy(counts: Scan, name: str, eos: bool = True) -> None:
     """Say once that records without token ids will be tokenised again from their text, and of how many it is not known
-    which responses were cut; ``eos``: whether these get an end token."""
+    which responses were cut; ``name``: what holds them; ``eos``: whether these get an end token."""
     lossy = counts.prompts - counts.with_ids
     if not lossy:
         return
@@ -166,7 +166,7 @@ def warn_lossy(counts: Scan, eos: bool = True) -> None:
             "and gets an end token: add 'truncated', or give --no-eos"
         )
     warn(
-        f"{lossy} of {counts.prompts} records have no response_ids: their responses are tokenised again "
+        f"{name}: {lossy} of {counts.prompts} records have no response_ids: their responses are tokenised again "
         f"from text, which may give other tokens than were sampled; store token ids to be exact{ends}",
         LossyTokens,
         stacklevel=2,

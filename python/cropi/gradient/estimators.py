@@ -333,6 +333,11 @@ ESTIMATORS = {
 def make_estimator(name: str, **changes: Any) -> Estimator:
     """The estimator called ``name``, with the fields that are not None in ``changes`` replaced.
 
+    Args:
+        name: "cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo" or "cispo"; docs/method.md
+            has the formula of each.
+        changes: fields of :class:`Estimator`.
+
     >>> make_estimator("ppo", clip_low=0.1).clip_low
     0.1
 

@@ -18,7 +18,7 @@ from cropi.rollouts.engine import Engine
 from cropi.rollouts.file import hash_of
 from cropi.rollouts.hf import HfEngine
 from cropi.rollouts.http import Server
-from cropi.rollouts.job import Job, RolloutReport, run, warn_truncated
+from cropi.rollouts.job import Job, RolloutReport, run, warn_sampling
 from cropi.rollouts.options import Rollout
 from cropi.rollouts.prompts import Prompt, read_prompts
 from cropi.rollouts.rewards import Reward
@@ -106,7 +106,7 @@ def make_job(
         skip_bad=given.skip_bad,
     )  # fmt: skip
     kept = _scorable(kept, scorer, bad, given.skip_bad)
-    warn_truncated(given)
+    warn_sampling(given)
     engine = _engine(policy, given, tokens, loading)
     identity = engine.identity()
     settings = _settings(policy, given, tokens, scorer) | {"engine": engine.name, **identity}

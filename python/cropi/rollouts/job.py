@@ -34,7 +34,7 @@ class RolloutReport:
 
     >>> report = RolloutReport(Path("train.jsonl"), prompts=2, responses=8, tokens=400, seconds=2.0, mean_reward=0.5,
     ...     mixed=2)
-    >>> print(report.text())
+    >>> print(report)
     records       train.jsonl: 2 prompts
     sampled       8 responses, 400 tokens, 200 tokens a second
     rewards       mean 0.5; 2 prompts have different rewards, and so a gradient; 0 responses were cut
@@ -49,6 +49,9 @@ class RolloutReport:
     mixed: int = 0
     truncated: int = 0
     skipped: list[RecordError] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text()
 
     def text(self) -> str:
         """For people, a few lines."""
@@ -257,8 +260,17 @@ class Truncated(UserWarning):
     """Responses are drawn from a part of the distribution."""
 
 
-def warn_truncated(sampling: Sampling) -> None:
-    """Say once what ``top_k`` and ``top_p`` do to the estimate."""
+class OneResponse(UserWarning):
+    """Prompts get one response each, of which no gradient is made."""
+
+
+def warn_sampling(sampling: Sampling) -> None:
+    """Say once what ``top_k`` and ``top_p`` do to the estimate, and that one response has no gradient."""
+    if sampling.n == 1:
+        warn(
+            "n is 1: a prompt with one response has no gradient, so that nothing can be selected from what is sampled; "
+            "give at least -n 2 (8 is usual)", OneResponse, stacklevel=3,
+        )  # fmt: skip
     if sampling.truncates:
         warn(
             "top-k and top-p: the recorded log-probs are those of the whole distribution, as trainers take them, so "

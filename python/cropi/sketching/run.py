@@ -146,7 +146,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
     if scan is None:
         scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)
-    warn_lossy(scan, job.eos)
+    warn_lossy(scan, groups.names, job.eos)
     check_dropout(policy.model, "model")
     if job.shard is not None and job.tokens_per_batch is None and policy.plan[0].type != "cpu":
         raise CropiError(
