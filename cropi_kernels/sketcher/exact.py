@@ -12,6 +12,7 @@ one backward pass in all: `again`), and the parameter's gradient for one segment
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -133,6 +134,21 @@ class _Captures(torch.autograd.Function):
             saved = None
         ctx.sink(grads, saved)
         return (None, None, *grads, *(None,) * ctx.others)
+
+
+@contextlib.contextmanager
+def _checkpoint_named(names: str, module: nn.Module) -> Iterator[None]:
+    """Put the parameters' names and a remedy into an error of torch's checkpointing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{names}: formed by a backward pass through {type(module).__name__} inside of the model's own, which the "
+            "gradient checkpointing in it does not take: turn that off (or use_reentrant=False instead of True), or "
+            f"leave them out (exclude=[...]). torch says: {str(error).splitlines()[0]}"
+        ) from error
 
 
 class ExactTaps:
@@ -288,9 +304,10 @@ class ExactTaps:
                             gradients = _again(replay, saved, list(edges), used, outputs, given, *rows)
                     if gradients is None:
                         mine = [segments.only(s, g, view) for g, view in given]
-                        gradients = torch.autograd.grad(
-                            outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
-                        )
+                        with _checkpoint_named(names, module):
+                            gradients = torch.autograd.grad(
+                                outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
+                            )
                     self._add(edges, gradients, s, segments, unit)
 
         return sink

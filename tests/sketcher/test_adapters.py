@@ -46,13 +46,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "PiSSA": lambda: peft.LoraConfig(r=4, init_lora_weights="pissa", **ATTENTION),
     "LoRA with a bias": lambda: peft.LoraConfig(r=4, lora_bias=True, **ATTENTION),
     "saved embeddings": lambda: peft.LoraConfig(r=4, modules_to_save=["embed_tokens"], **ATTENTION),
-    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
-    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"]),
-    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=["q_proj"]),
-    "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]),
-    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
-    "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
 }
 
 
