@@ -29,7 +29,7 @@ from .formed_sums import Add, parameters_of
 from .groups import planned
 from .head import PolicyGradient, failed_segments, scored_segments
 from .hooks import unless_none
-from .host import on_device, on_host
+from .host import on_device
 from .inputs import check_positions, check_rows, check_tensors, ordinary
 from .labels import Batch
 from .logprobs import inputs_of_rows
@@ -140,8 +140,7 @@ class FormedSketcher:
         check_tensors(input_ids=input_ids, segments=segments, positions=positions, targets=targets)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
-        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        here = Batch(*on_host(input_ids, segments, None, positions, targets, mask, position_ids))
+        here = Batch.of(input_ids, segments, None, positions, targets, attention_mask, position_ids).on_host()
         segments = here.segments
         assert here.positions is not None
         check_positions(input_ids, here.positions, targets)

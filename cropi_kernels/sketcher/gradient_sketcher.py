@@ -307,8 +307,7 @@ class GradientSketcher:
         check_tensors(input_ids=input_ids, segments=segments)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
-        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        given = Batch(input_ids, segments, labels, positions, targets, mask, position_ids)
+        given = Batch.of(input_ids, segments, labels, positions, targets, attention_mask, position_ids)
         # What is checked by its values is copied to the host once, and what the pass needs of that to the device.
         here, positions, targets, weighing = scored_tokens(given, weights, weigh)
         if self._tapped.ranks is not None:
@@ -406,9 +405,8 @@ class GradientSketcher:
     ) -> dict[str, Any]:
         """What the decoder is called with beside the tokens, checked against what the probe has measured."""
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
-        square = attention_mask is not None and attention_mask.ndim == 4
         # Of a sharded model some ranks alone might measure.
-        if not (self.probe is None or square or sharded.units(self.model)):
+        if not (self.probe is None or here.pairs is not None or sharded.units(self.model)):
             self.probe = probe_longer(self.probe, self.model, split, here)
         return kwargs | checked_rows(self.probe, here, attention_mask)
 

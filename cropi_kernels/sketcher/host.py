@@ -38,6 +38,15 @@ def on_host(*given: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple(copies.get(id(x), x) for x in given)
 
 
+def waits(*given: torch.Tensor | None) -> bool:
+    """Whether the host waits for a device in `on_host`."""
+    return any(x is not None and not on_this_host(x) and _before_sent(x) is None for x in given)
+
+
+def on_this_host(x: torch.Tensor) -> bool:
+    return not _away(x.device)
+
+
 def sent(device: torch.device, x: torch.Tensor) -> torch.Tensor:
     """A copy on a device of a tensor of the host, for which the host does not wait; nor does `on_host` for the values
     of this copy, as long as neither is written to."""

@@ -43,18 +43,20 @@ def check_rows(
                 f"attention_mask has shape {shape}: give [{batch}, {length}], 1 for tokens and 0 for padding, or bool "
                 f"[{batch}, 1, {length}, {length}], True where to attend"
             )
-        # Eager attention would add ones and zeros to its scores. What is on a device is not read: the host would wait.
-        added = square and attention_mask.is_floating_point()
-        ones = added and attention_mask.is_cpu and bool((attention_mask.diagonal(dim1=2, dim2=3) > 0).any())
-        if square and attention_mask.dtype != torch.bool and (not added or ones):
-            raise ValueError(
-                f"attention_mask {shape} is {attention_mask.dtype}, of ones and zeros: give attention_mask.bool(), "
-                "True where to attend, or one that is added, 0 where to attend"
-            )
+        if square and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise of_ones(attention_mask)
     if position_ids is not None and tuple(position_ids.shape[-2:]) not in ((batch, length), (1, length)):
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}: give int64 [{batch}, {length}], as input_ids"
         )
+
+
+def of_ones(mask: torch.Tensor) -> ValueError:
+    """Of a mask of pairs that holds ones where to attend: attention would add them to its scores."""
+    return ValueError(
+        f"attention_mask {tuple(mask.shape)} is {mask.dtype}, of ones and zeros: give attention_mask.bool(), True "
+        "where to attend, or one that is added, 0 where to attend"
+    )
 
 
 def ordinary(x: Any) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ..ops.linear_logprob.contract import Weigh
-from .host import on_host, values
-from .inputs import check_tensors
+from .host import on_host, on_this_host, values, waits
+from .inputs import check_tensors, of_ones
 
 IGNORED = -100  # a label of a token that is not scored
 # The function of weights, from the positions of the scored tokens where the weights are.
@@ -27,6 +27,39 @@ class Batch(NamedTuple):
     targets: torch.Tensor | None
     attention_mask: torch.Tensor | None  # [batch, length]
     position_ids: torch.Tensor | None
+    pairs: torch.Tensor | None = None  # an attention_mask of four axes, which stays where it is
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        segments: torch.Tensor,
+        labels: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        targets: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> Batch:
+        """The batch of tensors as they were given."""
+        given, mask = (input_ids, segments, labels, positions, targets), attention_mask
+        pairs = mask is not None and mask.ndim == 4
+        return cls(*given, None if pairs else mask, position_ids, mask if pairs else None)
+
+    def on_host(self) -> Batch:
+        """The batch in the host's memory.
+
+        Raises:
+            ValueError: a mask of pairs that attention adds holds ones. One on a device is looked at where the host
+                waits for the batch all the same: not in a job, which makes its masks itself.
+        """
+        *given, pairs = self
+        ones = None
+        if pairs is not None and pairs.is_floating_point() and (on_this_host(pairs) or waits(*given)):
+            ones = (pairs.diagonal(dim1=2, dim2=3) > 0).any().view(1)
+        *here, ones = on_host(*given, ones)
+        if pairs is not None and ones is not None and bool(ones):
+            raise of_ones(pairs)
+        return Batch(*here)._replace(pairs=pairs)
 
 
 def scored_tokens(
@@ -48,7 +81,7 @@ def scored_tokens(
         if positions is not None or targets is not None:
             raise ValueError("labels say which tokens are scored: leave positions and targets out, or labels")
         _check_labels(labels, given.input_ids)
-        here = Batch(*on_host(*given))
+        here = given.on_host()
         assert here.labels is not None
         positions, targets = from_labels(here.labels, here.input_ids)
         here = here._replace(positions=positions, targets=targets)
@@ -57,7 +90,7 @@ def scored_tokens(
         raise ValueError("which tokens are scored is not said: give labels, or positions and targets")
     else:
         check_tensors(positions=positions, targets=targets)
-        here, device = Batch(*on_host(*given)), positions.device
+        here, device = given.on_host(), positions.device
     weighing = weigher(chosen, positions.numel(), shape, labels is not None, device)
     return here, positions, targets, weighing
 

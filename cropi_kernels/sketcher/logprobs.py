@@ -11,7 +11,6 @@ from torch import nn
 
 from .._fork import one_thread_after_fork
 from .decoder import split_model, split_parts
-from .host import on_host
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import Batch
 from .precision import own_precision, unwrapped
@@ -67,9 +66,8 @@ def token_logprobs(
     one_thread_after_fork()
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)
     check_rows(input_ids, attention_mask, position_ids)
-    rows = torch.arange(len(input_ids), device=input_ids.device)
-    mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    here = Batch(*on_host(input_ids, rows, None, positions, targets, mask, position_ids))
+    rows = torch.arange(len(input_ids), device="cpu")
+    here = Batch.of(input_ids, rows, None, positions, targets, attention_mask, position_ids).on_host()
     assert here.positions is not None and here.targets is not None
     check_positions(here.input_ids, here.positions, here.targets)
     model = unwrapped(model)
@@ -98,8 +96,7 @@ def inputs_of_rows(
     """
     kwargs = model_inputs(model, attention_mask, position_ids, model_kwargs)
     given = attention_mask is not None or position_ids is not None
-    square = attention_mask is not None and attention_mask.ndim == 4
-    probe = _measured_probe(model, here, square) if given or units(model) else None
+    probe = _measured_probe(model, here) if given or units(model) else None
     return kwargs | checked_rows(probe, here, attention_mask) if given else kwargs
 
 
@@ -118,13 +115,13 @@ def measured_split(model: nn.Module) -> SplitModel:
     return dataclasses.replace(named, scale=known[2], softcap=known[3])
 
 
-def _measured_probe(model: nn.Module, here: Batch, square: bool) -> Probe:
+def _measured_probe(model: nn.Module, here: Batch) -> Probe:
     """How the model takes rows, measured at the first call, and again for another kind of attention or longer rows."""
     kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
     known, split = _PROBES.get(model), measured_split(model)
     probe = known[1] if known is not None and known[0] == kind else probe_rows(model, split)
     # Of a sharded model some ranks alone might have longer rows.
-    if not (square or units(model)):
+    if here.pairs is None and not units(model):
         probe = probe_longer(probe, model, split, here)
     _PROBES[model] = kind, probe
     return probe

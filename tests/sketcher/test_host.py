@@ -12,8 +12,9 @@ import torch
 from support import zoo
 from torch.overrides import TorchFunctionMode
 
-from cropi_kernels import GradientSketcher, SketchSpec
-from cropi_kernels.sketcher import host
+from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
+from cropi_kernels.sketcher import host, labels
+from cropi_kernels.sketcher.formed import FormedSketcher
 from cropi_kernels.sketcher.head import PolicyGradient
 from cropi_kernels.sketcher.row_segments import RowSegments
 from cropi_kernels.sketcher.segments import Segments
@@ -164,6 +165,46 @@ def test_a_batch_that_was_copied_gives_the_same_bits(layout: str, monkeypatch: p
             changes = {"positions": None, "targets": None, "labels": labels}
             got = batch.sketch(sketcher, **changes)
             assert torch.equal(got.sketches, want.sketches) and torch.equal(got.weights, want.weights)
+
+
+@pytest.mark.parametrize("way", ["policy_gradient", "formed", "token_logprobs"])
+def test_ones_in_a_mask_that_is_added_come_in_the_copy_of_the_batch(
+    way: str, away: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = zoo.make("llama"), zoo.packed()
+    begin = (batch.position_ids == 0).cumsum(1)  # type: ignore[union-attr, attr-defined]
+    ones = ((begin[:, :, None] == begin[:, None]).tril()[:, None]).float()
+    rows = {"segments": torch.zeros(1, dtype=torch.int64), "num_segments": 1} if way == "formed" else {}
+    copies: list[int] = []
+    copy_of_batch = host.on_host
+    monkeypatch.setattr(labels, "on_host", lambda *given: copies.append(1) or copy_of_batch(*given))
+
+    def logprobs(mask: torch.Tensor) -> torch.Tensor:
+        given = dict(positions=batch.positions, targets=batch.targets, position_ids=batch.position_ids)
+        if way == "token_logprobs":
+            return token_logprobs(model, batch.input_ids, attention_mask=mask, **given)  # type: ignore[arg-type]
+        kind: Any = GradientSketcher if way == "policy_gradient" else FormedSketcher
+        with kind(model, SPEC) as sketcher:
+            return batch.sketch(sketcher, attention_mask=mask, **rows).logprobs
+
+    with pytest.raises(ValueError, match="torch.float32, of ones and zeros: give attention_mask.bool"):
+        logprobs(ones)
+    assert len(copies) == 1, "one copy tells of the batch and of the mask"
+    want = logprobs(ones.bool())
+    added = (1 - ones) * -1e30
+    assert torch.equal(logprobs(added), want)
+
+
+def test_a_mask_that_is_added_is_not_waited_for(away: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch whose values the host has, as of a job's."""
+    waited: list[int] = []
+    room = host._room
+    monkeypatch.setattr(host, "_room", lambda *given: waited.append(1) or room(*given))
+    batch, mask = zoo.packed(), torch.zeros(1, 1, 2, 2)
+    for send in (lambda x: x.clone(), lambda x: host.sent(torch.device("cpu"), x)):
+        given = [send(x) for x in (batch.input_ids, batch.segments, batch.positions, batch.targets)]
+        labels.Batch.of(*given[:2], None, *given[2:], mask, None).on_host()
+        assert waited == [1]
 
 
 def test_offsets_of_heads_and_columns_come_from_those_of_the_device() -> None:
