@@ -63,7 +63,8 @@ def test_four_commands_rank_as_exact_gradients_do(
     summary = capsys.readouterr().out
     assert sketch(made, tmp_path / "valid", wide, file=write_lines(tmp_path / "valid.jsonl", hot)) == 0
     stores = f"--train {tmp_path}/train --valid {tmp_path}/valid"
-    assert cropi(f"influence {stores} --out {tmp_path}/s.parquet") == 0
+    near = tmp_path / "near.jsonl"
+    assert cropi(f"influence {stores} --out {tmp_path}/s.parquet --neighbours {near} -k 3") == 0
     selected = tmp_path / "selected.jsonl"
     assert cropi(f"select --scores {tmp_path}/s.parquet --fraction 0.1 --out {selected}") == 0
 
@@ -81,6 +82,15 @@ def test_four_commands_rank_as_exact_gradients_do(
     assert scores.sets == ["x", "y"] and np.flatnonzero(scores.usable).size == len(train)
     # A cosine's standard error is at most 1 / sqrt(dim) = 0.0055; 5 of them for the largest of 60.
     assert np.abs(scores.table[scores.usable] - expected).max() < 5 / 32768**0.5
+
+    for row in json_lines(near):
+        own = {name: float(cosine(exact[name], exact[row["id"]], dim=0)) for name in train}
+        highest = sorted(own.values(), reverse=True)
+        assert row["set"] == records[row["id"]]["set"]
+        for kind, want in (("helpful", highest[:3]), ("harmful", highest[:-4:-1])):
+            for one, value in zip(row[kind], want, strict=True):
+                assert max(abs(one["cosine"] - own[one["id"]]), abs(one["cosine"] - value)) < 5 / 32768**0.5
+    assert {row["id"] for row in json_lines(near)} == {r["id"] for r in hot} & usable.keys()
 
     skipped = 40 - len(train)
     assert f"40 read, {len(train)} sketched, {skipped} skipped ({skipped} equal rewards), 0 failed" in summary
@@ -305,6 +315,14 @@ MISTAKES = {
     "useless set": (
         "the validation set 'z' usefully: none of its 3 prompts has a gradient",
         "run --model {made}/model --train {made}/train.jsonl {small} --out {out} --valid {equal}",
+    ),
+    "neighbours as a table": (
+        "near.csv: give the path of JSON lines, which ends in .jsonl",
+        "influence --train {store} --valid {store} --out {out} --neighbours near.csv",
+    ),
+    "how many neighbours": (
+        "-k 3 is for --neighbours FILE.jsonl",
+        "influence --train {store} --valid {store} --out {out} -k 3",
     ),
     "folder as file": (
         "is a folder; give the path of a file",

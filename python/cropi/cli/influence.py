@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from cropi.cli import options
 from cropi.cli.manners import tell
+from cropi.cli.options import count
+from cropi.errors import CropiError
 from cropi.options import Influence
 
 if TYPE_CHECKING:
     from cropi.ranking.scores import Scores
 
+DEFAULT = 5  # neighbours of each kind
 EXAMPLE = "cropi influence --train sketches/train --valid sketches/math sketches/code --out scores.parquet"
 
 
@@ -33,31 +36,44 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "of responses (default: none)",
     )  # fmt: skip
     command.add_argument("--out", required=True, metavar="FILE.parquet", help="the score table")
+    command.add_argument(
+        "--neighbours", metavar="FILE.jsonl",
+        help="write for every validation prompt, a line each, the training prompts with the highest cosines (helpful) "
+        "and with the lowest (harmful); `cropi.neighbours` in Python (default: no such file)",
+    )  # fmt: skip
+    command.add_argument("-k", type=count, metavar="N", help="how many of each for --neighbours (default: 5)")
     options.add(command, Influence)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score one store against others, write the table, and say what was compared."""
     from cropi import pipeline
+    from cropi.ranking.pairwise import neighbours, write_neighbours
     from cropi.ranking.table import write_scores
     from cropi.store.store import SketchStore
 
     given = options.made(Influence, args)
-    train = [SketchStore.open(path) for path in args.train]
-    scores = pipeline.score(
-        train[0] if len(train) == 1 else SketchStore.join(train),
-        [SketchStore.open(path) for path in args.valid],
-        given,
-        noise=[SketchStore.open(path) for path in args.noise],
-    )
+    if args.k is not None and args.neighbours is None:
+        raise CropiError(f"-k {args.k} is for --neighbours FILE.jsonl; give that too, or leave it out")
+    if args.neighbours is not None and not args.neighbours.endswith(".jsonl"):
+        raise CropiError(f"neighbours: {args.neighbours}: give the path of JSON lines, which ends in .jsonl")
+    stores = [SketchStore.open(path) for path in args.train]
+    train = stores[0] if len(stores) == 1 else SketchStore.join(stores)
+    valid = [SketchStore.open(path) for path in args.valid]
+    noise = [SketchStore.open(path) for path in args.noise]
+    scores = pipeline.score(train, valid, given, noise=noise)
     write_scores(args.out, scores)
     print(line(scores, given.metric, args.out))
+    if args.neighbours is not None:
+        near = neighbours(train, valid, DEFAULT if args.k is None else args.k)
+        write_neighbours(args.neighbours, near, valid)
+        print(f"neighbours    of {len(near)} validation prompts: {args.neighbours}")
     print(sure(scores))
     if scores.meta.get("groups") is not None:
         print(f"groups        {groups(scores)}")
     tell(
         args, scores=args.out, prompts=len(scores.rows), usable=int(scores.usable.sum()), sets=scores.sets,
-        metric=given.metric, uncertainty=scores.meta.get("uncertainty"),
+        metric=given.metric, uncertainty=scores.meta.get("uncertainty"), neighbours=args.neighbours,
     )  # fmt: skip
     return 0
 

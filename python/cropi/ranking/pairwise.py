@@ -10,16 +10,19 @@ the stores alone, and no model. The training store is streamed.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from cropi.data.rows_out import write_jsonl
 from cropi.errors import CropiError
 from cropi.ranking.influence import check_stores, choose_members, given_stores
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
+from cropi.sealed import summed
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 
@@ -244,3 +247,19 @@ def neighbours(
         )
         for i, row in enumerate(rows)
     }
+
+
+def write_neighbours(
+    path: str | Path,
+    found: Mapping[str, tuple[list[Neighbour], list[Neighbour]]],
+    valid: Sequence[SketchStore],
+) -> None:
+    """Write what :func:`neighbours` gave as JSON lines, one a validation prompt: ``id``, ``set``, ``helpful`` and
+    ``harmful``, lists of ``id`` and ``cosine``."""
+    sets = {row.id: row.set or DEFAULT_SET for store in valid for row in store.rows()}
+    rows = [
+        {"id": name, "set": sets[name], "helpful": list(map(asdict, near)), "harmful": list(map(asdict, far))}
+        for name, (near, far) in found.items()
+    ]
+    with summed(path):
+        write_jsonl(Path(path), rows)
