@@ -306,16 +306,16 @@ def main() -> None:
     if sys.argv[1:] == ["times"]:
         return times()
     results = common.Results("new")
-    for given in JOBS:
-        results.attempt(f"passes launched ahead: {', '.join(given)}", lambda g=given: ahead(*g))
-    results.attempt("streams", streams)
-    for length in LENGTHS:
-        results.attempt(f"masks of {length} tokens", lambda n=length: masks(n))
     for length in TILES:
         results.attempt(f"low scores of {length} tokens", lambda n=length: low_scores(n))
+    for length in LENGTHS:
+        results.attempt(f"masks of {length} tokens", lambda n=length: masks(n))
     for n in NARROW:
         results.attempt(f"norms of {n}", lambda n=n: narrow(n))
     results.attempt("a bias of millions", wide_bias)
+    results.attempt("streams", streams)
+    for given in JOBS:  # which compile most
+        results.attempt(f"passes launched ahead: {', '.join(given)}", lambda g=given: ahead(*g))
     results.finish()
 
 

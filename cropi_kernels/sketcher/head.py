@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..adding import add_rows
 from ..ops.linear_logprob.contract import Dlogits, Weigh
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
@@ -108,7 +109,7 @@ def head_pass(
         )
         weights = scales.unscaled(weights)
         grad_picked = scales.normalise(grad_picked, *(out for one in sums for out in one.acc.outs))
-        grad = _add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
+        grad = add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
     return logprobs, grad.view_as(hidden), weights
 
 
@@ -123,13 +124,6 @@ def _placed(plan: Attachment, split: SplitModel, gradients: torch.Tensor) -> tor
     if plan.ranks is None or gradients.shape[1] == split.head.weight.shape[0]:
         return gradients
     return plan.ranks.share(split.head.weight).placed(gradients, 1)
-
-
-def _add_rows(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``out[positions] += rows`` in a fixed order: on a GPU `index_add_` adds in the order of arrival."""
-    if out.is_cuda:
-        return out.index_put_((positions,), rows, accumulate=True)  # sorts the positions first
-    return out.index_add_(0, positions, rows)
 
 
 def failed_segments(logprobs: torch.Tensor, weights: torch.Tensor, scales: SegmentScales) -> torch.Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from ..adding import add_rows
 from .segments import Segments
 
 
@@ -103,6 +104,4 @@ class Runs:
             return sketches
         owner = self.owner.to(sketches.device)
         out = torch.zeros(self.count, sketches.shape[1], dtype=sketches.dtype, device=sketches.device)
-        if out.is_cuda:
-            return out.index_put_((owner,), sketches, accumulate=True)
-        return out.index_add_(0, owner, sketches)
+        return add_rows(out, owner, sketches)

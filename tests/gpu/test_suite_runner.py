@@ -8,7 +8,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +89,24 @@ def test_results_are_kept_after_every_part(runner: Any, suite: Any, tmp_path: Pa
     with tarfile.open(tmp_path / "seen.tgz") as tar:  # as it was while the second part ran
         assert "one.jsonl" in tar.getnames() and "two.jsonl" not in tar.getnames()
     assert {"one.jsonl", "two.jsonl", "one.log", "status.txt"} <= set(kept(tmp_path))
+
+
+def test_the_table_is_made_once_when_all_has_run(
+    runner: Any, suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[str]] = []
+
+    def report(command: list[str], **kwargs: Any) -> SimpleNamespace:
+        made.append(sorted(suite.states()))
+        Path(command[-1]).write_text("a table")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(runner.subprocess, "run", report)
+    assert suite.run([part(runner, "one", "pass"), part(runner, "two", "pass")])
+    assert made == [["one", "two"]] and kept(tmp_path)["gpu.md"] == "a table"
+    assert (tmp_path / "keep" / "gpu.md").read_text() == "a table" and len(
+        list((tmp_path / "keep").iterdir())
+    ) == 2
 
 
 def test_a_part_that_fails_or_hangs_costs_itself_alone(runner: Any, suite: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from ... import _native, dispatch
 from ..._library import register
 from ..._spec_base import as_int
+from ...adding import add_rows
 from .._checks import check_plain
 from . import reference
 from .api import NonFinite, check_nonfinite, check_range, check_spec, report
@@ -183,7 +184,7 @@ def _entries(
         return bucket, y, count
     row, at, value = _pairs(x, plan, offset)
     cells, where = torch.unique(row * plan.dim + at, return_inverse=True)
-    sums = values.new_zeros(len(cells)).index_add_(0, where, value)
+    sums = add_rows(values.new_zeros(len(cells)), where, value)
     row_of = cells // plan.dim
     bad = torch.zeros(rows, dtype=torch.bool, device=values.device).index_fill_(
         0, row_of[~torch.isfinite(sums)], True

@@ -310,8 +310,11 @@ def sequence_behaviour(
     log_ratio = (logprobs[:, None] if behaviour.ndim == 2 else logprobs).double() - behaviour.double()
     if count is None:
         count = int(responses.max()) + 1 if responses.numel() else 0
-    sums = log_ratio.new_zeros(count, *log_ratio.shape[1:]).index_add_(0, responses, log_ratio)
-    sizes = torch.zeros_like(sums).index_add_(0, responses, torch.ones_like(log_ratio))
+    # The command line lists the estimators before it needs kernels.
+    from cropi_kernels.adding import add_rows
+
+    sums = add_rows(log_ratio.new_zeros(count, *log_ratio.shape[1:]), responses, log_ratio)
+    sizes = add_rows(torch.zeros_like(sums), responses, torch.ones_like(log_ratio))
     mean = (sums / sizes.clamp_(min=1))[responses]
     return ((logprobs[:, None] if behaviour.ndim == 2 else logprobs) - mean).to(behaviour.dtype)
 

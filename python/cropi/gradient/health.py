@@ -10,6 +10,7 @@ import torch
 
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.estimators import Estimator
+from cropi_kernels.adding import add_rows
 
 
 @dataclass
@@ -83,4 +84,4 @@ def health_sums(
         counted = torch.arange(ratio.shape[1], device=ratio.device) < batch.members[:, None]
         each = torch.where(counted, each, 0.0).sum(dim=2)
     sums = torch.zeros(len(batch.groups), 4, dtype=torch.float64, device=each.device)
-    return sums.index_add_(0, batch.token_segments, each.T.contiguous())
+    return add_rows(sums, batch.token_segments, each.T.contiguous())

@@ -29,6 +29,7 @@ from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
+from cropi_kernels.adding import add_rows
 from cropi_kernels.sketcher.formed import FormedSketcher
 from cropi_kernels.sketcher.host import Fetched
 from cropi_kernels.sketcher.sharded import device_of
@@ -64,7 +65,7 @@ class Passed:
         ratios = estimator.ratio_behaviour(result.logprobs, self.behaviour, there.responses)
         health = health_sums(estimator, there, result.logprobs, ratios)
         weights = health.new_zeros(len(there.groups))
-        weights.index_add_(0, there.token_segments, result.weights.double().abs())
+        add_rows(weights, there.token_segments, result.weights.double().abs())
         more = result.more or (result.sketches[:, :0],)
         return Fetched(result.sketches, health, weights, torch.stack(more, dim=1))
 
