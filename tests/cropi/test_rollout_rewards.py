@@ -198,6 +198,7 @@ def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> 
         # Numbers with units, names and dashes, which are no formulas.
         ("12", "12 m/s", 1.0), ("12", "area 12m^2", 1.0), ("12", "12 m^2", 1.0), ("5", "5a", 1.0), ("3", "B - 3", 1.0),
         ("7", "x + 5 = 12, so 7", 1.0), ("12", "x + 5 = 12", 1.0), ("3", "3 - a prime", 1.0), ("12", "12 for x+3", 1.0),
+        ("7", "a torque of 7N*m", 1.0), ("7", "it is **7** N*m", 1.0), ("5x+3", "it is **5x+3**", 1.0),
     ],
 )  # fmt: skip
 def test_answers_are_verified(answer: Any, response: str, reward: float) -> None:

@@ -33,12 +33,15 @@ _PIECE = re.compile(
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt\()[A-Za-z]{2,}")
 _LATEX = re.compile(r"\\[A-Za-z]|sqrt\(|[_^]\{")
-# A sum, a product or an exponent with a letter; a difference too where a letter has a factor. Not what may be a number
-# with its unit, a name or a dash: 12 m/s, 12m^2, 5x, 5-A, B - 3.
-_SUM = re.compile(r"[\w)}](?P<blanks>[ \t]*)[+*](?P=blanks)[\w({]|\^[({]?-?\d*[A-Za-z]")
+# A sum, a product with a number or bracket, or an exponent, with a letter; a difference too where a letter has a
+# factor. Not what may be a number with its unit, a name, a dash or bold text: 12 m/s, 12m^2, 7N*m, 5x, 5-A, B - 3.
+_SUM = re.compile(
+    r"[\w)}](?P<blanks>[ \t]*)\+(?P=blanks)[\w({]|[\d)}][ \t]?\*[ \t]?[\w({]|\w[ \t]?\*[ \t]?[\d({]"
+    r"|\^[({]?-?\d*[A-Za-z]"
+)
 _DIFFERENCE = re.compile(r"[\w)}](?P<blanks>[ \t]*)-(?P=blanks)[\w({]")
 _FACTOR = re.compile(r"\d[A-Za-z]")
-_POWER_OF_TEN = re.compile(r"\d[eE][+-]?\d")
+_OTHER = re.compile(r"\d[eE][+-]?\d|\*\*")
 _CLOSING = {"{": "}", "(": ")"}
 
 
@@ -94,7 +97,7 @@ def plain_formulas(text: str) -> Iterator[slice]:
     """
     for place, latex in _formulas(text):
         piece = text[place]
-        if latex or not re.search("[A-Za-z]", piece) or _POWER_OF_TEN.search(piece):
+        if latex or not re.search("[A-Za-z]", piece) or _OTHER.search(piece):
             continue
         if _SUM.search(piece) or _FACTOR.search(piece) and _DIFFERENCE.search(piece):
             yield place
