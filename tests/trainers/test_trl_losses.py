@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +141,35 @@ def test_what_the_estimator_leaves_out_is_said(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         staged(tmp_path, top_entropy_quantile=0.5)
     assert "selections leave out a part of the loss: top_entropy_quantile" in caplog.text
+
+
+# Options of GRPOConfig that change no weight of a token: what is generated, the model, the reference, logs.
+NO_WEIGHT = frozenset(
+    """
+    cache_implementation cast_lm_head_to_fp32 chat_template_kwargs disable_dropout ds3_gather_for_generation
+    generation_batch_size generation_kwargs log_completions log_completions_hub_repo log_multimodal log_unique_prompts
+    max_completion_length max_tool_calling_iterations min_p model_init_kwargs num_completions_to_print num_generations
+    num_generations_eval num_iterations pad_to_multiple_of ref_model_mixup_alpha ref_model_sync_steps
+    repetition_penalty reward_weights shuffle_dataset steps_per_generation sync_ref_model temperature top_k top_p
+    transformers_continuous_batching_config trust_remote_code use_transformers_continuous_batching
+    use_transformers_paged
+    """.split()
+)
+# Part of what an option that is read switches on, by how their names begin; `checks.balances_experts` reads the rest.
+PARTS = ("vllm_", "sapo_", "vespo_", "entropy_", "use_bias_correction_kl", "router_aux_loss_coef")
+
+
+def test_no_option_of_the_loss_is_overlooked() -> None:
+    """An option that is new in TRL shows itself here: read it, refuse it, say that it is left out, or list it."""
+    import trl
+    from transformers import TrainingArguments
+
+    from cropi.trainers.trl import losses
+
+    own = trl.GRPOConfig.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__.keys()
+    read = set(re.findall(r"\bargs\.(\w+)|\"(\w+)\"", inspect.getsource(losses)))
+    names = {name for pair in read for name in pair}
+    assert {name for name in own if name not in NO_WEIGHT | names and not name.startswith(PARTS)} == set()
 
 
 @pytest.mark.long

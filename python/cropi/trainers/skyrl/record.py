@@ -2,8 +2,8 @@
 
 ::
 
-    from skyrl_train.entrypoints.main_base import BasePPOExp
-    from skyrl_train.generators.skyrl_gym_generator import SkyRLGymGenerator
+    from skyrl.train.entrypoints.main_base import BasePPOExp
+    from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
     from cropi.trainers.skyrl import recording
 
     class Exp(BasePPOExp):
