@@ -275,6 +275,12 @@ def test_vllm_is_called_for_exact_log_probs(tmp_path: Path, monkeypatch: pytest.
     assert calls[-1]["mode"] == "raw_logprobs"
     with pytest.raises(CropiError, match="give its folder or hub id, not a module"):
         cropi.rollout(model, prompts(), reward, tmp_path / "m.jsonl", tokenizer, **given)
+    # The folder is trained on, and keeps its name.
+    cropi.rollout(name, prompts(), reward, tmp_path / "out.jsonl", temperature=0.7, **given)
+    model.lm_head.weight.data += 1.0
+    model.save_pretrained(name)
+    with pytest.raises(CropiError, match="out.jsonl was begun with another model: model.files = '"):
+        cropi.rollout(name, prompts(6), reward, tmp_path / "out.jsonl", temperature=0.7, **given)
 
 
 def test_vllm_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

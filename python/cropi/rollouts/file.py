@@ -40,7 +40,8 @@ from cropi.sealed import check_sums, summed
 from cropi.store.differences import first_difference
 
 MARK = "cropi_rollout"
-MODEL = "rollout_model"  # of the settings: what a model is beside its weights, ``config`` and ``buffers``
+# Of the settings: what a model is beside its weights (``config``, ``buffers``) or beside its name (``files``).
+MODEL = "rollout_model"
 SCORER = "scorer"  # of a record: the version of the reward function (:class:`cropi.rollouts.rewards.Reward`)
 SYNC_AFTER = 10.0  # a sync takes some milliseconds
 LONGEST = 500  # characters of a model's settings in a message
@@ -212,14 +213,13 @@ class RolloutFile:
                 )
 
     def _check_model(self, before: Any, path: Path) -> None:
-        """Check that the model is the one of the file in more than its weights; the file's own settings are kept."""
+        """Check that the model is the one of the file beside its weights or name; the file's own settings are kept."""
         if before is None or self._model is None:
             return
         if differs := first_difference({"model": before}, {"model": self._model}):
             raise CropiError(
-                f"out: {path} was begun with a model of the same weights, but {differs.field} = "
-                f"{shown(differs.left, LONGEST)}, and now it is {shown(differs.right, LONGEST)}; "
-                f"{REMEDY.format(path=path)}"
+                f"out: {path} was begun with another model: {differs.field} = {shown(differs.left, LONGEST)}, and now "
+                f"it is {shown(differs.right, LONGEST)}; {REMEDY.format(path=path)}"
             )
         self._model = before
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, optional
+from cropi.files import is_folder
 from cropi.gradient.tokenize import Tokenize
+from cropi.model.fingerprint import checkpoint_fingerprint
 from cropi.rollouts.engine import Request, Response, Sampling, is_cut
+from cropi.rollouts.file import MODEL
 
 BATCH = 256  # prompts that are handed over at once; vLLM schedules their responses itself
 
@@ -63,8 +67,11 @@ class VllmEngine:
         return f"vLLM {getattr(self._vllm, '__version__', 'of unknown version')}"
 
     def identity(self) -> dict[str, Any]:
-        """The model's name: its weights are in vLLM's hands."""
-        return {"model": self.model}
+        """The model's name, since its weights are in vLLM's hands, and a hash of its folder's files."""
+        made: dict[str, Any] = {"model": self.model}
+        if is_folder(folder := Path(self.model)):
+            made[MODEL] = {"files": checkpoint_fingerprint(folder)}
+        return made
 
     def notes(self) -> dict[str, Any]:
         """Nothing."""
