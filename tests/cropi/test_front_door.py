@@ -332,3 +332,14 @@ def test_a_warning_points_to_the_line_that_called_this_package() -> None:
     with pytest.warns(SharedPrompts) as caught:
         cropi.score(make_model(), TRAIN, TRAIN, make_tokenizer(), **SMALL)
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_scores_are_saved_and_opened(scores: Scores, tmp_path: Path) -> None:
+    scores.save(tmp_path / "scores.parquet")
+    for path in (tmp_path, tmp_path / "scores.parquet"):  # a run's folder, or the file
+        again = Scores.open(path)
+        assert again.ids == scores.ids and again.sets == scores.sets
+        np.testing.assert_array_equal(again.table, scores.table)
+        assert again.select(0.1).weights == scores.select(0.1).weights
+    with pytest.raises(CropiError, match="nowhere: there is no such score table"):
+        Scores.open(tmp_path / "nowhere")

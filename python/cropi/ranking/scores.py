@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cropi.errors import CropiError, optional
+from cropi.files import is_file
 from cropi.ranking.table_rows import values_of
 from cropi.store.rows import RowInfo
 
@@ -87,6 +88,31 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Scores:
+        """Read a score table that :meth:`save`, `cropi influence` or `cropi run` wrote.
+
+        Args:
+            path: the file, or the folder of a run.
+
+        Raises:
+            CropiError: the file does not exist, is damaged, or is not a score table.
+        """
+        from cropi.ranking.table import read_scores
+
+        inside = Path(path) / "scores.parquet"
+        return read_scores(inside if is_file(inside) else path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as parquet, for :meth:`open`, `cropi select` and other readers.
+
+        Raises:
+            CropiError: the file cannot be written.
+        """
+        from cropi.ranking.table import write_scores
+
+        write_scores(path, self)
 
     def select(self, fraction: float = 0.1, **options: Any) -> Selection:
         """The best fraction of the prompts: :func:`cropi.ranking.selection.select`, with its options."""
