@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,8 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
         ["10", "j"],
     ]
     assert text[1].endswith("1+1=") and len(best_and_worst(scores, chosen, count=50).splitlines()) == 11
+    long = replace(scores, rows=[replace(row, id=row.id + 4000 * "x") for row in scores.rows])
+    assert max(map(len, best_and_worst(long, chosen, count=2).splitlines())) < 200
     plot_scores(tmp_path / "scores.png", scores, chosen)
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
     plot_scores(tmp_path / "scores.pdf", scores, chosen)

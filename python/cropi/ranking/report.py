@@ -14,6 +14,8 @@ from cropi.ranking.selection import Selection
 
 __all__ = ["best_and_worst", "last_message", "plot_scores", "prompt_texts"]
 
+LONGEST = 80  # characters of a name in the table
+
 
 def best_and_worst(
     scores: Scores, selection: Selection, *, count: int = 5, texts: dict[str, str] | None = None
@@ -22,9 +24,9 @@ def best_and_worst(
     order = selection.order
     best = order[:count]
     worst = [i for i in order[-count:] if i not in best]
-    width = max([6, *(len(printable(scores.rows[i].id)) for i in best + worst)])
-    task_width = max([4, *(len(printable(scores.rows[i].task or "-")) for i in best + worst)])
-    names = [printable(name) for name in scores.sets]
+    width = max([6, *(len(_begun(scores.rows[i].id)) for i in best + worst)])
+    task_width = max([4, *(len(_begun(scores.rows[i].task or "-")) for i in best + worst)])
+    names = [_begun(name) for name in scores.sets]
     set_widths = [max(8, len(name)) for name in names]
 
     def line(rank: str, name: str, task: str, rate: str, fused: str, values: Sequence[str], text: str) -> str:
@@ -38,8 +40,8 @@ def best_and_worst(
             lines.append(
                 line(
                     str(order.index(i) + 1),
-                    printable(row.id),
-                    printable(row.task or "-"),
+                    _begun(row.id),
+                    _begun(row.task or "-"),
                     f"{row.pass_rate:.2f}",
                     f"{selection.fused[i]:.3f}",
                     values,
@@ -49,6 +51,12 @@ def best_and_worst(
         if group is best and worst:
             lines.append(f"{'...':>5}")
     return "\n".join(lines)
+
+
+def _begun(name: str) -> str:
+    """A name in a column: an id may have 4096 characters."""
+    text = printable(name)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def prompt_texts(trajectories: Any, ids: Sequence[str], width: int = 60) -> dict[str, str]:

@@ -112,7 +112,7 @@ def selection_of(scores: Scores, path: Path) -> Selection:
     Raises:
         CropiError: a chosen prompt has no score in the table, or was chosen by other scores.
     """
-    place = {row.id: i for i, row in enumerate(scores.rows)}
+    place = {name: i for i, name in enumerate(scores.ids)}
     lines, usable = list(selected_rows(path)), scores.usable  # which is worked out anew each time
     ids = [str(line["id"]) for line in lines]
     unknown = [name for name in ids if name not in place or not usable[place[name]]]

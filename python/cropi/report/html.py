@@ -26,6 +26,7 @@ from cropi.files import write_atomic
 from cropi.ranking.contributions import mean_contributions
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
+from cropi.ranking.table_rows import values_of
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.charts import bars, density, signed
 from cropi.report.policy import is_close, policy_text
@@ -108,7 +109,7 @@ def _packed(data: dict[str, Any]) -> bytes:
 
 def _compressed(data: Any) -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return gzip.compress(text, 9, mtime=0)
+    return gzip.compress(text, 6, mtime=0)
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -152,7 +153,12 @@ def _values(given: ReportInput) -> dict[str, Any]:
 
 
 def _tasks(scores: Scores) -> Counter[str]:
-    return Counter(row.task for row in scores.rows if row.task)
+    return Counter(task for task in _column(scores, "task") if task)
+
+
+def _column(scores: Scores, key: str, places: np.ndarray | None = None) -> list[Any]:
+    """One attribute of the prompts, or their entry in ``extra``; rows that a file holds by columns are not made."""
+    return values_of(scores.rows, key, np.arange(len(scores.rows)) if places is None else places)
 
 
 def _verdict(given: ReportInput) -> list[dict[str, str]]:
@@ -164,7 +170,7 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         lines.append({"level": level, "name": name, "text": text})
 
     unscored = len(scores.rows) - int(scores.usable.sum())
-    failed = sum(row.status == "failed" for row in scores.rows)
+    failed = _column(scores, "status").count("failed")
     add(
         "warning" if failed else "ok",
         "prompts",
@@ -218,29 +224,32 @@ def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
 
 def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray) -> list[dict[str, Any]]:
     """Tables of shares: by task, by pass rate, by length, by where the prompt comes from."""
-    rows = scores.rows
-    lengths = np.array([rows[i].tokens for i in usable])
+    lengths = np.array(_column(scores, "tokens", usable))
     edges = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75]).round()) if len(lengths) else np.array([])
 
-    def length(i: int) -> str:
-        place = int(np.searchsorted(edges, rows[i].tokens))
+    def length(tokens: int) -> str:
+        place = int(np.searchsorted(edges, tokens))
         low = "0" if place == 0 else f"{edges[place - 1]:.0f}"
         return f"over {low}" if place == len(edges) else f"{low} to {edges[place]:.0f}"
 
-    def rate(i: int) -> str:
+    def rate(value: float) -> str:
         # Four times a finite number need not be one.
-        low = min(int(max(min(rows[i].pass_rate, 1.0), -1e9) * 4), 3) / 4
+        low = min(int(max(min(value, 1.0), -1e9) * 4), 3) / 4
         return f"{low:.2f} to {low + 0.25:.2f}"
 
-    kinds = {
-        "task": lambda i: rows[i].task or "(none)",
-        "pass rate": rate,
-        "scored tokens": length,
-        "source": lambda i: str(rows[i].extra.get("source") or rows[i].set or "(none)"),
-    }
+    def named(places: np.ndarray, kind: str) -> list[str]:
+        if kind == "task":
+            return [task or "(none)" for task in _column(scores, "task", places)]
+        if kind == "pass rate":
+            return [rate(value) for value in _column(scores, "pass_rate", places)]
+        if kind == "scored tokens":
+            return [length(tokens) for tokens in _column(scores, "tokens", places)]
+        sources = zip(_column(scores, "source", places), _column(scores, "set", places))
+        return [str(source or of_set or "(none)") for source, of_set in sources]
+
     tables = []
-    for name, kind in kinds.items():
-        pool, some = ([kind(int(i)) for i in places] for places in (usable, chosen))
+    for name in ("task", "pass rate", "scored tokens", "source"):
+        pool, some = (named(places, name) for places in (usable, chosen))
         everywhere, here = Counter(pool), Counter(some)
         if len(everywhere) < 2 and name != "task":
             continue
@@ -293,8 +302,14 @@ def _overlap(scores: Scores, selection: Selection) -> dict[str, Any]:
 
 
 def _median(scores: Scores, key: str) -> float | None:
-    values = [row.extra[key] for row in scores.rows if row.status == "ok" and key in row.extra]
+    values = [value for value in _of_ok(scores, key) if value is not None]
     return float(np.median(values)) if values else None
+
+
+def _of_ok(scores: Scores, key: str) -> list[Any]:
+    """A figure of every prompt that was sketched, None of the others."""
+    pairs = zip(_column(scores, "status"), _column(scores, key))
+    return [value if status == "ok" else None for status, value in pairs]
 
 
 def _policy(scores: Scores, chosen: np.ndarray) -> dict[str, Any]:
@@ -307,9 +322,7 @@ def _policy(scores: Scores, chosen: np.ndarray) -> dict[str, Any]:
     charts = []
     for key, name in (("ratio", "mean ratio of a prompt's tokens"), ("ess", "effective sample size, share of tokens"),
                       ("clipped", "share of clipped tokens")):  # fmt: skip
-        values = np.array(
-            [row.extra.get(key, np.nan) if row.status == "ok" else np.nan for row in scores.rows]
-        )
+        values = np.array([np.nan if value is None else value for value in _of_ok(scores, key)])
         if np.isfinite(values).any():
             charts.append({"name": name, "chart": markup(density(values, values[chosen]))})
     return {"text": policy_text(median, sample) + ".", "charts": charts}
@@ -374,7 +387,7 @@ def listed(given: ReportInput) -> list[int]:
     if len(scores.rows) <= most:
         return list(range(len(scores.rows)))
     names = {one.id for pair in given.neighbours.values() for side in pair for one in side}
-    some = shown_in_full(scores, selection) | {i for i, row in enumerate(scores.rows) if row.id in names}
+    some = shown_in_full(scores, selection) | {i for i, name in enumerate(scores.ids) if name in names}
     ranked = set(selection.order)
     others = [*selection.order, *(i for i in range(len(scores.rows)) if i not in ranked)]
     steps = np.linspace(0, len(others) - 1, max(most - len(some), 0)).round().astype(np.int64)
@@ -390,20 +403,17 @@ def shown_in_full(scores: Scores, selection: Selection) -> set[int]:
     near = near_the_cut(selection)
     order, cut = selection.order, len(selection.chosen)
     some = {*order[:FULL], *order[-FULL:], *order[max(0, cut - near) : cut + near][:FULL]}
-    unscored = [
-        i for i, row in enumerate(scores.rows) if row.status != "ok" and not _equal_rewards(row.reason)
-    ]
-    largest = heapq.nsmallest(20, range(len(scores.rows)), key=lambda i: -scores.rows[i].norm)
+    equal = no_gradient_reason([1.0, 1.0])
+    states = enumerate(zip(_column(scores, "status"), _column(scores, "reason")))
+    unscored = [i for i, (status, reason) in states if status != "ok" and reason != equal]
+    norms = _column(scores, "norm")
+    largest = heapq.nsmallest(20, range(len(norms)), key=lambda i: -norms[i])
     return some | set(unscored[:FULL]) | set(largest)
 
 
 def near_the_cut(selection: Selection) -> int:
     """How many places on either side of the last chosen prompt count as "at the cut"."""
     return max(5, len(selection.chosen) // 10)
-
-
-def _equal_rewards(reason: str) -> bool:
-    return reason == no_gradient_reason([1.0, 1.0])
 
 
 def _texts(
