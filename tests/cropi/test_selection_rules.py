@@ -15,6 +15,7 @@ from support.stores import in_memory
 
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
+from cropi.ranking import distinct
 from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, normal_scores, soft_weights
 from cropi.ranking.influence import Scores, influence
@@ -385,6 +386,29 @@ def test_clusters_give_their_best_in_turns() -> None:
     for seed in range(5):
         for n in (4, 6, 9):
             assert diverse(rows, n, "kmeans", seed).tolist() == sorted(turns[:n]), (seed, n)
+
+
+def test_clusters_of_wide_sketches_keep_what_they_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400,000 candidates with 32,768 numbers each, all of them would take 26 GB."""
+    rows = torch.randn(60, 256, generator=torch.Generator().manual_seed(0))
+    ids = [f"p{i:02d}" for i in range(60)]
+    store, shapes = in_memory(rows, ids), []
+    monkeypatch.setattr(distinct, "CLUSTERED_DIM", 64)
+    whole = [diverse(unit_sketches(store, ids), n, "kmeans", 3).tolist() for n in (5, 20)]
+    real = distinct.diverse
+    monkeypatch.setattr(
+        distinct, "diverse", lambda held, *rest: (shapes.append(held.shape), real(held, *rest))[1]
+    )
+    assert [distinct.diverse_prompts(store, ids, n, "kmeans", 3).tolist() for n in (5, 20)] == whole
+    assert shapes == [(60, 64)] * 2
+
+
+def test_too_many_candidates_are_refused_before_a_sketch_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = in_memory(torch.eye(8), list("abcdefgh"))
+    monkeypatch.setattr(distinct, "MOST_CANDIDATES", 7)
+    monkeypatch.setattr(store, "shards", lambda: pytest.fail("sketches are read"))
+    with pytest.raises(CropiError, match="8 are more than 7; lower candidates, or use diversity kmeans"):
+        distinct.diverse_prompts(store, list("abcdefgh"), 3, "facility")
 
 
 def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:

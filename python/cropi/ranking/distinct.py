@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,21 +22,31 @@ CLUSTERED_DIM = 1024  # numbers a prompt that k-means sees: more cost time and m
 MOST_CANDIDATES = 30_000  # facility location keeps their cosines: 2 bytes a pair, 1.8 GB
 
 
-def unit_sketches(store: SketchStore, ids: Sequence[str]) -> torch.Tensor:
+def unit_sketches(
+    store: SketchStore,
+    ids: Sequence[str],
+    dim: int | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+) -> torch.Tensor:
     """The sketches of some prompts, each divided by its length, float16 ``[n, dim]``; the store is streamed once.
+
+    Args:
+        store: where they are.
+        ids: of the prompts.
+        dim, change: what ``change`` makes of some rows is kept in their place, float32 ``[n, dim]``.
 
     Raises:
         CropiError: the store has no sketch of one of them.
     """
     place = {name: i for i, name in enumerate(ids)}
-    table, left = torch.zeros(len(ids), store.dim, dtype=torch.float16, device="cpu"), set(ids)
+    kind = torch.float16 if dim is None else torch.float32
+    table, left = torch.zeros(len(ids), dim or store.dim, dtype=kind, device="cpu"), set(ids)
     for rows, sketches in store.shards():
         here = [i for i, row in enumerate(rows) if row.id in left]
         if not here:
             continue
-        table[[place[rows[i].id] for i in here]] = torch.nn.functional.normalize(
-            sketches[here].float(), dim=1
-        ).half()
+        unit = torch.nn.functional.normalize(sketches[here].float(), dim=1).half()
+        table[[place[rows[i].id] for i in here]] = change(unit)
         left -= {rows[i].id for i in here}
         if not left:
             break
@@ -117,6 +127,22 @@ def _cosines(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return a @ b.T / (a.norm(dim=1)[:, None] * b.norm(dim=1))
 
 
+def diverse_prompts(store: SketchStore, ids: Sequence[str], n: int, method: str, seed: int = 0) -> np.ndarray:
+    """:func:`diverse` of some prompts of a store, of which k-means keeps no more numbers than it compares.
+
+    Raises:
+        CropiError: too many candidates for facility location, before a sketch is read; or as :func:`unit_sketches`.
+    """
+    if len(ids) <= n:
+        return np.arange(len(ids))
+    if method == "facility":
+        _check_candidates(len(ids))
+    elif store.dim > CLUSTERED_DIM:
+        held = unit_sketches(store, ids, CLUSTERED_DIM, lambda rows: _narrow(rows, seed))
+        return diverse(held, n, method, seed)
+    return diverse(unit_sketches(store, ids), n, method, seed)
+
+
 def diverse(sketches: torch.Tensor, n: int, method: str, seed: int = 0) -> np.ndarray:
     """The places of ``n`` rows, int64 in ascending order, whose directions differ.
 
@@ -134,9 +160,7 @@ def diverse(sketches: torch.Tensor, n: int, method: str, seed: int = 0) -> np.nd
 
 def _by_clusters(sketches: torch.Tensor, n: int, seed: int) -> np.ndarray:
     """Choose ``n`` rows: the best one of each cluster, then the second best one of each, and so on."""
-    small = sketches.float()
-    if small.shape[1] > CLUSTERED_DIM:
-        small = torch.nn.functional.normalize(project(small, ProjectionSpec(CLUSTERED_DIM, seed=seed)), dim=1)
+    small = _narrow(sketches, seed) if sketches.shape[1] > CLUSTERED_DIM else sketches.float()
     count = max(2, min(n, round(math.sqrt(len(sketches)))))
     means = optional("sklearn.cluster").KMeans(n_clusters=count, n_init=1, random_state=seed)
     labels = means.fit_predict(small.numpy())
@@ -147,16 +171,27 @@ def _by_clusters(sketches: torch.Tensor, n: int, seed: int) -> np.ndarray:
     return np.lexsort((np.arange(len(labels)), turn))[:n]
 
 
-def _facility_location(sketches: torch.Tensor, n: int) -> np.ndarray:
-    """Greedy maximum of  sum over candidates i of  max over chosen j of  max(cos(i, j), 0),  within 1 - 1/e of the best
-    (Nemhauser, Wolsey, Fisher 1978); gains only fall, so that those at the top of a heap are worked out again alone
-    (Minoux 1978)."""
-    m = len(sketches)
+def _narrow(rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Unit sketches of :data:`CLUSTERED_DIM` numbers, float32."""
+    return torch.nn.functional.normalize(
+        project(rows.float(), ProjectionSpec(CLUSTERED_DIM, seed=seed)), dim=1
+    )
+
+
+def _check_candidates(m: int) -> None:
     if m > MOST_CANDIDATES:
         raise CropiError(
             f"diversity: facility location keeps the cosines of all candidates, and {m} are more than "
             f"{MOST_CANDIDATES}; lower candidates, or use diversity kmeans"
         )
+
+
+def _facility_location(sketches: torch.Tensor, n: int) -> np.ndarray:
+    """Greedy maximum of  sum over candidates i of  max over chosen j of  max(cos(i, j), 0),  within 1 - 1/e of the best
+    (Nemhauser, Wolsey, Fisher 1978); gains only fall, so that those at the top of a heap are worked out again alone
+    (Minoux 1978)."""
+    m = len(sketches)
+    _check_candidates(m)
     near = torch.empty(m, m, dtype=torch.float16, device="cpu")
     for first in range(0, m, BLOCK):
         near[first : first + BLOCK] = (

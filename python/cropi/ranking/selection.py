@@ -348,9 +348,9 @@ def _distinct(store: SketchStore, bound: float) -> Distinct:
 
 
 def _diverse(store: SketchStore, ids: Sequence[str], n: int, given: Selecting) -> np.ndarray:
-    from cropi.ranking.distinct import diverse, unit_sketches
+    from cropi.ranking.distinct import diverse_prompts
 
-    return diverse(unit_sketches(store, ids), n, given.diversity, given.select_seed)
+    return diverse_prompts(store, ids, n, given.diversity, given.select_seed)
 
 
 class OtherChoices(UserWarning):
