@@ -24,6 +24,9 @@ VARIABLE = "CROPI_KERNELS_LAUNCHES"  # "triton": every launch goes Triton's own 
 MEMBERS = 3  # operands of a kind that one launch takes, at most: q, k and v
 # The releases whose compiled kernels are known to take their arguments as they are handed over below.
 STRAIGHT = (3, 6) <= release(triton.__version__)[:2] <= (3, 7) and os.environ.get(VARIABLE) != "triton"
+# Every launch asks for products and sums in one rounding, as releases before 3.10 do by themselves: the bits must not
+# depend on the release.
+OPTIONS = {"enable_fp_fusion": True}
 # False: by tensors, for what runs compiled kernels where there is no GPU, and must know where an operand ends.
 BY_ADDRESS = True
 
@@ -70,7 +73,7 @@ class Launch:
             )  # fmt: skip
             return
         with _gpu.on(pointers[0]):
-            compiled = self.kernel[grid](*pointers, *sizes, *counts, *floats, **self.constants)
+            compiled = self.kernel[grid](*pointers, *sizes, *counts, *floats, **self.constants, **OPTIONS)
         if key is not None and STRAIGHT and compiled is not None:
             self._compiled[key] = compiled
 

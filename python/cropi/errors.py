@@ -22,6 +22,10 @@ EXTRAS = {
     "xxhash": "run",
     "msgspec": "run",
     "matplotlib": "run",
+    "scipy": "run",
+    "jinja2": "run",
+    "markupsafe": "run",
+    "huggingface_hub": "run",
     "yaml": "run",
     "tomli": "run",
     "trl": "trl",
@@ -29,6 +33,7 @@ EXTRAS = {
     "datasets": "trl",
     "peft": "peft",
     "shtab": "completion",
+    "sklearn": "sklearn",
     "bitsandbytes": "quantize",
     "math_verify": "rollout",
 }

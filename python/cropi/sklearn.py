@@ -1,6 +1,7 @@
 """Random projections for scikit-learn: `RandomProjection` is a transformer over `cropi_kernels.project`.
 
-Needs scikit-learn (``pip install scikit-learn``); nothing else in cropi does, and nothing imports this module.
+Needs scikit-learn (``pip install 'cropi-kernels[sklearn]'``); nothing else in cropi does, and
+nothing imports this module.
 """
 
 from __future__ import annotations
@@ -10,16 +11,23 @@ import warnings
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.exceptions import DataDimensionalityWarning
-from sklearn.random_projection import johnson_lindenstrauss_min_dim
-from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
+from cropi.errors import optional
 from cropi_kernels import CsrRows, ProjectionSpec, project, project_csr, project_csr_sparse, project_transpose
 from cropi_kernels.ops.project import coordinates
+
+try:
+    import scipy.sparse
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.exceptions import DataDimensionalityWarning
+    from sklearn.random_projection import johnson_lindenstrauss_min_dim
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+except ModuleNotFoundError:
+    # Its error says which extra to install.
+    optional("sklearn")
+    raise
 
 _CHUNK = 1 << 22  # numbers of a sparse input, or entries of S, that are made dense at a time
 _AT_ONCE = 32

@@ -5,6 +5,7 @@ python smoke_wheel.py        (`make wheel` and the release do it, in a fresh env
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import cropi
 import cropi_kernels
 from cropi_kernels import _C, _native
 from cropi_kernels.ops.sketch_linear import sketch_linear
@@ -31,6 +33,19 @@ def check_place() -> None:
     assert importlib.metadata.version("cropi-kernels") == cropi_kernels.__version__
     for absent in ("transformers", "pyarrow", "pytest"):
         assert importlib.util.find_spec(absent) is None, f"{absent} is here: this is no clean environment"
+
+
+def check_names() -> None:
+    """Every public name is there without the extras; what needs one says which to install."""
+    for package in (cropi, cropi_kernels):
+        for name in package.__all__:
+            getattr(package, name)
+    try:
+        importlib.import_module("cropi.sklearn")
+    except ModuleNotFoundError as error:
+        assert "cropi-kernels[sklearn]" in str(error), error
+    else:
+        raise AssertionError("scikit-learn is here: this is no clean environment")
 
 
 def check_description() -> None:
@@ -85,6 +100,7 @@ def check_command() -> None:
 
 if __name__ == "__main__":
     check_place()
+    check_names()
     check_description()
     check_kernel()
     check_command()

@@ -281,6 +281,20 @@ def test_every_named_package_is_pinned() -> None:
     assert not missing, f"no pin in constraints.txt: {missing}"
 
 
+def test_what_a_missing_package_says_names_the_extra_that_brings_it() -> None:
+    from cropi.errors import EXTRAS
+
+    needed = {m for path in files(".py") for m in re.findall(r'\boptional\(\s*"(\w+)', path.read_text())}
+    # The standard library's; and what comes with its own installation, under the name it is imported by.
+    assert needed - EXTRAS.keys() == {"tomllib", "pandas", "tensordict", "vllm"}
+    distributions = {"yaml": "pyyaml", "math_verify": "math-verify", "sklearn": "scikit-learn"}
+    brought = {"markupsafe": "jinja2", "huggingface_hub": "transformers"}
+    extras: dict[str, list[str]] = project()["optional-dependencies"]  # type: ignore[assignment]
+    for package, extra in EXTRAS.items():
+        name = distributions.get(package, brought.get(package, package))
+        assert any(re.match(rf"{name}\b", line) for line in extras[extra]), (package, extra)
+
+
 def test_the_lowest_versions_are_the_lower_bounds() -> None:
     """What `make test-lowest` installs is what pyproject.toml promises."""
     lowest = pins("constraints-lowest.txt")

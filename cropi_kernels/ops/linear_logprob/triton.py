@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ... import _gpu, _triton
+from ..._launch import OPTIONS
 from .contract import RowMath, Stats
 
 FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 4096
@@ -186,7 +187,7 @@ class DeviceKernels:
             forward_kernel[(z.shape[0],)](
                 z, target, stats.logp, stats.top, stats.log_sum, entropy, z.shape[1], z.stride(0),
                 1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, ENTROPY=stats.entropy is not None,
-                BLOCK=block, num_warps=8,
+                BLOCK=block, num_warps=8, **OPTIONS,
             )  # fmt: skip
 
     def backward(
@@ -200,6 +201,7 @@ class DeviceKernels:
             backward_kernel[(z.shape[0],)](
                 z, dz, target, grad, stats.logp, stats.top, stats.log_sum, z.shape[1], z.stride(0), dz.stride(0),
                 1.0 / math.temperature, math.softcap, CAPPED=math.softcap != 0, BLOCK=block, num_warps=8,
+                **OPTIONS,
             )  # fmt: skip
         return dz
 

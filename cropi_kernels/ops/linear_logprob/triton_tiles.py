@@ -27,6 +27,7 @@ import functools
 import torch
 
 from ... import _gpu, _triton
+from ..._launch import OPTIONS
 from ..._triton import takes_turns
 from .chunks import Call
 from .contract import Dlogits, RowMath, Stats
@@ -111,7 +112,7 @@ class Tiles:
         with _gpu.on(hidden):
             own_kernel[(_triton.ceil_div(n, OWN_ROWS),)](
                 hidden, head, vector, target, self.own, n, *head.shape, hidden.stride(0), head.stride(0),
-                BIAS=bias is not None, ROWS=OWN_ROWS, FEATURES=OWN_FEATURES, num_warps=4,
+                BIAS=bias is not None, ROWS=OWN_ROWS, FEATURES=OWN_FEATURES, num_warps=4, **OPTIONS,
             )  # fmt: skip
             tiled = (
                 TensorDescriptor.from_tensor(hidden, [TOKENS, FEATURES]),
@@ -133,15 +134,15 @@ class Tiles:
                 kept = described(self.e[:n, : sizes[1]], rows, WORDS // PIECES.value) if self.keep else self.e
                 turns_kernel[(min(_multiprocessors(hidden.device), across * self.tiles),)](
                     described(hidden, rows, FEATURES), described(head, WORDS, FEATURES), *given, kept, self.far, *sizes,
-                    scale, BY_ROW=self.by_row, STAGES=STAGES, **kinds, num_warps=GROUP_WARPS.value,
+                    scale, BY_ROW=self.by_row, STAGES=STAGES, **kinds, num_warps=GROUP_WARPS.value, **OPTIONS,
                 )  # fmt: skip
             else:
                 tiles_kernel[(across * self.tiles,)](
-                    *tiled, *others, BY_ROW=self.by_row, **kinds, **pipelined
+                    *tiled, *others, BY_ROW=self.by_row, **kinds, **pipelined, **OPTIONS
                 )
             if self.by_row:
                 again_kernel[(self.tiles, _triton.ceil_div(across, FLAGS))](
-                    *tiled, *others, **kinds, FLAGS=FLAGS, **pipelined
+                    *tiled, *others, **kinds, FLAGS=FLAGS, **pipelined, **OPTIONS
                 )
 
     def forward(self, target: torch.Tensor, stats: Stats) -> None:
@@ -153,7 +154,7 @@ class Tiles:
                 self.own, self.sums[0], self.sums[1], self.sums[-1], target, stats.logp, stats.top, stats.log_sum,
                 stats.logp if stats.entropy is None else stats.entropy,  # not written where it is not wanted
                 n, self.call.head.shape[0], self.tiles, self.scale,
-                ENTROPY=stats.entropy is not None, TILES=COMBINED_TILES, ROWS=COMBINED_ROWS, num_warps=4,
+                ENTROPY=stats.entropy is not None, TILES=COMBINED_TILES, ROWS=COMBINED_ROWS, num_warps=4, **OPTIONS,
             )  # fmt: skip
 
     def backward(self, target: torch.Tensor, grad: torch.Tensor, stats: Stats, whole: bool) -> Dlogits:
@@ -165,7 +166,7 @@ class Tiles:
                 rescale_kernel[(n,)](
                     self.e, self.sums[0], self.own, target, grad, stats.logp, stats.top, stats.log_sum, self.factor,
                     self.missing, n, vocab, self.e.stride(0), self.scale,
-                    LIFT=self.lift, WHOLE=whole, TILES=RESCALED_TILES, WORDS=WORDS, num_warps=8,
+                    LIFT=self.lift, WHOLE=whole, TILES=RESCALED_TILES, WORDS=WORDS, num_warps=8, **OPTIONS,
                 )  # fmt: skip
         return Dlogits(dz, None if whole else self.factor[:n])
 
@@ -178,5 +179,5 @@ class Tiles:
         with _gpu.on(out):
             scale_kernel[(n, _triton.ceil_div(features, SCALED))](
                 product, head, target, gradient.factor, self.missing, out, head.shape[0], features, head.stride(0),
-                out.stride(0), FEATURES=SCALED, num_warps=4,
+                out.stride(0), FEATURES=SCALED, num_warps=4, **OPTIONS,
             )  # fmt: skip

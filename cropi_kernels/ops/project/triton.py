@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ... import _gpu
-from ..._launch import Launch
+from ..._launch import OPTIONS, Launch
 from .spec import KEEP_ALL, ProjectionSpec
 from .triton_draws import Window
 from .triton_runs import gather_runs_kernel, spread_runs_kernel
@@ -224,6 +224,7 @@ def _gather_one_by_one(x: torch.Tensor, spec: ProjectionSpec, offset: int) -> Ca
                 some, partial, window.signs, window.keeps, window.places, some.shape[1], some.stride(0),
                 window.start - offset, window.phase, dim, spec.width, window.draws, window.tiles, parts, int(first),
                 GROUP=spec.group, KEEP=spec.keep_count < KEEP_ALL, SINGLE=spec.nnz == 1, BLOCK=block, num_warps=4,
+                **OPTIONS,
             )  # fmt: skip
 
     return gather
@@ -253,7 +254,7 @@ def project(x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: in
         with _gpu.on(x):
             add_kernel[(triton.cdiv(spec.dim, ADD_COLUMNS), some.shape[0])](
                 partial, y, spec.scale, spec.dim, parts, y.stride(0), PARTS=ADD_PARTS, COLUMNS=ADD_COLUMNS,
-                num_warps=4,
+                num_warps=4, **OPTIONS,
             )  # fmt: skip
         del partial  # before the next rows' are made
 
@@ -285,5 +286,5 @@ def transpose(y: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: 
                 spread_kernel[(triton.cdiv(last - first, SPREAD_BLOCK), some.shape[0])](
                     to, some, window.signs, window.keeps, window.places, to.stride(0), some.stride(0),
                     first, last, column, window.phase, spec.scale, spec.width, spec.nnz, window.draws,
-                    window.tiles, GROUP=spec.group, KEEP=keep, BLOCK=SPREAD_BLOCK, num_warps=4,
+                    window.tiles, GROUP=spec.group, KEEP=keep, BLOCK=SPREAD_BLOCK, num_warps=4, **OPTIONS,
                 )  # fmt: skip

@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, optional
 from cropi.ranking.exploring import FIRST, Noise, Values
 
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -96,7 +95,8 @@ class _Shared:
             precision = scaled.T @ x
             precision[np.diag_indices_from(precision)] += 1 / share
             low = np.linalg.cholesky(precision)
-            self.root = scipy.linalg.solve_triangular(low, np.eye(len(low)), lower=True).T
+            solve = optional("scipy.linalg").solve_triangular
+            self.root = solve(low, np.eye(len(low)), lower=True).T
             half = self.root.T @ (scaled.T @ off)
             self.center = self.root @ half
             gain = (

@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from cropi_kernels._launch import OPTIONS
+
 TOOLS = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
 # Bytes of shared memory per block: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -58,7 +60,7 @@ def compile_for(
     }
     language = GluonASTSource if kernel.is_gluon() else ASTSource
     source = language(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    result = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    result = compile(source, target=GPUTarget("cuda", capability, 32), options=options | OPTIONS)
     usage = dict(re.findall(r"(REG|STACK):(\d+)", _dump(result.asm["cubin"], "--dump-resource-usage")))
     sass = _dump(result.asm["cubin"], "-sass")
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass))

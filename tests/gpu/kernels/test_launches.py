@@ -239,13 +239,14 @@ def test_the_list_is_whole(gpu: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------- source
 def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, str, bool]]:
     """(line, kernel, whether inside ``with _gpu.on(...)``) of every ``some_kernel[grid](...)``, and of every
-    ``Launch(some_kernel, ...)``, whose own launch is the one of ``self.kernel``."""
+    ``Launch(some_kernel, ...)``, whose own launch is the one of ``self.kernel``. Each says how sums are rounded."""
     for node in ast.iter_child_nodes(tree):
         inside = guarded
         if isinstance(node, ast.With):
             inside |= any(ast.unparse(item.context_expr).startswith("_gpu.on(") for item in node.items)
         kernel = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
         if kernel and ast.unparse(node.func.value).endswith("kernel"):
+            assert "**OPTIONS" in ast.unparse(node), f"line {node.lineno}: how are sums rounded?"
             yield node.lineno, ast.unparse(node.func.value), inside
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Launch":
             yield node.lineno, ast.unparse(node.args[0]), True
