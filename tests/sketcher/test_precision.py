@@ -32,7 +32,9 @@ def sketches(model: nn.Module, batch: Batch | None = None, **changes: Any) -> to
 
 def by_accelerate(model: nn.Module) -> nn.Module:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # of an earlier test's trainer, without autocast
     wrapped: nn.Module = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     assert "_original_forward" in vars(wrapped)
     return wrapped
