@@ -16,6 +16,7 @@ constexpr int kTile = 8;  // rows at once: two accumulators each in 32 registers
 constexpr int kTile = 4;
 #endif
 constexpr int64_t kStep = 2 * kLanes;
+constexpr int kLocality = 2;  // of what is fetched ahead: it goes to the second level cache
 
 template <class T>
 void widen(const T* in, int64_t n, float* out) {
@@ -50,6 +51,14 @@ void decode(RowKind kind, const uint8_t* row, int64_t first, int64_t n, float* o
       return;
     }
   }
+}
+
+// Asks for entries first .. first + n of a row, which are decoded after the products of the rows before. Rows lie far
+// apart and a chunk is short, so that no prefetcher of the processor follows.
+void fetch(RowKind kind, const uint8_t* row, int64_t first, int64_t n) {
+  constexpr int64_t kBits[] = {32, 16, 16, 8, 4, 1};  // of an entry, by kind
+  const int64_t bits = kBits[int(kind)], end = (first + n) * bits / 8;
+  for (int64_t i = first * bits / 8; i < end; i += 64) __builtin_prefetch(row + i, 0, kLocality);
 }
 
 // Entry i belongs to scale i / block.
@@ -122,6 +131,9 @@ void row_products(const RowProductsArgs& args) {
         for (int64_t i = n; i < padded; ++i) d[i] = 0.0f;
       }
       for (int64_t t = 0; t < rows; t += kTile) {
+        const bool last = t + kTile >= rows;
+        const int64_t next = last ? 0 : t + kTile, from = last ? first + n : first;
+        const int64_t ahead = from + kChunk < args.dim ? kChunk : args.dim - from;
         for (int64_t r = 0; r < kTile; ++r) {  // rows beyond the last: zeros, so that every row takes the same way
           float* x = tile.data() + r * kChunk;
           const int64_t count = t + r < rows ? n : 0;
@@ -131,6 +143,8 @@ void row_products(const RowProductsArgs& args) {
               scale_entries(args.scale + (begin + t + r) * args.n_blocks, args.dim / args.n_blocks, first, n, x);
           }
           for (int64_t i = count; i < padded; ++i) x[i] = 0.0f;
+          if (next + r < rows)
+            fetch(args.kind, static_cast<const uint8_t*>(args.rows) + (begin + next + r) * args.row_bytes, from, ahead);
         }
         for (int64_t v = 0; v < args.n_directions; ++v)
           add_products(tile.data(), directions.data() + v * kChunk, padded, sums + t * width + v, width);
