@@ -196,6 +196,32 @@ def test_packed_rows_are_probed_as_long_as_they_are(make: Any, dtype: torch.dtyp
     torch.testing.assert_close(found, want.logprobs, rtol=near, atol=near)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_padded_on_the_left_are_probed_as_long_as_they_are(name: str) -> None:
+    """The second model shifts what it gives from column 40 on, as no short row shows."""
+    alone = torch.randint(3, zoo.VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[:, :20] = 0
+    left = torch.cat([alone[:, :1].expand(2, 20), alone], 1)
+    places, weights = torch.arange(5, 39), torch.ones(68)
+    rest: dict[str, Any] = dict(segments=torch.arange(2), targets=alone[:, 6:].flatten(), weights=weights)
+    padded = dict(attention_mask=mask, positions=torch.cat([places + 20, places + 80]))
+    model: Any = zoo.make(name)
+    with GradientSketcher(model, SPEC) as sketcher:
+        want = sketcher.policy_gradient(alone, positions=torch.cat([places, places + 40]), **rest).sketches
+        got = sketcher.policy_gradient(left, **padded, **rest).sketches
+        assert sketcher.probe is not None and sketcher.probe.padded == 60
+    assert ((got - want).norm(dim=1) <= 2e-6 * want.norm(dim=1)).all()
+    norm = model.model.norm if name == "llama" else model.transformer.ln_f
+    norm.register_forward_hook(lambda m, args, y: y + 0.1 * (torch.arange(y.shape[1]) >= 40)[:, None])
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match="pads rows on the left, and the model gives other results"):
+            sketcher.policy_gradient(left, **padded, **rest)
+    with pytest.raises(ValueError, match="pads rows on the left, and the model gives other results"):
+        token_logprobs(model, left, **padded, targets=rest["targets"])
+
+
 def test_another_kind_of_attention_is_probed_anew() -> None:
     model: Any = zoo.make("llama")
     sketcher = GradientSketcher(model, SPEC)
