@@ -91,6 +91,8 @@ def test_four_commands_rank_as_exact_gradients_do(
             for one, value in zip(row[kind], want, strict=True):
                 assert max(abs(one["cosine"] - own[one["id"]]), abs(one["cosine"] - value)) < 5 / 32768**0.5
     assert {row["id"] for row in json_lines(near)} == {r["id"] for r in hot} & usable.keys()
+    assert cropi(f"info {near}") == 0
+    assert f"neighbours    {near}: of {len(json_lines(near))} validation prompts" in capsys.readouterr().out
 
     skipped = 40 - len(train)
     assert f"40 read, {len(train)} sketched, {skipped} skipped ({skipped} equal rewards), 0 failed" in summary

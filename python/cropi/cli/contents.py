@@ -95,6 +95,9 @@ def describe_rows(path: str | Path) -> dict[str, Any] | None:
     if {"id", "row", "norm"} <= keys and not keys & {"prompt", "responses"}:
         count = sum(1 for _ in rows_without_checks(path))
         return told([f"rows          {path}: the prompts of {count} rows of a matrix"], "rows", prompts=count)
+    if {"id", "helpful", "harmful"} <= keys:
+        count = sum(1 for _ in rows_without_checks(path))
+        return told([f"neighbours    {path}: of {count} validation prompts"], "neighbours", prompts=count)
     if "sketch" in keys and "id" in keys:
         count = sum(1 for _ in rows_without_checks(path))
         size = len(row["sketch"])
