@@ -77,12 +77,22 @@ def test_products_are_made_of_some_rows_at_a_time(
         return dots.max(axis=1, keepdims=True)
 
     whole = in_order(store, directions, highest, 1, 2)
-    assert most > 21
-    monkeypatch.setattr("cropi.ranking.products._MOST_PRODUCTS", 21)
-    most, parts = 0, in_order(store, directions, highest, 1, 2)
+    assert most == 7 * max(len(block.rows) for block in store.unread())
+    monkeypatch.setattr("cropi.ranking.products._MOST_PRODUCTS", 7)
+    most = 0
+    parts = in_order(store, directions, highest, 1, 2)
     assert whole[0] == parts[0] and [x.tobytes() for x in whole[1:]] == [x.tobytes() for x in parts[1:]]
-    in_order(store, directions, highest, 1)
-    assert most == 21
+    assert most == 7
+
+
+def test_many_directions_are_taken_in_turns(store: SketchStore) -> None:
+    directions = torch.randn(2100, DIM, generator=torch.Generator().manual_seed(1))
+    for (_, whole, lengths), (_, first, _), (_, last, _) in zip(
+        *(products(store, part) for part in (directions, directions[:1000], directions[1000:])), strict=True
+    ):
+        assert whole.tobytes() == np.concatenate([first, last], axis=1).tobytes() and len(lengths) == len(
+            whole
+        )
 
 
 def test_damage_in_any_block_is_named(store: SketchStore, threads: Any) -> None:
