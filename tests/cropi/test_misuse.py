@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "Scores: set": (lambda: scores().top("math", 5), "set is 'math': give one of 'valid'"),
     "Scores: n for the set": (lambda: scores().top(3), "set is 3: give one of 'valid'; n=3 is how many"),  # type: ignore[arg-type]
     "Scores: n": (lambda: scores().top(n=-1), "n must be an integer of at least 1, got -1"),
+    "Scores: path": (lambda: cropi.Scores.open(3), "path is of type int: give a scores.parquet"),  # type: ignore[arg-type]
     "Scores: folder": (lambda: scores().plot("nowhere/at/all/x.png"), "fraction 0.1|nowhere"),
     "SketchStore: path": (lambda: cropi.SketchStore.open(3), "path is of type int"),  # type: ignore[arg-type]
     "SketchStore: none there": (lambda: cropi.SketchStore.open("nowhere"), "nowhere: there is no sketch store"),

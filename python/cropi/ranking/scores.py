@@ -101,6 +101,10 @@ class Scores:
         """
         from cropi.ranking.table import read_scores
 
+        if not isinstance(path, (str, Path)):
+            raise CropiError(
+                f"path is of type {type(path).__name__}: give a scores.parquet or the folder of a run"
+            )
         inside = Path(path) / "scores.parquet"
         return read_scores(inside if is_file(inside) else path)
 
