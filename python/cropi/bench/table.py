@@ -159,7 +159,8 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[Op]:
     return [
         Op("fold_inputs", f"{tokens} x {hidden}", lambda: fold_inputs(x, folded), bytes=tokens * (hidden * one + 256)),
         Op("sketch_linear, folded", shape, lambda: sketch_linear(d, inputs, cuts, folded, out),
-           bytes=tokens * (inner * one + inputs.shape[1] * inputs.element_size())),
+           bytes=tokens * (inner * one + inputs.shape[1] * inputs.element_size()),
+           flops=2.0 * tokens * inner * inputs.shape[1]),
         Op("sketch_linear, every coordinate", shape, lambda: sketch_linear(d, x, cuts, whole, out),
            flops=2.0 * tokens * inner * hidden, plain=lambda: torch.mm(d.T, x, out=made)),
         Op("sketch_embedding", f"{tokens} x {hidden}", lambda: sketch_embedding(x, rows, cuts, tied, out),
