@@ -42,11 +42,14 @@ def groups(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     A shard alone is no group, unless it carries no checks of its blocks and is written again for that.
     """
     made: list[list[Shard]] = [[]]
+    size = 0
     for shard in shards:
         if shard.size < limit or shard.checks is None:
             made[-1].append(shard)
-            if sum(one.size for one in made[-1]) >= limit:
+            size += shard.size
+            if size >= limit:
                 made.append([])
+                size = 0
     return [group for group in made if len(group) > 1 or any(one.checks is None for one in group)]
 
 

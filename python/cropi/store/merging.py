@@ -96,10 +96,13 @@ def copy_rows(
 def _full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     """The shards in groups of about so many bytes, the last one smaller."""
     made: list[list[Shard]] = [[]]
+    size = 0
     for shard in shards:
         made[-1].append(shard)
-        if sum(one.size for one in made[-1]) >= limit:
+        size += shard.size
+        if size >= limit:
             made.append([])
+            size = 0
     return [group for group in made if group]
 
 
