@@ -28,7 +28,9 @@ NAMED = (
 )  # fmt: skip
 QUICK = ("qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "nemotron_h")
 # Experts or routers of one family alone, for which there is no tap: an error by name.
-ALONE = {"jetmoe", "longcat_flash", "inkling_text", "inkling2_text", "gemma4_text", "kimi_linear"}
+ALONE = {
+    "jetmoe", "longcat_flash", "inkling_text", "inkling2_text", "inkling2_loop_text", "gemma4_text", "kimi_linear"
+}  # fmt: skip
 # Built from sizes of their own, or larger than memory at any: left out here, by name.
 NOT_SMALL = {"dbrx", "gemma4"}
 

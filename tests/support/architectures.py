@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.testing import exact_gradient, sketch_gradients
-from support import zoo
+from support import moe, zoo
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 LARGEST = 3_000_000  # parameters
@@ -141,15 +141,6 @@ _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _CONV = {"layer_types": ["conv", "full_attention"]}
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"mlp_layer_types": ["dense", "sparse"]}
-_INKLING = dict(
-    unpadded_vocab_size=zoo.VOCAB,
-    swa_num_attention_heads=4,
-    swa_num_key_value_heads=2,
-    swa_head_dim=8,
-    sliding_window_size=32,
-    d_rel=4,
-    rel_extent=32,
-)
 # What the sizes above do not say.
 MORE: dict[str, dict[str, Any]] = {
     # A layer of every kind: attention that is linear, full or local, dense layers and experts.
@@ -217,15 +208,8 @@ MORE: dict[str, dict[str, Any]] = {
     "dory": dict(
         num_hidden_layers=3, n_input_layers=1, n_recurrent_layers=1, n_output_layers=1, n_recurrent_loops=3
     ),
-    "inkling2_text": _INKLING,
-    "inkling2_loop_text": dict(
-        _INKLING,
-        num_hidden_layers=3,
-        n_layers_per_attn_res_block=1,
-        loop_layer_index_start=1,
-        loop_layer_index_end=2,
-        loop_gate_rank=4,
-    ),
+    "inkling2_text": moe.INKLING,
+    "inkling2_loop_text": moe.INKLING_LOOP,
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {"num_key_value_heads": 4, **_EXPERTS}),
     "kimi_linear": {**_LINEAR, "linear_head_dim": 8, "linear_num_heads": 4, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2},

@@ -26,7 +26,18 @@ SIZES: dict[str, Any] = dict(
     mamba_num_heads=4, mamba_head_dim=16, mamba_n_groups=2, mamba_d_state=8, mamba_d_head=16, mamba_n_heads=4,
     ssm_state_size=8, n_groups=2, chunk_size=8, enable_moe_block=True, hidden_size_per_layer_input=0,
 )  # fmt: skip
+INKLING: dict[str, Any] = dict(
+    unpadded_vocab_size=zoo.VOCAB, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
+    sliding_window_size=32, d_rel=4, rel_extent=32,
+)  # fmt: skip
+# Layers in the middle run several times.
+INKLING_LOOP: dict[str, Any] = dict(
+    INKLING, num_hidden_layers=3, n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=2,
+    loop_gate_rank=4,
+)  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
+    "inkling2_text": INKLING,
+    "inkling2_loop_text": INKLING_LOOP,
     "zaya": dict(num_experts_per_tok=1),
     "longcat_flash": dict(
         num_layers=2, ffn_hidden_size=48, expert_ffn_hidden_size=24, zero_expert_num=2, head_dim=8
