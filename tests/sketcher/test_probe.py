@@ -8,17 +8,13 @@ import pytest
 import torch
 import transformers
 from support import zoo
-from support.versions import before
 from torch import nn
+from transformers.models.falcon import modeling_falcon as falcon
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from cropi_kernels.sketcher import PolicyProbeError
 
 SPEC = SketchSpec(width=16, vocab_width=64)
-TOGETHER = pytest.mark.skipif(
-    not before("transformers", "5.24.0"),
-    reason="Falcon keeps sequences of a row apart since transformers 5.24",
-)
 
 
 def probed(model: nn.Module) -> Any:
@@ -117,9 +113,14 @@ def test_positions_that_the_longest_row_scales_are_found(kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name, masked", [("llama", True), pytest.param("falcon", False, marks=TOGETHER)])
-def test_sequences_that_the_model_does_not_keep_apart_are_refused(name: str, masked: bool) -> None:
-    """transformers reads position_ids only without a mask; Falcon not before 5.24. A mask of pairs serves both."""
+@pytest.mark.parametrize("name, masked", [("llama", True), ("falcon", False)])
+def test_sequences_that_the_model_does_not_keep_apart_are_refused(
+    name: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads position_ids only where there is no mask; Falcon never did before transformers 5.24. A mask of
+    pairs serves both."""
+    mask = falcon.create_causal_mask
+    monkeypatch.setattr(falcon, "create_causal_mask", lambda **given: mask(**{**given, "position_ids": None}))
     model, batch = zoo.make(name), zoo.packed()
     ones = torch.ones_like(batch.input_ids) if masked else None
     begin = (batch.position_ids == 0).cumsum(1)  # type: ignore[union-attr, attr-defined]
