@@ -19,11 +19,15 @@ from pathlib import Path
 
 # PyTorch's own index of CPU builds: on Linux the default file is the CUDA build, several GB with what it needs.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-WHERE = "import torch, pathlib; print(torch.__version__, pathlib.Path(torch.__file__).parent.parent)"
+# The version as pip knows it: PyPI's 2.13.0 calls itself 2.13.0+cu130, and pip takes a pin to that for another release.
+WHERE = (
+    "import importlib.metadata, pathlib, torch; "
+    "print(importlib.metadata.version('torch'), pathlib.Path(torch.__file__).parent.parent)"
+)
 
 
 def torch_of(python: str) -> tuple[str, str] | None:
-    """(version, folder that holds the package) of the torch that `python` imports, or None."""
+    """(version of the release, folder that holds the package) of the torch that `python` imports, or None."""
     done = subprocess.run([python, "-c", WHERE], capture_output=True, text=True, cwd="/")
     if done.returncode:
         return None
