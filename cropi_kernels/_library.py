@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import library
 
-from . import _fork, _memory, _native
+from . import _fork, _native, memory
 
 NAMESPACE = "cropi"
 LIB = library.Library(NAMESPACE, "DEF")  # kept alive here: its ops vanish with it
@@ -45,7 +45,7 @@ def register(
             with no_autocast(*args):
                 return kernel(*args)
         except torch.OutOfMemoryError as error:
-            raise _memory.explain(f"{NAMESPACE}::{name}", error, remedy, args) from error
+            raise memory.explain(f"{NAMESPACE}::{name}", error, remedy, args) from error
 
     LIB.define(schema)
     LIB.impl(name, explained, "CompositeExplicitAutograd")

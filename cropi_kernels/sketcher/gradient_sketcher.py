@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _memory
+from .. import memory
 from .._fork import one_thread_after_fork
 from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
@@ -323,9 +323,9 @@ class GradientSketcher:
             check_call(
                 batch, kwargs | {"attention_mask": here.attention_mask, "position_ids": here.position_ids}
             )
-        explained = _memory.explained(
+        explained = memory.explained(
             f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
-            f"segments (sketches: {_memory.size(4 * where.count * width(self.spec, self._tapped.groups))})",
+            f"segments (sketches: {memory.size(4 * where.count * width(self.spec, self._tapped.groups))})",
             "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn on "
             "gradient checkpointing",
         )

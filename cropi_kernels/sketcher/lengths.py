@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from ..memory import is_out_of_memory
 from .decoder import split_parts
 from .listener import unit_roundoff
 from .precision import own_precision, unwrapped
@@ -82,8 +83,10 @@ def lengths_of(model: nn.Module, split: SplitModel, ids: torch.Tensor) -> Length
             middle = (low + high) // 2
             low, high = (middle, high) if same(beside(middle - 1), near) else (low, middle)
         return Lengths(low, not same(beside(2 * max(known)), beside(low + 1 + length)))
-    except (IndexError, TypeError, ValueError, RuntimeError):  # a table of positions ends, or none are taken
-        return Lengths()
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return Lengths()  # a table of positions ends, or none are taken
 
 
 def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..memory import is_out_of_memory
 from .host import values
 from .labels import Batch
 from .lengths import Lengths, check_lengths, lengths_of, same
@@ -181,7 +182,9 @@ def _left_padding(
         try:
             if _alike(split.hidden(padded, attention_mask=mask, **options)[:, pad:], plain):
                 return answer
-        except (IndexError, TypeError, ValueError, RuntimeError):  # takes no mask, or no positions
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:  # takes no mask, or no positions
+            if is_out_of_memory(error):
+                raise
             continue
     return "wrong"
 
@@ -194,7 +197,9 @@ def _packing(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:
     for better, mask in (("without a mask", {}), ("as it is", {"attention_mask": torch.ones_like(row)})):
         try:
             got = split.hidden(row, position_ids=where, **mask)
-        except (IndexError, TypeError, ValueError, RuntimeError):  # takes no positions, or no mask
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:  # takes no positions, or no mask
+            if is_out_of_memory(error):
+                raise
             break
         if not _alike(got, plain):
             break

@@ -13,6 +13,8 @@ from transformers.models.falcon import modeling_falcon as falcon
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from cropi_kernels.sketcher import PolicyProbeError
+from cropi_kernels.sketcher.decoder import split_parts
+from cropi_kernels.sketcher.probe import probe_rows
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 
@@ -80,6 +82,40 @@ def test_rows_padded_on_the_left_are_right(name: str) -> None:
     alone = token_logprobs(model, targets=batch.targets, **left)
     assert torch.allclose(alone, want.logprobs, rtol=0, atol=1e-5)
     assert ((got.sketches - want.sketches).norm(dim=1) <= 1e-5 * want.sketches.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_no_property(error: Exception) -> None:
+    model = zoo.make("llama")
+    expected, passes = probe_rows(model, split_parts(model)), 0
+    while passes < 20:
+        left = passes
+
+        def fail(*_: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise error
+
+        hook = model.model.layers[0].register_forward_pre_hook(fail)
+        try:
+            found = probe_rows(model, split_parts(model))
+        except RuntimeError as raised:
+            assert raised is error
+        else:
+            assert (found, left) == (expected, 0)
+            break
+        finally:
+            hook.remove()
+        passes += 1
+    assert passes >= 6  # the plain one, lengths, and two each for padding and packing
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ... import _memory, _native, dispatch
+from ... import _native, dispatch, memory
 from ..._fork import one_thread_after_fork
 from ..._library import no_autocast
 from ..._spec_base import as_int, check_int
@@ -160,7 +160,7 @@ def _one_pass(
             )
         return _native.aligned(weights.detach())
 
-    with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
+    with memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
         call = ops.prepare(hidden, head, targets, bias, settings)
         with no_autocast(hidden):
             return chunks.one_pass(_native.aligned(hidden.detach()), call, checked, on_gradient, whole)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ... import _memory, _native
+from ... import _native, memory
 from ..._library import no_autocast
 from . import chunks, ops
 from .contract import Kernels, OnGradient, RowMath, Settings, Stats, Weigh
@@ -117,7 +117,7 @@ def logprob_and_grad_by(
     ``weigh`` None: log-probs alone, the rest are zeros. Targets are not checked, and none may be ignored.
     """
     settings = Settings(float(temperature), float(softcap or 0.0), -1, 0, None)
-    with _memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
+    with memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):
         call = ops.prepare(hidden, head, targets, bias, settings, whole=True)
         call = call._replace(kernels=around(call))
         hidden = _native.aligned(hidden.detach())

@@ -23,8 +23,6 @@ CPU_TOKENS = 1024
 STEP, MOST_TOKENS = 1024, 32768
 # Of the free memory: the rest is for the log-probs of the head, sketches, and what the allocator cannot join.
 SHARE = 0.5
-# How errors that are not torch's OutOfMemoryError say it: torch's CPU allocator, C++, cuBLAS, the CUDA driver (Triton).
-NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
 
 
 def placed_device(device: Any) -> torch.device:
@@ -103,10 +101,3 @@ def tokens_at_once(policy: Policy, given: int | None) -> int:
         return tokens_that_fit(torch.cuda.mem_get_info(policy.device)[0], bytes_per_token(policy.model))
 
     return int(policy.once("tokens at once", fits))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, the host among them, has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

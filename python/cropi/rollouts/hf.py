@@ -18,7 +18,6 @@ import torch
 
 from cropi.errors import CropiError, warn
 from cropi.gradient.tokenize import Tokenize
-from cropi.model.placing import is_out_of_memory
 from cropi.model.policy import Policy, check_dropout
 from cropi.rollouts.beginnings import families
 from cropi.rollouts.cache import bytes_of, make_cache
@@ -28,6 +27,7 @@ from cropi.rollouts.generate import generate, past
 from cropi.rollouts.trial import way_of
 from cropi.store.differences import LATER
 from cropi_kernels.frozen import Linears, PackedLinears, unsupported
+from cropi_kernels.memory import is_out_of_memory
 from cropi_kernels.sketcher.precision import own_precision
 
 # Responses at once, and tokens that a kill may cost. On a CPU a step costs as much as 25 rows more than it has, and a

@@ -23,13 +23,13 @@ from cropi.gradient.layout import Layout
 from cropi.gradient.masks import handed
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
-from cropi.model.placing import is_out_of_memory
 from cropi.sketching import chunks
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.adding import add_rows
+from cropi_kernels.memory import is_out_of_memory
 from cropi_kernels.sketcher.formed import FormedSketcher
 from cropi_kernels.sketcher.host import Fetched
 from cropi_kernels.sketcher.sharded import device_of
