@@ -36,12 +36,12 @@ def named(function: F) -> F:
 def wrong_argument(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     """What is wrong with the type of an argument; "" where nothing is.
 
-    >>> def f(x: torch.Tensor, n: int | None = None) -> None: ...
+    >>> def f(x: torch.Tensor, n: int | None = None, sizes: list[int] | None = None) -> None: ...
     >>> wrong_argument(f, ([1.0],), {})
     'x is of type list: give a torch.Tensor (torch.as_tensor(x))'
     >>> wrong_argument(f, (torch.ones(1), "2"), {})
     'n is of type str: give an int or None'
-    >>> wrong_argument(f, (torch.ones(1), 2), {})
+    >>> wrong_argument(f, (torch.ones(1), 2, [3]), {})
     ''
     """
     try:
@@ -66,7 +66,8 @@ def _classes(hint: Any) -> list[type]:
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     classes: list[type] = []
     for part in parts:
-        if not isinstance(part, type) or part is object:
+        # Python 3.10 takes list[int] for a type.
+        if not isinstance(part, type) or get_origin(part) is not None or part is object:
             return []
         classes.append(part)
     if float in classes:

@@ -38,6 +38,16 @@ def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> No
     assert versions.check_version() == trl.__version__
     assert versions.broken_contract(trl.GRPOTrainer) == []
 
+    class HandsOn(trl.GRPOTrainer):  # as TRL 1.14.2's own method does
+        def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    class Other(trl.GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Any, **kwargs: Any) -> Any: ...
+
+    assert versions.broken_contract(HandsOn) == []
+    (broken,) = versions.broken_contract(Other)
+    assert broken.endswith("lacks attention_mask, logits_to_keep, batch_size")
+
 
 @pytest.mark.long
 def test_version_below_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,5 +167,10 @@ def check_trainer_class(base: Any) -> None:
 
 
 def _missing(function: Any, needed: tuple[str, ...]) -> tuple[str, ...]:
+    """Of parameters those that a function does not take, by name or in what it hands on (``*args, **kwargs``)."""
     parameters = inspect.signature(function).parameters
+    if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= {
+        p.kind for p in parameters.values()
+    }:
+        return ()
     return tuple(name for name in needed if name not in parameters)
