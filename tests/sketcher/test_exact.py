@@ -73,6 +73,8 @@ def test_segments_that_share_a_row(name: str, layout: str) -> None:
 @pytest.mark.long
 def test_checkpointing_around_what_is_formed_is_named() -> None:
     """Gemma 3n uses parameters of AltUp in its layers, which are what is checkpointed."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("the self-test refuses these parameters there")
     model: Any = odd_models.make("gemma3n")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
