@@ -405,8 +405,7 @@ class GradientSketcher:
     ) -> dict[str, Any]:
         """What the decoder is called with beside the tokens, checked against what the probe has measured."""
         kwargs = model_inputs(self.model, attention_mask, position_ids, model_kwargs)
-        # Of a sharded model some ranks alone might measure.
-        if not (self.probe is None or here.pairs is not None or sharded.units(self.model)):
+        if self.probe is not None:
             self.probe = probe_longer(self.probe, self.model, split, here)
         return kwargs | checked_rows(self.probe, here, attention_mask)
 

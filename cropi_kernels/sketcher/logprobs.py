@@ -120,8 +120,6 @@ def _measured_probe(model: nn.Module, here: Batch) -> Probe:
     kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
     known, split = _PROBES.get(model), measured_split(model)
     probe = known[1] if known is not None and known[0] == kind else probe_rows(model, split)
-    # Of a sharded model some ranks alone might have longer rows.
-    if here.pairs is None and not units(model):
-        probe = probe_longer(probe, model, split, here)
+    probe = probe_longer(probe, model, split, here)
     _PROBES[model] = kind, probe
     return probe

@@ -20,7 +20,7 @@ from .labels import Batch
 from .lengths import Lengths, check_lengths, lengths_of, same
 from .one_sequence import check_apart, restart
 from .precision import own_precision
-from .sharded import device_of
+from .sharded import device_of, units
 from .split import SplitModel
 from .trial import few_rows
 from .untouched import untouched
@@ -112,11 +112,16 @@ def probe_longer(probe: Probe, model: nn.Module, split: SplitModel, here: Batch)
     """The probe, measured again on made-up rows as long as those of a batch, where it was measured on shorter ones
     alone and the batch needs it. Leaves no trace in the model.
 
+    Not measured again are a batch with a mask of pairs, which says itself what a token attends to, and a sharded model,
+    of which some ranks alone might have longer rows.
+
     Args:
         probe: what was measured so far.
         model, split: whose.
         here: the batch, on the host; its mask is None where there is a 4-D one.
     """
+    if here.pairs is not None or units(model):
+        return probe
     length, mask, where = here.input_ids.shape[1], here.attention_mask, here.position_ids
     shapes: dict[str, tuple[int, int]] = {}
     # Positions go no further than those of the batch: a table of them may end there.
@@ -128,6 +133,8 @@ def probe_longer(probe: Probe, model: nn.Module, split: SplitModel, here: Batch)
         if restart(where, mask) is not None:
             each = min(length - 1, int(where.max()) + 1)
             shapes["several"] = -(-length // each), each
+    if not shapes:
+        return probe
     with own_precision(model), untouched(model), torch.no_grad():
         model.eval()
         for what, shape in shapes.items():
