@@ -36,21 +36,26 @@ def due(shards: Sequence[Shard], limit: int) -> list[Shard]:
     return ends[len(ends) - small :] if small >= FEW else []
 
 
+def filled(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
+    """Shards in groups of about so many bytes, the last one smaller."""
+    made: list[list[Shard]] = [[]]
+    size = 0
+    for shard in shards:
+        made[-1].append(shard)
+        size += shard.size
+        if size >= limit:
+            made.append([])
+            size = 0
+    return [group for group in made if group]
+
+
 def groups(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
     """The shards that are not full, in groups that fill a shard (the last group may not).
 
     A shard alone is no group, unless it carries no checks of its blocks and is written again for that.
     """
-    made: list[list[Shard]] = [[]]
-    size = 0
-    for shard in shards:
-        if shard.size < limit or shard.checks is None:
-            made[-1].append(shard)
-            size += shard.size
-            if size >= limit:
-                made.append([])
-                size = 0
-    return [group for group in made if len(group) > 1 or any(one.checks is None for one in group)]
+    some = filled([shard for shard in shards if shard.size < limit or shard.checks is None], limit)
+    return [group for group in some if len(group) > 1 or any(one.checks is None for one in group)]
 
 
 def join_blocks(shards: Sequence[Shard]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from cropi.errors import CropiError, shown
 from cropi.files import is_there
-from cropi.store.compact import SHARD_BYTES, join_blocks
+from cropi.store.compact import SHARD_BYTES, filled, join_blocks
 from cropi.store.differences import ALIKE, UnlikeStores, first_difference
 from cropi.store.manifest import MANIFEST, MERGED, NOTES, get_field
 from cropi.store.rows import RowInfo
@@ -85,25 +85,12 @@ def copy_rows(
         wanted: which rows are copied.
         changed: what the store is told of a row.
     """
-    for group in _full(shards, store.shard_bytes):
+    for group in filled(shards, store.shard_bytes):
         rows = [row for shard in group for row in shard.rows]
         left = [wanted(row) and row.id not in store for row in rows]
         if any(left):
             kept, tensors = _left_rows(rows, join_blocks(group), left)
             store.append([changed(row) for row in kept], tensors)
-
-
-def _full(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
-    """The shards in groups of about so many bytes, the last one smaller."""
-    made: list[list[Shard]] = [[]]
-    size = 0
-    for shard in shards:
-        made[-1].append(shard)
-        size += shard.size
-        if size >= limit:
-            made.append([])
-            size = 0
-    return [group for group in made if group]
 
 
 def _left_rows(
