@@ -198,17 +198,6 @@ class Estimator:
         """The same estimator, for log-ratios of whole responses (:func:`sequence_behaviour`)."""
         return replace(self, level="token")
 
-    def _number_of(self, behaviour: torch.Tensor | None, responses: torch.Tensor | None) -> int | None:
-        """One more than the largest number of a response, where the ratio is one of responses. A device is not asked
-        for what was sent to it: it may still have passes to do."""
-        if behaviour is None or responses is None or self.level == "token":
-            return None
-        # The command line lists the estimators before it needs a sketcher.
-        from cropi_kernels.sketcher.host import on_host
-
-        (here,) = on_host(responses)
-        return int(here.max()) + 1 if here.numel() else 0
-
     def ratio_behaviour(
         self,
         logprobs: torch.Tensor,
@@ -231,8 +220,6 @@ class Estimator:
             raise ValueError(
                 f"the estimator {self.name!r} has a ratio of responses: give each token's response"
             )
-        if count is None:
-            count = self._number_of(behaviour, responses)
         return sequence_behaviour(logprobs, behaviour, responses, count)
 
     def weigher(
@@ -250,7 +237,9 @@ class Estimator:
             responses: the response that each token belongs to. An estimator with a ratio of responses wants them, and
                 tokens of whole responses at a time.
         """
-        by_token, count = self.of_sequences(), self._number_of(behaviour, responses)
+        by_token, count = self.of_sequences(), None
+        if behaviour is not None and responses is not None and self.level != "token":
+            count = _count(responses)
 
         def weigh(logprobs: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             old, members, spread = (
@@ -296,6 +285,16 @@ def group_advantages(rewards: Sequence[float], *, std: bool = True, eps: float =
     return centred / (values.std(ddof=1) + eps) if std else centred
 
 
+def _count(responses: torch.Tensor) -> int:
+    """One more than the largest number of a response. A device is not asked for what was sent to it: it may still have
+    passes to do."""
+    # The command line lists the estimators before it needs a sketcher.
+    from cropi_kernels.sketcher.host import on_host
+
+    (here,) = on_host(responses)
+    return int(here.max()) + 1 if here.numel() else 0
+
+
 def sequence_behaviour(
     logprobs: torch.Tensor, behaviour: torch.Tensor, responses: torch.Tensor, count: int | None = None
 ) -> torch.Tensor:
@@ -305,11 +304,11 @@ def sequence_behaviour(
         logprobs: float ``[n]``, log pi of all scored tokens of whole responses.
         behaviour: float ``[n]`` or ``[n, R]``, log beta.
         responses: int64 ``[n]``, the response that each token belongs to.
-        count: more than the largest of them; None: it is read from them, for which the host waits for their device.
+        count: more than the largest of them; None: it is looked up.
     """
     log_ratio = (logprobs[:, None] if behaviour.ndim == 2 else logprobs).double() - behaviour.double()
     if count is None:
-        count = int(responses.max()) + 1 if responses.numel() else 0
+        count = _count(responses)
     # The command line lists the estimators before it needs kernels.
     from cropi_kernels.adding import add_rows
 
