@@ -38,6 +38,7 @@ OF_CHOICE = ("fraction", "count", "method", "rrf_constant", "pool", "per", "quot
 KEYWORDS = keywords_of(Loading, Sketching, Influence, Selecting, more=("out", "source", "behaviour_model"))
 
 
+@as_keywords(KEYWORDS)
 def score(
     model: Any,
     train: Any,
@@ -93,37 +94,36 @@ def score(
     >>> scores.top(n=1)[0][0], scores.select(0.25).ids
     ('t1', ['t1'])
     """
-    with as_keywords(KEYWORDS):
-        policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
-        choice, rest = _choice(rest)
-        sketching, compare = split(rest, Sketching, Influence)
-        job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
-        if noise:
-            replace(job, noise=True)  # what does not go with it shows here
-        # Nothing is chosen here, so that no pool is too small.
-        setup = Setup(job, compare, Selecting(fraction=1.0))
-        train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
-        folder = None if out is None else Path(out)
-        for name in valid if isinstance(valid, dict) and folder is not None else ():
-            if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
-                raise CropiError(
-                    f"valid: the store of the set {shown(name)} would lie outside of out={str(folder)!r}: give the "
-                    "set a name that does not begin with '/' and has no '..' in it"
-                )
-        checked = pipeline.check(policy, train, valid, setup, option="valid", named=True)
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
+    choice, rest = _choice(rest)
+    sketching, compare = split(rest, Sketching, Influence)
+    job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
+    if noise:
+        replace(job, noise=True)  # what does not go with it shows here
+    setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
+    train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
+    folder = None if out is None else Path(out)
+    for name in valid if isinstance(valid, dict) and folder is not None else ():
+        if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
+            raise CropiError(
+                f"valid: the store of the set {shown(name)} would lie outside of out={str(folder)!r}: give the set a "
+                "name that does not begin with '/' and has no '..' in it"
+            )
+    checked = pipeline.check(policy, train, valid, setup, option="valid", named=True)
 
-        def at(name: str) -> Path | None:
-            return None if folder is None else folder / name
+    def at(name: str) -> Path | None:
+        return None if folder is None else folder / name
 
-        stores = pipeline.sketch_all(policy, checked, job, at, progress=progress)
-        of_noise = (
-            pipeline.noise_stores(policy, checked, job, sampled(stores["train"]), at, progress=progress)
-            if noise
-            else ()
-        )
-        return pipeline.score(stores.pop("train"), list(stores.values()), compare, choice, of_noise)
+    stores = pipeline.sketch_all(policy, checked, job, at, progress=progress)
+    of_noise = (
+        pipeline.noise_stores(policy, checked, job, sampled(stores["train"]), at, progress=progress)
+        if noise
+        else ()
+    )
+    return pipeline.score(stores.pop("train"), list(stores.values()), compare, choice, of_noise)
 
 
+@as_keywords(KEYWORDS)
 def sketch(
     model: Any,
     trajectories: Any,
@@ -165,26 +165,20 @@ def sketch(
     >>> len(store), [vectors.shape for rows, vectors in store.shards()]
     (1, [torch.Size([1, 1024])])
     """
-    with as_keywords(KEYWORDS):
-        policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
-        (sketching,) = split(rest, Sketching)
-        trajectories = _opened(policy, sketching, trajectories, source)
-        job = make_job(
-            sketching,
-            trajectories,
-            out,
-            set=set,
-            behaviour_model=beta,
-            notes={"model": policy.name},
-            noise=noise,
-        )
-        summary = run_job(policy, job, progress=progress)
-        if summary.interrupted:
-            raise Interrupted(out, summary)
-        assert summary.store is not None
-        return summary.store
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
+    (sketching,) = split(rest, Sketching)
+    trajectories = _opened(policy, sketching, trajectories, source)
+    job = make_job(
+        sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name}, noise=noise
+    )
+    summary = run_job(policy, job, progress=progress)
+    if summary.interrupted:
+        raise Interrupted(out, summary)
+    assert summary.store is not None
+    return summary.store
 
 
+@as_keywords(KEYWORDS)
 def influence(
     train: SketchStore,
     valid: SketchStore | Sequence[SketchStore],
@@ -221,17 +215,17 @@ def influence(
     >>> influence(train, valid).top("sums")
     [('a', 1.0), ('b', -1.0)]
     """
-    with as_keywords(KEYWORDS):
-        choice, rest = _choice(options)
-        (given,) = split(rest, Influence)
-        stores = given_stores(train, valid)
-        if not isinstance(noise, (list, tuple)) or not all(isinstance(one, SketchStore) for one in noise):
-            raise CropiError(
-                f"noise is {noise!r:.100}: give a list of SketchStores (cropi.sketch(..., noise=True))"
-            )
-        return pipeline.score(train, stores, given, choice, noise)
+    choice, rest = _choice(options)
+    (given,) = split(rest, Influence)
+    stores = given_stores(train, valid)
+    if not isinstance(noise, (list, tuple)) or not all(isinstance(one, SketchStore) for one in noise):
+        raise CropiError(
+            f"noise is {noise!r:.100}: give a list of SketchStores (cropi.sketch(..., noise=True))"
+        )
+    return pipeline.score(train, stores, given, choice, noise)
 
 
+@as_keywords(KEYWORDS)
 def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
     """Choose the best fraction of the prompts.
 
@@ -254,15 +248,15 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
     >>> select(scores, fraction=0.5)
     Selection(1 of 2 prompts by rrf: 'b')
     """
-    with as_keywords(KEYWORDS):
-        if not isinstance(scores, Scores):
-            raise CropiError(
-                f"scores is a {type(scores).__name__}: give the Scores of cropi.score or cropi.influence"
-            )
-        (given,) = split({"fraction": fraction, **options}, Selecting)
-        return pipeline.pick(scores, given)
+    if not isinstance(scores, Scores):
+        raise CropiError(
+            f"scores is a {type(scores).__name__}: give the Scores of cropi.score or cropi.influence"
+        )
+    (given,) = split({"fraction": fraction, **options}, Selecting)
+    return pipeline.pick(scores, given)
 
 
+@as_keywords(KEYWORDS)
 def write_report(
     chosen: Selection,
     path: str | Path = "report.html",
@@ -294,30 +288,30 @@ def write_report(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_report(scores.select(0.5), f"{folder}/report.html", records)
     """
-    with as_keywords(KEYWORDS):
-        if not isinstance(chosen, Selection):
-            raise CropiError(
-                f"chosen is a {type(chosen).__name__}: give a Selection (scores.select, cropi.select)"
-            )
-        if check is not None and not isinstance(check, CheckReport):
-            raise CropiError(f"check is a {type(check).__name__}: give the CheckReport of cropi.check")
-        from cropi.trainers.dumps import auto
+    if not isinstance(chosen, Selection):
+        raise CropiError(
+            f"chosen is a {type(chosen).__name__}: give a Selection (scores.select, cropi.select)"
+        )
+    if check is not None and not isinstance(check, CheckReport):
+        raise CropiError(f"check is a {type(check).__name__}: give the CheckReport of cropi.check")
+    from cropi.trainers.dumps import auto
 
-        scores = chosen.scores
-        groups: Iterable[PromptGroup] = ()
-        if train is not None:
-            groups = records = read(auto.opened(train, columns=columns), columns=columns)
-            # Records of other prompts would make a page without a text.
-            for _ in records.take(chosen.ids):
-                pass
-        given = ReportInput(
-            scores, chosen, groups, uncertainty=Uncertainty.of(scores),
-            uncertainty_missing=str(scores.meta.get("uncertainty_missing", "the scores were not resampled")),
-            neighbours=neighbours or {}, check=None if check is None else check.to_dict(),
-        )  # fmt: skip
-        write_page(path, given)
+    scores = chosen.scores
+    groups: Iterable[PromptGroup] = ()
+    if train is not None:
+        groups = records = read(auto.opened(train, columns=columns), columns=columns)
+        # Records of other prompts would make a page without a text.
+        for _ in records.take(chosen.ids):
+            pass
+    given = ReportInput(
+        scores, chosen, groups, uncertainty=Uncertainty.of(scores),
+        uncertainty_missing=str(scores.meta.get("uncertainty_missing", "the scores were not resampled")),
+        neighbours=neighbours or {}, check=None if check is None else check.to_dict(),
+    )  # fmt: skip
+    write_page(path, given)
 
 
+@as_keywords(KEYWORDS)
 def check(
     model: Any,
     trajectories: Any,
@@ -358,14 +352,11 @@ def check(
     >>> check(model, records, dim=8192, progress=False).ok
     True
     """
-    with as_keywords(KEYWORDS):
-        policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
-        (sketching,) = split(rest, Sketching)
-        trajectories = _opened(policy, sketching, trajectories, source)
-        job = make_job(sketching, trajectories, None, behaviour_model=beta)
-        return check_job(
-            policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None
-        )
+    policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
+    (sketching,) = split(rest, Sketching)
+    trajectories = _opened(policy, sketching, trajectories, source)
+    job = make_job(sketching, trajectories, None, behaviour_model=beta)
+    return check_job(policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None)
 
 
 def _opened(policy: Policy, options: Sketching, given: Any, source: str) -> Any:

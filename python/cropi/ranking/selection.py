@@ -90,6 +90,7 @@ class Selection:
 
         return weights_of(self)
 
+    @as_keywords(OF_ROWS)
     def to_dataset(self, rows: Any = None, *, id_key: str | None = None) -> Any:
         """The chosen prompts as a ``datasets.Dataset``, best first.
 
@@ -110,9 +111,9 @@ class Selection:
         """
         from cropi.ranking.saving import to_dataset
 
-        with as_keywords(OF_ROWS):
-            return to_dataset(self, rows, id_key)
+        return to_dataset(self, rows, id_key)
 
+    @as_keywords(OF_ROWS)
     def save(
         self,
         path: str | Path,
@@ -136,9 +137,9 @@ class Selection:
         """
         from cropi.ranking.saving import save
 
-        with as_keywords(OF_ROWS):
-            return save(self, path, format, rows, id_key, data_source)
+        return save(self, path, format, rows, id_key, data_source)
 
+    @as_keywords(OF_ROWS)
     def push_to_hub(self, name: str, rows: Any = None, *, id_key: str | None = None, **options: Any) -> str:
         """Push the chosen prompts to the Hugging Face hub; returns the address.
 
@@ -152,8 +153,7 @@ class Selection:
         """
         from cropi.ranking.saving import push_to_hub
 
-        with as_keywords(OF_ROWS):
-            return push_to_hub(self, name, rows, id_key, **options)
+        return push_to_hub(self, name, rows, id_key, **options)
 
     def soft_weights(self, temperature: float = 1.0) -> dict[str, float]:
         """A weight for every usable prompt by id, with mean 1, best first: all are trained on, the better the more.

@@ -30,6 +30,7 @@ KEYWORDS = keywords_of(Loading, Rollout, more=("out", "reward"))
 CLOSELY = 256  # answers that a verifier parses beforehand, which takes milliseconds each
 
 
+@as_keywords(KEYWORDS)
 def rollout(
     model: Any,
     prompts: Any,
@@ -78,12 +79,11 @@ def rollout(
     >>> report.prompts, report.responses
     (2, 8)
     """
-    with as_keywords(KEYWORDS):
-        loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
-        split(loading, Loading)
-        (given,) = split(options, Rollout)
-        job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given, loading)
-        return run(job, out, say=say or (print if progress else _silent), progress=progress)
+    loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
+    split(loading, Loading)
+    (given,) = split(options, Rollout)
+    job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given, loading)
+    return run(job, out, say=say or (print if progress else _silent), progress=progress)
 
 
 def make_job(
