@@ -199,6 +199,20 @@ def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> 
         ("12", "12 m/s", 1.0), ("12", "area 12m^2", 1.0), ("12", "12 m^2", 1.0), ("5", "5a", 1.0), ("3", "B - 3", 1.0),
         ("7", "x + 5 = 12, so 7", 1.0), ("12", "x + 5 = 12", 1.0), ("3", "3 - a prime", 1.0), ("12", "12 for x+3", 1.0),
         ("7", "a torque of 7N*m", 1.0), ("7", "it is **7** N*m", 1.0), ("5x+3", "it is **5x+3**", 1.0),
+        # A letter that is no unit's is a variable; where the answer has variables, every letter.
+        *((made, f"The answer is {made}.", 1.0) for made in ("5-x", "1/x", "2**n", "x**2", "x^2 - 1", "n(n-1)/2")),
+        *((part, f"so it is {made}", 0.0) for part, made in (("5", "5-x"), ("1", "1/x"), ("2", "2**n"), ("1", "n-1"))),
+        ("5x", "it is 5x", 1.0), ("a/b", "so a/b.", 1.0), ("k - p", "**-p + k**", 1.0), ("-x", "so -x", 1.0),
+        ("12", "5 - x = -7, so x = 12", 1.0), ("12", "by x/2 we get 12 n-gons", 1.0),
+        # Python's powers, functions, numbers with an exponent, mixed numbers and signs beyond ASCII.
+        ("6*x**2 - 4*x + 1", "**1 - 4x + 6x^2**", 1.0), ("1", r"\boxed{6*x**2 - 4*x + 1}", 0.0),
+        ("6*x**2 - 4*x + 1", r"\boxed{1}", 0.0), ("sin(x)+1", "1 + sin(x)", 1.0), ("exp(2*x)", "$e^{2x}$", 1.0),
+        ("2", "2*sin(x)", 0.0), ("2*pi", "so 2π", 1.0), ("2", "2π", 0.0), ("2e-5", "It is 0.00002", 1.0),
+        ("1.5e3", "It is 1500.", 1.0), ("240000", "2.4 × 10^5", 1.0), ("1 1/2", "The answer is 1 1/2.", 1.0),
+        ("1", r"\boxed{1 1/2}", 0.0), ("1 1/2", "$1.5$", 1.0), ("7/3", "The answer is 7/3.", 1.0),
+        ("7/3", "**7/3**", 1.0), ("2", "2e-5", 0.0),
+        ("2√3", r"\boxed{\sqrt{12}}", 1.0), ("2", "so it is 2√3", 0.0), ("x²", "x*x", 1.0), ("90°", "90", 1.0),
+        ("100 000", "100,000", 1.0), ("2**-x", "$2^{-x}$", 1.0), ("3", "pages 3 and (5-x)", 1.0),
     ],
 )  # fmt: skip
 def test_answers_are_verified(answer: Any, response: str, reward: float) -> None:

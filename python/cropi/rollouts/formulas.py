@@ -1,7 +1,8 @@
 r"""Formulas of a text that nothing marks as one, such as ``2\sqrt{3}`` in ``so it is 2\sqrt{3}.``
 
 Readers of answers look for marks (``$``, ``\(``, ``\[``, ``\boxed``) and, where there are none, for plain numbers: of
-such a formula they would take the 2, and of ``5x+3`` the 5.
+such a formula they would take the 2, and of ``5x+3`` the 5. What is written as in Python (``x**2``, ``sin(x)``,
+``2e-5``) they do not read, or take for a product of letters: :func:`latex` writes it in LaTeX.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+# Names that a plain text may have where LaTeX has a command: of a function before its bracket, of a number.
+_FUNCTION = r"(?<![\\A-Za-z])(?:arc)?(?:sqrt|sinh?|cosh?|tanh?|cot|sec|csc|exp|log|ln)(?=\()"
+_PI = r"(?<![\\A-Za-z])pi(?![A-Za-z])"
 # Longest formula in marks or brackets that is looked for.
 _MARKED = 500
 _PIECE = re.compile(
@@ -22,8 +26,8 @@ _PIECE = re.compile(
     r"|le(?:q|qslant)?|ge(?:q|qslant)?|lt|gt|neq?|cup|cap|in|mod|bmod)"
     r"(?![A-Za-z]))[ \t]*)"
     r"|(?P<command>\\sqrt[ \t]+\d+|\\[dt]?frac[ \t]+\d[ \t]+\d+"
-    r"|\\(?!boxed)[A-Za-z]+(?:\[[^\]\n]*\])?|(?<![A-Za-z])sqrt(?=\())"
-    r"|(?P<number>\d+(?:[.,]\d+)*(?:\.(?=\\overline))?)"
+    rf"|\\(?!boxed)[A-Za-z]+(?:\[[^\]\n]*\])?|{_FUNCTION}|{_PI})"
+    r"|(?P<number>\d{1,3}[ \t]\d{1,2}/\d{1,3}(?![\w/])|\d+(?:[.,]\d+)*(?:[eE][+-]?\d+(?!\w)|\.(?=\\overline))?)"
     r"|(?P<letter>(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
     r"|(?P<tail>!|[ \t]*\\?%)"
     r"|(?P<open>[{(])"
@@ -31,17 +35,36 @@ _PIECE = re.compile(
     r"|(?P<other>\\?.)",
     re.DOTALL,
 )
-_WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt\()[A-Za-z]{2,}")
-_LATEX = re.compile(r"\\[A-Za-z]|sqrt\(|[_^]\{")
+_WORD = re.compile(rf"(?!{_FUNCTION}|{_PI})(?<![\\A-Za-z])[A-Za-z]{{2,}}")
+_LATEX = re.compile(rf"\\[A-Za-z]|{_FUNCTION}|{_PI}|[_^]\{{")
 # A sum, a product with a number or bracket, or an exponent, with a letter; a difference too where a letter has a
-# factor. Not what may be a number with its unit, a name, a dash or bold text: 12 m/s, 12m^2, 7N*m, 5x, 5-A, B - 3.
+# factor. Not what may be a number with its unit, a name or a dash: 12 m/s, 12m^2, 7N*m, 5x, 5-A, B - 3.
 _SUM = re.compile(
     r"[\w)}](?P<blanks>[ \t]*)\+(?P=blanks)[\w({]|[\d)}][ \t]?\*[ \t]?[\w({]|\w[ \t]?\*[ \t]?[\d({]"
     r"|\^[({]?-?\d*[A-Za-z]"
 )
 _DIFFERENCE = re.compile(r"[\w)}](?P<blanks>[ \t]*)-(?P=blanks)[\w({]")
 _FACTOR = re.compile(r"\d[A-Za-z]")
-_OTHER = re.compile(r"\d[eE][+-]?\d|\*\*")
+# Letters that are no unit's and no name's, so that 5-x, 1/n and x^2 are formulas.
+_VARIABLE = re.compile(r"[xyzn][ \t]*[-+*/^]|[-+*/^][ \t]*\d*[xyzn]")
+# Of numbers alone; digits and a sign or a decimal point are read as they are.
+_OPERATION = re.compile(r"\d[ \t]*[-+*/^]|\d[eE]|\d[ \t]+\d")
+_BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])(.{1,500}?)(?<![\s*])\*\*(?![\w(*])")
+_SIGNS = str.maketrans(
+    {
+        "√": "sqrt",
+        "π": "pi",
+        "×": "*",
+        "·": "*",
+        "÷": "/",
+        "−": "-",
+        "²": "^2",
+        "³": "^3",
+        "½": "1/2",
+        "¼": "1/4",
+    }
+    | {"¾": "3/4", "∞": r"\infty", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup "}
+)
 _CLOSING = {"{": "}", "(": ")"}
 
 
@@ -88,19 +111,61 @@ def _formulas(text: str) -> Iterator[tuple[slice, bool]]:
         last, place = kind, after
 
 
-def plain_formulas(text: str) -> Iterator[slice]:
-    """Where formulas in plain text stand that are not marked, and have a letter for a variable, in order.
+def plain_formulas(text: str, *, symbolic: bool = False) -> Iterator[slice]:
+    """Where formulas in plain text stand that are not marked, in order.
 
-    >>> text = "With y = 5x + 3, 2^n or 2(x+1) in 12 m/s it is 12m^2 (or 7)"
+    Args:
+        symbolic: every letter is a variable; else those that may be a unit, a name or a dash are none.
+
+    >>> text = "With y = 5x + 3, 2^n, 5-x or 2(x+1) in 12 m/s it is 12m^2 (or 7)"
     >>> [text[place] for place in plain_formulas(text)]
-    ['5x + 3', '2^n', '2(x+1)']
+    ['5x + 3', '2^n', '5-x', '2(x+1)']
+    >>> [text[place] for place in plain_formulas("so a/b or 2b, not c", symbolic=True)]
+    ['a/b', '2b']
     """
     for place, latex in _formulas(text):
         piece = text[place]
-        if latex or not re.search("[A-Za-z]", piece) or _OTHER.search(piece):
+        if latex:
             continue
-        if _SUM.search(piece) or _FACTOR.search(piece) and _DIFFERENCE.search(piece):
+        found: object
+        if not re.search("[A-Za-z]", re.sub(r"\d[eE][+-]?\d", "", piece)):
+            alone = place.start == 0 or text[place.start - 1] in " \t\n="
+            found = alone and "," not in piece and _OPERATION.search(piece)
+        else:
+            found = _VARIABLE.search(piece) or _SUM.search(piece) or symbolic and piece[1:]
+            found = found or _FACTOR.search(piece) and _DIFFERENCE.search(piece)
+        if found:
             yield place
+
+
+def plain(text: str) -> str:
+    """A text without the signs beyond ASCII that stand for formulas, and without the ``**`` around bold words.
+
+    >>> plain("**Answer:** **2√3 × x²** and 2**n, π/√(x+1)")
+    'Answer: 2sqrt(3) * x^2 and 2**n, pi/sqrt(x+1)'
+    """
+    text = _BOLD.sub(r"\1", text)
+    return re.sub(r"√[ \t]*(\d+(?:\.\d+)?|[A-Za-z])", r"sqrt(\1)", text).translate(_SIGNS)
+
+
+def latex(formula: str) -> str:
+    r"""A formula as LaTeX: powers, functions, the number pi, 2e-5 and 1 1/2 as plain text has them.
+
+    >>> latex("2**-x + sin(x)/pi"), latex("x^(n+1)"), latex("3*exp(2*x)"), latex("2e-5"), latex("1 1/2")
+    ('2^{-x} + \\sin(x)/\\pi', 'x^{n+1}', '3*\\exp(2*x)', '2\\cdot10^{-5}', '1\\frac{1}{2}')
+    """
+    formula = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", formula)
+    formula = re.sub(r"(?<![\d.])(\d{1,3})((?: \d{3})+)(?![\d.])", lambda d: d[0].replace(" ", ""), formula)
+    formula = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w.])", r"\1\\cdot10^{\2}", formula)
+    formula = re.sub(r"(?<![\d.])(\d+)[ \t]+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", formula)
+    formula = re.sub(rf"{_FUNCTION}|{_PI}", lambda found: f"\\{found[0]}", formula)
+    formula = re.sub(r"[ \t]*\*\*[ \t]*", "^", formula)
+    formula = re.sub(r"\^([-+]?(?:\d+(?:\.\d+)?|[A-Za-z]))", r"^{\1}", formula)
+    for opening in (r"\^\(", r"\\sqrt\("):
+        while (found := re.search(opening, formula)) and (end := _closed(formula, found.end() - 1)):
+            inside = formula[found.end() : end - 1]
+            formula = f"{formula[: found.end() - 1]}{{{inside}}}{formula[end:]}"
+    return formula
 
 
 def _continues(last: str, kind: str) -> bool:

@@ -10,9 +10,12 @@ from typing import Any
 
 from cropi.data.rewards import final_answer
 from cropi.errors import optional, shown
-from cropi.rollouts.formulas import plain_formulas, unmarked_formulas
+from cropi.rollouts.formulas import latex, plain, plain_formulas, unmarked_formulas
 
 SECONDS = 5  # for one expression; beyond, the answer counts as wrong
+
+# A formula in marks without LaTeX, as x**2 or 2e-5 in a box.
+_MARKED = re.compile(r"(\\boxed\{|(?<![\\$])\$)([^{}$\\\n]+)(\}|\$(?!\$))")
 
 
 class Exact:
@@ -51,8 +54,9 @@ class Math:
         self._gold = functools.lru_cache(maxsize=4096)(self._parsed)
 
     def __call__(self, prompt: Any, response: str, answer: Any) -> float:
-        said = self._said(response)
         gold = self._gold(_written(answer))
+        symbolic = any(getattr(part, "free_symbols", None) for part in gold)
+        said = self._said(response, symbolic)
         return float(self._verify.verify(gold, said, timeout_seconds=self._limit()))
 
     def check(self, answer: Any) -> None:
@@ -63,14 +67,16 @@ class Math:
         """
         self._gold(_written(answer))
 
-    def _said(self, response: str) -> Any:
+    def _said(self, response: str, symbolic: bool) -> Any:
         """What the package reads of a response in which every formula that is not marked is one number: where it takes
         such a number, the whole formula."""
-        places = (
-            [] if "\\boxed" in response else [*unmarked_formulas(response), *self._read_in_part(response)]
-        )
+        response = _MARKED.sub(lambda found: f"{found[1]}{latex(plain(found[2]))}{found[3]}", response)
+        if "\\boxed" in response:
+            return self._parse(response)
+        response = plain(response)
+        places = [*unmarked_formulas(response), *self._read_in_part(response, symbolic)]
         if not places:
-            return self._verify.parse(response, parsing_timeout=self._limit())
+            return self._parse(response)
         places.sort(key=lambda place: place.start)
         number = 7530918246135
         while any(str(number + i) in response for i in range(len(places))):
@@ -79,28 +85,36 @@ class Math:
         for i, place in enumerate(places):
             text += f"{response[end : place.start]} {number + i} "
             end = place.stop
-        said = self._verify.parse(text + response[end:], parsing_timeout=self._limit())
+        said = self._parse(text + response[end:])
         for i, place in enumerate(places):
             if said and str(number + i) in str(said[0]):
-                formula = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", response[place])
-                whole = f"\\boxed{{{formula}}}"
                 alone = str(said[0]) == str(number + i)
-                return self._verify.parse(whole, parsing_timeout=self._limit()) if alone else []
+                return self._whole(response[place]) if alone else []
         return said
 
-    def _read_in_part(self, response: str) -> Iterator[slice]:
-        """Formulas in plain text of which the package takes a number; others, as a unit's ``m*s``, it leaves."""
-        for place in plain_formulas(response):
-            if self._verify.parse(response[place], parsing_timeout=self._limit()):
+    def _read_in_part(self, response: str, symbolic: bool) -> Iterator[slice]:
+        """Formulas in plain text of which the package takes a number; others, as a unit's ``m*s``, it leaves. Where the
+        answer has variables itself, all."""
+        for place in plain_formulas(response, symbolic=symbolic):
+            if symbolic or self._parse(response[place]):
                 yield place
 
     def _parsed(self, text: str) -> Any:
         # Of LaTeX that is not marked the package takes one number: 2 of 2\sqrt{3}.
         whole = text and not _is_marked(text) and not _is_prose(text)
-        parsed = self._verify.parse(f"\\boxed{{{text}}}" if whole else text, parsing_timeout=self._limit())
+        parsed = self._whole(plain(text).lstrip("€£¥₹").rstrip("°")) if whole else self._parse(text)
         if not parsed:
             raise ValueError(f"the answer {shown(text)} is not a mathematical expression")
         return parsed
+
+    def _whole(self, formula: str) -> Any:
+        """What the package reads of one formula, which it is not to look for numbers in."""
+        return self._parse(
+            f"\\boxed{{{latex(formula)}}}", extraction_config=[self._verify.LatexExtractionConfig()]
+        )
+
+    def _parse(self, text: str, **options: Any) -> Any:
+        return self._verify.parse(text, parsing_timeout=self._limit(), **options)
 
     @staticmethod
     def _limit() -> int | None:
