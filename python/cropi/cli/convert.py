@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cropi.cli.manners import tell
 from cropi.cli.parser import Parser, positive
 from cropi.files import is_folder, is_there
 from cropi.options import SOURCES
+
+if TYPE_CHECKING:
+    from cropi.trainers.dumps.auto import Reading
 
 EXAMPLE = "cropi convert rollouts/*.jsonl --out train.jsonl"
 
@@ -93,51 +96,21 @@ def add_options(command: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
-    from cropi.data.forms import parse_columns
-    from cropi.errors import CropiError, printable
+    from cropi.errors import printable
     from cropi.files import check_outputs
-    from cropi.trainers.dumps.auto import Reading, expanded, groups_of
+    from cropi.trainers.dumps.auto import groups_of
     from cropi.trainers.dumps.fields import Left
-    from cropi.trainers.dumps.recognise import WORDS, recognise
     from cropi.trainers.dumps.rollout import write_groups
 
     if args.trust_remote_code and not args.model:
         args.parser.error("--trust-remote-code is for --model, which is not given; leave it out")
     check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]})
-    source = args.source
-    if source == "auto" and (args.dataset or args.model or args.reward):
-        source = recognise(expanded(args.files, lambda line: None)[0]).source
-    if args.dataset or args.model:
-        if source not in ("verl", "openai"):
-            raise CropiError(
-                f"--dataset and --model are for verl's text dumps and for chat completions; {WORDS[source]} hold the "
-                "prompts"
-            )
-        if source == "verl" and not (args.dataset and args.model):
-            raise CropiError(
-                "--dataset and --model are needed together: prompts are found by their rendered text"
-            )
-    scorer = None
-    if args.reward:
-        from cropi.trainers.dumps.scoring import Scorer
-
-        if source not in ("vllm", "openai"):
-            raise CropiError(
-                f"--reward is for vLLM's outputs and chat completions; {WORDS[source]} hold rewards"
-            )
-        scorer = Scorer(args.reward)
+    source = _source(args)
+    reading = _reading(args, source)
     if args.allow_pickle:
         print(f"pickles       --allow-pickle: code that {', '.join(map(printable, args.files))} names is run")
     left = Left(args.skip_bad)
-    by_text = args.dataset and source == "verl"
-    reading = Reading(
-        id_key=None if by_text else args.id_key, temperature=args.temperature, steps=args.steps,
-        allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
-        requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if by_text else None,
-        tokenizer=(lambda: _tokenizer(args)) if args.model else None, scorer=scorer,
-    )  # fmt: skip
-    groups = groups_of(args.files, args.source, reading, left, print)
-    written = write_groups(args.out, groups)
+    written = write_groups(args.out, groups_of(args.files, args.source, reading, left, print))
     print(
         f"trajectories  {args.out}: {written.prompts} prompts, {written.responses} responses; token ids in "
         f"{written.with_ids} records, log-probs in {written.with_logprobs}"
@@ -152,6 +125,50 @@ def run(args: argparse.Namespace) -> int:
         for error in left.first.values():
             print(printable(f"  the first   {error.where}: {error.problem}"))
     return 0
+
+
+def _source(args: argparse.Namespace) -> str:
+    """Which program wrote the files; "auto" where no option depends on it.
+
+    Raises:
+        CropiError: an option is for dumps of other programs.
+    """
+    from cropi.errors import CropiError
+    from cropi.trainers.dumps.auto import expanded
+    from cropi.trainers.dumps.recognise import WORDS, recognise
+
+    source: str = args.source
+    if source == "auto" and (args.dataset or args.model or args.reward):
+        source = recognise(expanded(args.files, lambda line: None)[0]).source
+    if args.dataset or args.model:
+        if source not in ("verl", "openai"):
+            raise CropiError(
+                f"--dataset and --model are for verl's text dumps and for chat completions; {WORDS[source]} hold the "
+                "prompts"
+            )
+        if source == "verl" and not (args.dataset and args.model):
+            raise CropiError(
+                "--dataset and --model are needed together: prompts are found by their rendered text"
+            )
+    if args.reward and source not in ("vllm", "openai"):
+        raise CropiError(f"--reward is for vLLM's outputs and chat completions; {WORDS[source]} hold rewards")
+    return source
+
+
+def _reading(args: argparse.Namespace, source: str) -> Reading:
+    """How the files are read, by the options."""
+    from cropi.data.forms import parse_columns
+    from cropi.trainers.dumps.auto import Reading
+    from cropi.trainers.dumps.scoring import Scorer
+
+    by_text = args.dataset and source == "verl"
+    return Reading(
+        id_key=None if by_text else args.id_key, temperature=args.temperature, steps=args.steps,
+        allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
+        requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if by_text else None,
+        tokenizer=(lambda: _tokenizer(args)) if args.model else None,
+        scorer=Scorer(args.reward) if args.reward else None,
+    )  # fmt: skip
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cropi.agreement import Alone, Ranks
 from cropi.cli import dry, exporting, influence, options, ranks, select, sketch
 from cropi.cli.config import CONFIG, apply_config, write_config
 from cropi.cli.manners import tell
@@ -105,51 +106,45 @@ def _run(args: argparse.Namespace, team: Team | None, names: list[str], held: Ex
     train = options.opened(args, args.train, policy)
     valid = {name: options.opened(args, path, policy) for name, path in zip(names, args.valid, strict=True)}
     out = Path(args.out)
+    who: Ranks = team or Alone()
+    if args.dry_run and team is not None:
+        raise CropiError("--dry-run is for one process: run it without a launcher")
+
+    def check() -> Checked:
+        parts = pipeline.check(policy, train, valid, setup)
+        if who.first:
+            exporting.check(args, parts.train.groups)
+        return parts
+
+    def lock() -> None:
+        if who.first:  # a second run in the folder would mix its files with those of this one
+            held.enter_context(locked_folder(out, "cropi run"))
+
     try:
-        if team is None:
-            checked = pipeline.check(policy, train, valid, setup)
-            exporting.check(args, checked.train.groups)
-            print(sketch.placed(args, policy))
-            if args.dry_run:
-                return dry.show(args, policy, _dry_parts(checked, setup.job, out / "sketches", args.noise))
-            how: Any = {}
-        else:
-            from cropi.distributed import ranks as together
-
-            if args.dry_run:
-                raise CropiError("--dry-run is for one process: run it without a launcher")
-
-            def check() -> Any:
-                parts = pipeline.check(policy, train, valid, setup)
-                if team.first:
-                    exporting.check(args, parts.train.groups)
-                return parts
-
-            checked = team.agree(check)
-            if team.first:
-                print(sketch.placed(args, policy, team.world))
-            how = {"by": partial(together.sketch, team)}
-        first = team is None or team.first
-
-        def lock() -> None:
-            if first:  # a second run in the folder would mix its files with those of this one
-                held.enter_context(locked_folder(out, "cropi run"))
-
-        lock() if team is None else team.agree(lock)
-        if first and not is_there(out / CONFIG):
+        checked = who.agree(check)
+        if who.first:
+            print(sketch.placed(args, policy, who.world))
+        if args.dry_run:
+            return dry.show(args, policy, _dry_parts(checked, setup.job, out / "sketches", args.noise))
+        who.agree(lock)
+        if who.first and not is_there(out / CONFIG):
             write_config(args, out)
-        how |= {
+        how: dict[str, Any] = {
             "store_at": lambda name: out / "sketches" / name, "say": print, "progress": args.progress
         }  # fmt: skip
+        if team is not None:
+            from cropi.distributed import ranks as together
+
+            how["by"] = partial(together.sketch, team)
         stores = pipeline.sketch_all(policy, checked, setup.job, **how)
-        noise = _noise_stores(policy, checked, setup.job, stores, team, how) if args.noise else []
-        if not first:
+        noise = _noise_stores(policy, checked, setup.job, stores, who, how) if args.noise else []
+        if not who.first:
             return 0
         # Now: stores of other settings have refused this run, and what says how their results were made is kept.
         write_config(args, out)
         chosen = pipeline.conclude(stores, setup, out, noise)
     except Interrupted as error:
-        if team is not None and not team.first:
+        if not who.first:
             return 130
         print(error.summary.text())
         return sketch.stopped(args, error)
@@ -178,15 +173,15 @@ def _noise_stores(
     checked: Checked,
     job: SketchJob,
     stores: Mapping[str, SketchStore],
-    team: Team | None,
+    who: Ranks,
     how: Mapping[str, Any],
 ) -> list[SketchStore]:
     """The stores of noise: of all validation prompts, and of the training prompts that one process draws for all."""
     from cropi import pipeline
     from cropi.sketching.noise import sampled
 
-    drawn: Any = sampled(stores["train"]) if team is None or team.first else None
-    return pipeline.noise_stores(policy, checked, job, drawn if team is None else team.share(drawn), **how)
+    drawn = who.share(sampled(stores["train"]) if who.first else None)
+    return pipeline.noise_stores(policy, checked, job, drawn, **how)
 
 
 def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selection) -> None:

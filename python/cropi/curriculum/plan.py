@@ -93,26 +93,35 @@ class Plan:
             raise CropiError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         if self.rollouts_when not in WHEN:
             raise CropiError(f"rollouts_when must be one of {', '.join(WHEN)}, got {self.rollouts_when!r}")
+        self._check_trainer()
+        self._check_rollouts()
+
+    def _check_trainer(self) -> None:
+        """The trainer's command or options, and what says where the trained model is."""
         check_template("trained_model", self.trained_model, TRAINER_NAMES)
-        if self.trainer != IN_PROCESS:
-            used = check_template("trainer", self.trainer, TRAINER_NAMES)
-            if not used & {"selected", "records", "dataset"}:
-                raise CropiError(
-                    f"trainer: the command {self.trainer!r} does not name what was selected; put {{selected}} (ids), "
-                    "{records} (trajectory records) or {dataset} (see --export) into it"
-                )
-            if "dataset" in used and self.export is None:
-                raise CropiError(
-                    "trainer: the command names {dataset}, so --dataset (or --format) has to say what "
-                    "it is made from"
-                )
-        elif self.trained_model != "{out}":
-            raise CropiError(
-                "trained_model is for trainer commands; the in-process trainer says where its model is"
-            )
         _check_json("trl", self.trl)
-        if self.trl and self.trainer != IN_PROCESS:
+        if self.trainer == IN_PROCESS:
+            if self.trained_model != "{out}":
+                raise CropiError(
+                    "trained_model is for trainer commands; the in-process trainer says where its model is"
+                )
+            return
+        used = self.trainer_uses
+        if not used & {"selected", "records", "dataset"}:
+            raise CropiError(
+                f"trainer: the command {self.trainer!r} does not name what was selected; put {{selected}} (ids), "
+                "{records} (trajectory records) or {dataset} (see --export) into it"
+            )
+        if "dataset" in used and self.export is None:
+            raise CropiError(
+                "trainer: the command names {dataset}, so --dataset (or --format) has to say what "
+                "it is made from"
+            )
+        if self.trl:
             raise CropiError(f"trl: options are given, but the trainer is the command {self.trainer!r}")
+
+    def _check_rollouts(self) -> None:
+        """Trajectories come from files or from the rollout command, each of both kinds from one of them."""
         made = check_template("rollouts", self.rollouts, ROLLOUT_NAMES) if self.rollouts else set()
         if self.rollouts and not made & {"train", "valid"}:
             raise CropiError(

@@ -83,6 +83,11 @@ class NotSimple(Exception):
     """The batch has something that the row by row way has to look at."""
 
 
+def _require(simple: Any) -> None:
+    if not simple:
+        raise NotSimple
+
+
 class Nested:
     """Lists of numbers, or lists of such lists, in one array: ``depth`` 1 or 2."""
 
@@ -90,15 +95,14 @@ class Nested:
         types = optional("pyarrow").types
         self.starts: list[np.ndarray] = []
         for _ in range(depth):
-            if not (types.is_list(column.type) or types.is_large_list(column.type)) or column.null_count:
-                raise NotSimple
+            _require(types.is_list(column.type) or types.is_large_list(column.type))
+            _require(not column.null_count)
             sizes = optional("pyarrow.compute").list_value_length(column).to_numpy(zero_copy_only=False)
             self.starts.append(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
             column = column.flatten()
         kind = column.type
-        good = types.is_integer(kind) if whole else types.is_floating(kind) or types.is_integer(kind)
-        if column.null_count or not good:
-            raise NotSimple
+        _require(types.is_integer(kind) or (types.is_floating(kind) and not whole))
+        _require(not column.null_count)
         self.values = column.to_numpy(zero_copy_only=False)
 
     def sizes(self, level: int = -1) -> np.ndarray:
@@ -133,10 +137,8 @@ class Columns:
     def __init__(self, batch: Any) -> None:
         self.types = optional("pyarrow").types
         names = batch.schema.names
-        if len(set(names)) < len(names) or any(
-            name in ALIASES or name in REFUSED or name in BY_ROW for name in names
-        ):
-            raise NotSimple
+        _require(len(set(names)) == len(names))
+        _require(not any(name in ALIASES or name in REFUSED or name in BY_ROW for name in names))
         batch.validate(full=True)  # text that is not UTF-8, offsets out of order
         self.batch = batch
         self.held: dict[str, Any] = {name: batch.column(i) for i, name in enumerate(names)}
@@ -144,106 +146,93 @@ class Columns:
         self.light: dict[str, list[Any]] = {}
         for name in [name for name in names if self.held[name].null_count == self.count]:
             del self.held[name]  # a column without a value is left out
-        if "id" not in self.held or "rewards" not in self.held:
-            raise NotSimple
+        _require("id" in self.held and "rewards" in self.held)
         self.rewards = Nested(self.held["rewards"], 1, whole=False)
         self.ids = self._nested("response_ids", 2, True)
         self.prompt_ids = self._nested("prompt_ids", 1, True)
         self.logprobs = self._nested("logprobs", 2, False)
         self.loss_mask = self._nested("loss_mask", 2, True)
         self._check_numbers()
-        self._check_texts()
+        self._check_labels()
+        self._check_truncated()
+        self._check_prompt()
+        self._check_responses()
         self.extra = [name for name in self.held if name not in FIELDS]
-        if any(
-            _depth(self.held[name].type, self.types) > DEEPEST_TYPE
-            for name in (*self.extra, "answer")
-            if name in self.held
-        ):
-            raise NotSimple
+        for name in (*self.extra, "answer"):
+            _require(name not in self.held or _depth(self.held[name].type, self.types) <= DEEPEST_TYPE)
         self.largest = self._largest()
 
     def _nested(self, name: str, depth: int, whole: bool) -> Nested | None:
         return Nested(self.held[name], depth, whole) if name in self.held else None
 
+    def _is_text(self, kind: Any) -> bool:
+        return bool(self.types.is_string(kind) or self.types.is_large_string(kind))
+
     def _check_numbers(self) -> None:
         counts = self.rewards.sizes()
-        values = self.rewards.values
+        _require((counts >= 1).all())
         # In float16 the largest reward would be infinity, which is not above itself.
-        if (counts < 1).any() or not (np.abs(values.astype(np.float64)) <= LARGEST_REWARD).all():
-            raise NotSimple
+        _require((np.abs(self.rewards.values.astype(np.float64)) <= LARGEST_REWARD).all())
         for ids in (self.ids, self.prompt_ids):
-            if ids is not None and ((ids.sizes() < 1).any() or not _within(ids.values, 0, LARGEST_TOKEN)):
-                raise NotSimple
+            if ids is not None:
+                _require((ids.sizes() >= 1).all() and _within(ids.values, 0, LARGEST_TOKEN))
         for part in (self.ids, self.logprobs, self.loss_mask):
-            if part is not None and (part.sizes(0) != counts).any():
-                raise NotSimple
-        if (self.logprobs is not None or self.loss_mask is not None) and self.ids is None:
-            raise NotSimple
+            if part is not None:
+                _require((part.sizes(0) == counts).all())
         for part in (self.logprobs, self.loss_mask):
-            if (
-                part is not None
-                and self.ids is not None
-                and not np.array_equal(part.starts[1], self.ids.starts[1])
-            ):
-                raise NotSimple
-        if self.logprobs is not None and not _log_probs(self.logprobs.values):
-            raise NotSimple
+            if part is not None:
+                _require(self.ids is not None and np.array_equal(part.starts[1], self.ids.starts[1]))
+        if self.logprobs is not None:
+            _require(_log_probs(self.logprobs.values))
         if self.loss_mask is not None:
             scored = np.add.reduceat(self.loss_mask.values.astype(np.int64), self.loss_mask.starts[1][:-1])
-            if not _within(self.loss_mask.values, 0, 1) or (scored < 1).any():
-                raise NotSimple
+            _require(_within(self.loss_mask.values, 0, 1) and (scored >= 1).all())
 
-    def _check_texts(self) -> None:
-        pc = optional("pyarrow.compute")
-        counts = self.rewards.sizes()
-        kinds = {"task": "text", "set": "text", "policy": "text", "temperature": "number", "id": "name"}
-        for name, kind in kinds.items():
-            if name in self.held:
-                column = self.held[name]
-                text = self.types.is_string(column.type) or self.types.is_large_string(column.type)
-                good = {
-                    "text": text, "number": self.types.is_floating(column.type) or self.types.is_integer(column.type),
-                    "name": (text or self.types.is_integer(column.type)) and not column.null_count,
-                }  # fmt: skip
-                if not good[kind]:
-                    raise NotSimple
-                self.light[name] = column.to_pylist()
-        if not all(0 < len(str(name).strip()) and len(str(name)) <= LONGEST_ID for name in self.light["id"]):
-            raise NotSimple
-        warm = [value for value in self.light.get("temperature", ()) if value is not None]
-        if not all(0 < value < float("inf") for value in warm):
-            raise NotSimple
-        if "truncated" in self.held:
-            column = self.held["truncated"]
-            flags = self.types.is_list(column.type) and self.types.is_boolean(column.type.value_type)
-            if column.null_count or not flags:
-                raise NotSimple
-            self.light["truncated"] = column.to_pylist()
-            if any(len(row) != n or None in row for row, n in zip(self.light["truncated"], counts)):
-                raise NotSimple
-        prompt = self.held.get("prompt")
-        if prompt is None and self.prompt_ids is None:
-            raise NotSimple
-        if prompt is not None:
-            if prompt.null_count:
-                raise NotSimple
-            if self.types.is_string(prompt.type) or self.types.is_large_string(prompt.type):
-                if self.prompt_ids is None and pc.min(pc.binary_length(prompt)).as_py() < 1:
-                    raise NotSimple
-            self.light["prompt"] = _plain_prompts(prompt)
-        responses = self.held.get("responses")
-        if responses is None:
-            if self.ids is None:
-                raise NotSimple
+    def _check_labels(self) -> None:
+        """Columns of one text or number a row."""
+        for name in ("task", "set", "policy", "temperature", "id"):
+            if name not in self.held:
+                continue
+            column = self.held[name]
+            if name == "temperature":
+                _require(self.types.is_floating(column.type) or self.types.is_integer(column.type))
+            else:
+                _require(self._is_text(column.type) or (name == "id" and self.types.is_integer(column.type)))
+            self.light[name] = column.to_pylist()
+        _require(not self.held["id"].null_count)
+        for name in self.light["id"]:
+            _require(0 < len(str(name).strip()) and len(str(name)) <= LONGEST_ID)
+        for value in self.light.get("temperature", ()):
+            _require(value is None or 0 < value < float("inf"))
+
+    def _check_truncated(self) -> None:
+        if (column := self.held.get("truncated")) is None:
             return
-        inner = responses.flatten() if self.types.is_list(responses.type) else None
-        if inner is None or responses.null_count or inner.null_count or not self.types.is_string(inner.type):
-            raise NotSimple
-        sizes = pc.list_value_length(responses).to_numpy(zero_copy_only=False)
-        if (sizes != counts).any() or (
-            self.ids is None and (pc.min(pc.binary_length(inner)).as_py() or 0) < 1
-        ):
-            raise NotSimple
+        _require(self.types.is_list(column.type) and self.types.is_boolean(column.type.value_type))
+        _require(not column.null_count)
+        self.light["truncated"] = column.to_pylist()
+        for flags, count in zip(self.light["truncated"], self.rewards.sizes(), strict=True):
+            _require(len(flags) == count and None not in flags)
+
+    def _check_prompt(self) -> None:
+        if (column := self.held.get("prompt")) is None:
+            _require(self.prompt_ids is not None)
+            return
+        _require(not column.null_count)
+        if self._is_text(column.type) and self.prompt_ids is None:
+            _require(_shortest(column) >= 1)
+        self.light["prompt"] = _plain_prompts(column)
+
+    def _check_responses(self) -> None:
+        if (column := self.held.get("responses")) is None:
+            _require(self.ids is not None)
+            return
+        _require(self.types.is_list(column.type) and self.types.is_string(column.type.value_type))
+        texts = column.flatten()
+        _require(not column.null_count and not texts.null_count)
+        sizes = optional("pyarrow.compute").list_value_length(column).to_numpy(zero_copy_only=False)
+        _require((sizes == self.rewards.sizes()).all())
+        _require(self.ids is not None or _shortest(texts) >= 1)
 
     def _largest(self) -> np.ndarray:
         """The largest token id of every row, -1 where there is none."""
@@ -306,9 +295,14 @@ def _plain_prompts(column: Any) -> list[Any]:
     for prompt in prompts:
         check_depth({"prompt": prompt}, "")
         made.append(plain_messages(prompt, "prompt", ""))
-    if not all(made):
-        raise NotSimple
+    _require(all(made))
     return made
+
+
+def _shortest(texts: Any) -> int:
+    """Bytes of the shortest of some texts; 0 where there is none."""
+    pc = optional("pyarrow.compute")
+    return pc.min(pc.binary_length(texts)).as_py() or 0
 
 
 def _within(values: np.ndarray, low: int, high: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cropi.data.keys import ALIASES, FIELDS, REASONS
@@ -138,25 +138,34 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     scored = has_reward or any(key in _SCORES for key in keys)
     if not any(key in _PROMPTS for key in keys) and not (answered or scored):
         return RECORD  # which says what is missing
-    held = f"the row has {', '.join(map(repr, keys[:40]))}"
     if not answered and not scored:
-        raise CropiError(f"{where}: {ROLL_OUT} ({held})")
-    for wanted, there, names in (
-        ("reward", has_reward, _SCORES),
-        ("response", has_response or talks, _ANSWERS),
-    ):
-        near = next((key for key in keys if key in names and key != wanted), None)
-        if not there and ("id" not in keys or near):
-            # One row a prompt holds lists, one row a response single values.
-            plural = f"{wanted}s" if near and isinstance(row[near], (list, tuple)) else wanted
-            needs = (
-                f"the key {plural!r} is missing"
-                if plural != wanted
-                else f"a row a response needs {wanted!r}, and has none"
-            )
-            hint = f"did you mean --columns {plural}={near}? " if near else ""
-            raise CropiError(f"{where}: {needs}; {hint}name the column with --columns {plural}=NAME ({held})")
+        raise CropiError(f"{where}: {ROLL_OUT} ({_held(keys)})")
+    if not has_reward:
+        _missing("reward", _SCORES, row, keys, where)
+    if not (has_response or talks):
+        _missing("response", _ANSWERS, row, keys, where)
     return RECORD
+
+
+def _held(keys: Sequence[str]) -> str:
+    return f"the row has {', '.join(map(repr, keys[:40]))}"
+
+
+def _missing(
+    wanted: str, names: Sequence[str], row: Mapping[str, Any], keys: Sequence[str], where: str
+) -> None:
+    """Raise of a row that lacks ``wanted``, unless it has an id, and so is a whole record, and no column of ``names``
+    that may be meant for it."""
+    near = next((key for key in keys if key in names and key != wanted), None)
+    if near is None and "id" in keys:
+        return
+    # One row a prompt holds lists, one row a response single values.
+    if near is not None and isinstance(row[near], (list, tuple)):
+        name, needs = f"{wanted}s", f"the key '{wanted}s' is missing"
+    else:
+        name, needs = wanted, f"a row a response needs {wanted!r}, and has none"
+    hint = f"did you mean --columns {name}={near}? " if near else ""
+    raise CropiError(f"{where}: {needs}; {hint}name the column with --columns {name}=NAME ({_held(keys)})")
 
 
 def split_conversation(row: dict[str, Any], where: str) -> dict[str, Any]:

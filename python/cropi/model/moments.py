@@ -389,17 +389,11 @@ def _made(
     if not whole and not factored:
         raise CropiError(f"optimizer_state: {source} holds no second moments ({SECOND}); {GIVE}")
     kind = "adafactor" if factored else "adam"
-    correction = {}
-    for name in whole:
-        beta, step = of[name].beta, states[name].get("step")
-        # Adafactor's moments are corrected by their growing decay; a file without steps holds late ones.
-        known = kind == "adam" and beta is not None and step is not None
-        correction[name] = 1.0 - float(beta) ** float(step) if known else 1.0  # type: ignore[arg-type]
-        if not correction[name] > 0:
-            raise CropiError(
-                f"optimizer_state: {source} is of an optimiser that has made no step yet ({name}); give a later "
-                "checkpoint"
-            )
+    # Adafactor's moments are corrected by their growing decay.
+    correction = {
+        name: 1.0 if factored else _correction(of[name].beta, states[name].get("step"), name, source)
+        for name in whole
+    }
     eps = {name: 1e-8 if one.eps is None else max(one.eps, 1e-30) for name, one in of.items()}
     least = {}
     for name in of_torch:
@@ -416,3 +410,16 @@ def _made(
         if not bool(value.isfinite().all()) or bool((value < 0).any()):
             raise CropiError(f"optimizer_state: {source} holds a negative or infinite moment for {name}")
     return SecondMoments(whole, factored, correction, eps, rate, kind, source, least)
+
+
+def _correction(beta: float | None, step: Any, name: str, source: str) -> float:
+    """``1 - beta^step`` of Adam; 1 where a file does not say the steps: it holds late moments."""
+    if beta is None or step is None:
+        return 1.0
+    made = 1.0 - float(beta) ** float(step)
+    if not made > 0:
+        raise CropiError(
+            f"optimizer_state: {source} is of an optimiser that has made no step yet ({name}); give a later "
+            "checkpoint"
+        )
+    return made

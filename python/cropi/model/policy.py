@@ -102,35 +102,14 @@ class Policy:
                 "attn_implementation": attn_implementation, "distributed_config": distributed_config,
                 "trust_remote_code": trust_remote_code or None,
             }  # fmt: skip
-            for option, value in given.items():
-                if value is not None and value != "auto":
-                    raise CropiError(
-                        f"{option}={value!r} is for a model that is loaded by name; the module that is given has its "
-                        f"own: leave {option} out, and call model.to(...) where it should be another"
-                    )
-            self._model = unwrapped(model)
-            try:
-                check_loaded(self._model)
-            except ValueError as error:
-                raise CropiError(f"model: {error}") from None
-            _check_kind(self._model)
-            keep_gradients(self._model)
+            self._model = _module(model, given)
         elif isinstance(model, (str, os.PathLike)) and os.fspath(model):
             self._source = os.fspath(model)
         else:
             raise CropiError(
                 f"model is {_shown(model)}: give a name or folder of a causal language model, or the module itself"
             )
-        if isinstance(tokenizer, (str, os.PathLike)):
-            raise CropiError(
-                f"tokenizer is {tokenizer!r}: give the tokenizer itself (AutoTokenizer.from_pretrained({tokenizer!r}))"
-            )
-        if isinstance(tokenizer, torch.nn.Module):
-            raise CropiError(
-                f"tokenizer is a {type(tokenizer).__name__}: the order is Policy(model, tokenizer)"
-            )
-        if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
-            raise CropiError(f"tokenizer is a {type(tokenizer).__name__}: give a Hugging Face tokenizer")
+        _check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
         self._load: dict[str, Any] = {
             "dtype": dtype or "auto", "device": device or "auto", "eos": eos, "trust_remote_code": trust_remote_code,
@@ -403,6 +382,35 @@ def check_dropout(model: Any, name: str) -> None:
                     "would drop other activations, so that gradients would be random; call model.eval(), or set "
                     "every such rate to 0 where gradient checkpointing needs training mode"
                 )
+
+
+def _module(model: torch.nn.Module, options: Mapping[str, Any]) -> Any:
+    """The module inside of a given one, checked; ``options`` are for models that are loaded by name."""
+    for option, value in options.items():
+        if value is not None and value != "auto":
+            raise CropiError(
+                f"{option}={value!r} is for a model that is loaded by name; the module that is given has its own: "
+                f"leave {option} out, and call model.to(...) where it should be another"
+            )
+    inner = unwrapped(model)
+    try:
+        check_loaded(inner)
+    except ValueError as error:
+        raise CropiError(f"model: {error}") from None
+    _check_kind(inner)
+    keep_gradients(inner)
+    return inner
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if isinstance(tokenizer, (str, os.PathLike)):
+        raise CropiError(
+            f"tokenizer is {tokenizer!r}: give the tokenizer itself (AutoTokenizer.from_pretrained({tokenizer!r}))"
+        )
+    if isinstance(tokenizer, torch.nn.Module):
+        raise CropiError(f"tokenizer is a {type(tokenizer).__name__}: the order is Policy(model, tokenizer)")
+    if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
+        raise CropiError(f"tokenizer is a {type(tokenizer).__name__}: give a Hugging Face tokenizer")
 
 
 def _check_kind(model: Any) -> None:

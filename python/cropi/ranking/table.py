@@ -186,20 +186,18 @@ def _scores(
     drawn = np.full(count, np.nan) if "p_selected" in schema.names else None
     groups = list(meta.get("groups") or ()) if contributions else []
     parts = np.full((count, len(sets), len(groups)), np.nan) if groups else None
-    names_of_parts = _parts(sets, groups)
-    columns = [*rows.columns, *(f"{kind}[{name}]" for kind in kinds for name in sets), *names_of_parts]
-    wanted_columns = columns + ["p_selected"] * (drawn is not None)
-    for batch in coded.unfolded(file.iter_batches(8192, columns=wanted_columns), path):
+    filled = {
+        f"{kind}[{name}]": table[:, v] for kind, table in numbers.items() for v, name in enumerate(sets)
+    }
+    if parts is not None:
+        filled |= zip(_parts(sets, groups), _flat(parts).T, strict=True)
+    if drawn is not None:
+        filled["p_selected"] = drawn
+    for batch in coded.unfolded(file.iter_batches(8192, columns=[*rows.columns, *filled]), path):
         begin = len(rows)
         rows.add(batch)
-        for kind, table in numbers.items():
-            for v, name in enumerate(sets):
-                fill_numbers(table[begin : len(rows), v], batch.column(f"{kind}[{name}]"))
-        if parts is not None:
-            for column, name in zip(_flat(parts).T, names_of_parts, strict=True):
-                fill_numbers(column[begin : len(rows)], batch.column(name))
-        if drawn is not None:
-            fill_numbers(drawn[begin : len(rows)], batch.column("p_selected"))
+        for name, column in filled.items():
+            fill_numbers(column[begin : len(rows)], batch.column(name))
     if drawn is not None and not np.isfinite(drawn[~np.isnan(drawn)]).all():
         raise ValueError("a value of the column p_selected is infinite")
     # What it keeps for the next columns would stay beside the table.

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
 from cropi.sketching.passes import Others
 from cropi.sketching.run import check_tokens, scan_groups
-from cropi.sketching.summary import peak_memory_gib
+from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi_kernels import Coverage, SketchSpec
 
 SEEDS = 8  # other seeds, where there are no exact gradients
@@ -93,23 +94,7 @@ def check_groups(
             "16, whose rewards differ"
         )
 
-    def sketched(
-        some: Sequence[TokenGroup], seed: int = spec.seed, **changes: Any
-    ) -> tuple[torch.Tensor, Any]:
-        options: dict[str, Any] = {"layout": "auto", "tokens_per_batch": tokens_per_batch} | changes
-        job = SketchJob((), None, _seeded(spec, seed), exclude=exclude, estimator=estimator)
-        with open_store(policy, job, source) as store:
-            summary = sketch_groups(
-                policy, some, store, estimator, behaviour=source, exclude=exclude, **options
-            )
-        if summary.interrupted:
-            raise Interrupted(None, summary)
-        rows = {row.id: vector for kept, table in store.shards() for row, vector in zip(kept, table)}
-        bad = [row for row in store.rows() if row.id not in rows]
-        if bad:
-            raise CropiError(f"prompt {bad[0].id!r} of the sample has no usable sketch: {bad[0].reason}")
-        return torch.stack([rows[group.id] for group in some]).double(), summary
-
+    sketches = _Sketches(policy, spec, estimator, source, exclude, tokens_per_batch)
     coverage = _coverage(policy, spec, exclude)
     if exact is None:
         exact = exact_bytes(policy, coverage.names, len(sample)) <= EXACT_LIMIT
@@ -118,7 +103,7 @@ def check_groups(
     others = Others([_seeded(spec, spec.seed + 1 + i) for i in range(count)])
     say(f"sketching {len(sample)} prompts" + (f", by {count} other seeds too" if count > 1 else ""))
     begun = time.monotonic()
-    first, summary = sketched(sample, others=others if count > 1 else None)
+    first, summary = sketches.of(sample, others=others if count > 1 else None)
     seconds = (time.monotonic() - begun) / len(sample)
     scores = leave_one_out(first @ first.T)
     report = CheckReport(
@@ -135,15 +120,47 @@ def check_groups(
         report.method, report.seeds = "seeds", count
         if count == 1:
             say("sketching them by another seed")
-            tables = [sketched(sample, seed=others.specs[0].seed)[0]]
+            tables = [sketches.of(sample, seed=others.specs[0].seed)[0]]
         else:
             tables = list(torch.stack([others.sums[group.id] for group in sample], dim=1).double())
         report.error = error_by_seeds(scores, torch.stack([leave_one_out(rows @ rows.T) for rows in tables]))
     say("trying other layouts, batches and attention")
-    _invariances(policy, sample, first, sketched, report)
+    _invariances(sketches, sample, first, report)
     report.peak_gib = peak_memory_gib(policy.device)
     report.judge(policy.dtype, pool, exact_bytes(policy, coverage.names, len(sample)))
     return report
+
+
+@dataclass(frozen=True)
+class _Sketches:
+    """How prompts of the sample are sketched, in memory."""
+
+    policy: Policy
+    spec: SketchSpec
+    estimator: Estimator
+    behaviour: Behaviour
+    exclude: Sequence[str]
+    tokens_per_batch: int
+
+    def of(
+        self, some: Sequence[TokenGroup], seed: int | None = None, **changes: Any
+    ) -> tuple[torch.Tensor, Summary]:
+        """Sketches ``[prompts, dim]`` in float64, by another ``seed`` or other options of :func:`sketch_groups`."""
+        spec = self.spec if seed is None else _seeded(self.spec, seed)
+        options: dict[str, Any] = {"layout": "auto", "tokens_per_batch": self.tokens_per_batch} | changes
+        job = SketchJob((), None, spec, exclude=self.exclude, estimator=self.estimator)
+        with open_store(self.policy, job, self.behaviour) as store:
+            summary = sketch_groups(
+                self.policy, some, store, self.estimator, behaviour=self.behaviour, exclude=self.exclude,
+                **options,
+            )  # fmt: skip
+        if summary.interrupted:
+            raise Interrupted(None, summary)
+        rows = {row.id: vector for kept, table in store.shards() for row, vector in zip(kept, table)}
+        bad = [row for row in store.rows() if row.id not in rows]
+        if bad:
+            raise CropiError(f"prompt {bad[0].id!r} of the sample has no usable sketch: {bad[0].reason}")
+        return torch.stack([rows[group.id] for group in some]).double(), summary
 
 
 def _against_exact(
@@ -174,24 +191,21 @@ def _against_exact(
 
 
 def _invariances(
-    policy: Policy,
-    sample: Sequence[TokenGroup],
-    first: torch.Tensor,
-    sketched: Callable[..., tuple[torch.Tensor, Any]],
-    report: CheckReport,
+    sketches: _Sketches, sample: Sequence[TokenGroup], first: torch.Tensor, report: CheckReport
 ) -> None:
     """Compute the sketches of the four shortest prompts in other layouts, batches and attentions, and compare them."""
     size = {group.id: len(group.prompt) + sum(map(len, group.responses)) for group in sample}
     some = sorted(range(len(sample)), key=lambda i: size[sample[i].id])[:4]
     few, want = [sample[i] for i in some], first[some]
-    report.layouts = _difference(sketched(few, layout="padded")[0], want)
-    report.batches = _difference(torch.cat([sketched([group], tokens_per_batch=1)[0] for group in few]), want)
-    model: Any = policy.model
+    report.layouts = _difference(sketches.of(few, layout="padded")[0], want)
+    alone = torch.cat([sketches.of([group], tokens_per_batch=1)[0] for group in few])
+    report.batches = _difference(alone, want)
+    model: Any = sketches.policy.model
     before = getattr(model.config, "_attn_implementation", None)
     if before not in (None, "eager") and hasattr(model, "set_attn_implementation"):
         try:
             model.set_attn_implementation("eager")
-            report.attention = _difference(sketched(few, layout="padded")[0], want)
+            report.attention = _difference(sketches.of(few, layout="padded")[0], want)
         finally:
             model.set_attn_implementation(before)
 

@@ -158,12 +158,7 @@ def _rollout(
             "give the input file of the batch as --dataset, or write 'messages' beside every answer, or pass "
             "--skip-bad",
         )  # fmt: skip
-    message = choice.get("message")
-    text = message if isinstance(message, Mapping) else choice.get("text")
-    if isinstance(text, Mapping):
-        kept = {key: value for key, value in text.items() if value is not None and value != []}
-        plain = set(kept) <= {"role", "content"} and isinstance(kept.get("content"), str)
-        text = kept["content"] if plain else [kept]
+    message, text = choice.get("message"), _text(choice)
     ids, probs, held = _tokens(choice, vocabulary, where)
     if ids is None:
         lost[0] += 1
@@ -192,6 +187,18 @@ def _rollout(
         truncated={"length": True, "stop": False, "tool_calls": False}.get(reason) if isinstance(reason, str) else None,
         extra=extra,
     ))  # fmt: skip
+
+
+def _text(choice: Mapping[str, Any]) -> Any:
+    """The response: a text, or a list of one message where it holds more than text."""
+    message = choice.get("message")
+    if not isinstance(message, Mapping):
+        message = choice.get("text")
+    if not isinstance(message, Mapping):
+        return message
+    kept = {key: value for key, value in message.items() if value is not None and value != []}
+    plain = set(kept) <= {"role", "content"} and isinstance(kept.get("content"), str)
+    return kept["content"] if plain else [kept]
 
 
 def plain_text(messages: Any) -> str:

@@ -145,12 +145,7 @@ def _rollout(
     sample = _fields(held)
     if not isinstance(sample, Mapping):
         raise BadSample(where, "sample", f"should be a table of fields, got {shown(held)}")
-    status = contents(sample.get("status"))
-    status = getattr(status, "value", status)
-    if isinstance(status, str) and status in ("aborted", "pending"):
-        raise Unused(where, "status", f"is {status!r}")
-    if is_bit(sample.get("remove_sample")) and sample["remove_sample"]:
-        raise Unused(where, "remove_sample", "is set")
+    status = _used(sample, where)
     for key in ("tokens", "response_length", "reward"):
         if sample.get(key) is None:
             raise BadSample(where, key, "is missing")
@@ -168,30 +163,48 @@ def _rollout(
         raise BadSample(where, "response_length", f"is {shown(size)} of {len(tokens)} tokens")
     key = "loss_mask" if sample.get("loss_mask") is not None else "loss_masks"
     mask = loss_mask(sample.get(key), size, key, where)
-    reward = sample["reward"]
-    if isinstance(reward, Mapping):
-        if reward_key is None:
-            raise BadSample(
-                where, "reward", f"is a table: {names(reward)}",
-                "name the one that is trained on (slime's --reward-key) with --columns reward=NAME, or pass --skip-bad",
-            )  # fmt: skip
-        reward = named_reward(reward, reward_key, where)
-    if id_key is not None:
-        metadata = sample.get("metadata")
-        name = metadata.get(id_key) if isinstance(metadata, Mapping) else None
-        if name is None:
-            raise BadSample(
-                where, "metadata", f"has no {shown(id_key)}",
-                "put a stable id into the column of --metadata-key of your prompt data, or pass --skip-bad",
-            )  # fmt: skip
-        name = prompt_id(name, f"metadata.{id_key}"[:80], where)
-    else:
-        name = text_id(" ".join(map(str, tokens[:-size])))
+    reward, name = _reward(sample["reward"], reward_key, where), _id(sample, tokens[:-size], id_key, where)
     return checked(Rollout(
-        id=name, reward=finite(reward, "reward", where), step=step, where=where, prompt_ids=tokens[:-size],
+        id=name, reward=reward, step=step, where=where, prompt_ids=tokens[:-size],
         response_ids=tokens[-size:], loss_mask=mask,
         logprobs=log_probs(sample.get("rollout_log_probs"), size, mask, "rollout_log_probs", where),
         prompt=messages(sample.get("prompt")), answer=plain_answer(sample.get("label"), "label", where),
-        truncated={"truncated": True, "completed": False}.get(status) if isinstance(status, str) else None,
-        temperature=temperature,
+        truncated={"truncated": True, "completed": False}.get(status), temperature=temperature,
     ))  # fmt: skip
+
+
+def _used(sample: Mapping[str, Any], where: str) -> str:
+    """The status of a sample that slime trains on; "" where it is no text."""
+    status = contents(sample.get("status"))
+    status = getattr(status, "value", status)
+    status = status if isinstance(status, str) else ""
+    if status in ("aborted", "pending"):
+        raise Unused(where, "status", f"is {status!r}")
+    if is_bit(sample.get("remove_sample")) and sample["remove_sample"]:
+        raise Unused(where, "remove_sample", "is set")
+    return status
+
+
+def _reward(held: Any, key: str | None, where: str) -> float:
+    if isinstance(held, Mapping):
+        if key is None:
+            raise BadSample(
+                where, "reward", f"is a table: {names(held)}",
+                "name the one that is trained on (slime's --reward-key) with --columns reward=NAME, or pass --skip-bad",
+            )  # fmt: skip
+        held = named_reward(held, key, where)
+    return finite(held, "reward", where)
+
+
+def _id(sample: Mapping[str, Any], prompt: list[int], key: str | None, where: str) -> str:
+    """The prompt's id: what ``key`` names in the metadata, or a hash of the prompt's tokens."""
+    if key is None:
+        return text_id(" ".join(map(str, prompt)))
+    metadata = sample.get("metadata")
+    name = metadata.get(key) if isinstance(metadata, Mapping) else None
+    if name is None:
+        raise BadSample(
+            where, "metadata", f"has no {shown(key)}",
+            "put a stable id into the column of --metadata-key of your prompt data, or pass --skip-bad",
+        )  # fmt: skip
+    return prompt_id(name, f"metadata.{key}"[:80], where)
