@@ -111,7 +111,7 @@ def keywords_of(*classes: type[Any], more: Sequence[str] = ()) -> dict[str, str]
     made = {f"--{name.replace('_', '-')}": f"{name}=" for name in more}
     for about in (about for one in classes for about in fields(one)):
         flag = about.metadata.get("flag") or f"--{about.name.replace('_', '-')}"
-        made[flag] = f"{about.name}={not about.default if about.metadata.get('kind') == 'switch' else ''}"
+        made[flag] = f"{about.name}={not about.default if isinstance(about.default, bool) else ''}"
     return made
 
 

@@ -31,6 +31,22 @@ from cropi.trainers.versions import UntestedVersion  # noqa: E402
 from cropi_kernels import SketchSpec  # noqa: E402
 
 
+@pytest.mark.long
+def test_a_bad_record_of_the_files_is_left_out_by_a_keyword(tmp_path: Path) -> None:
+    """The message names the keyword of Curriculum beside the command line's flag, and each step takes it."""
+    given = trl_runs.files(tmp_path)
+    lines = given["train"].read_text().splitlines()
+    bad, lines[3] = json.loads(lines[3])["id"], lines[3][:-1]
+    given["train"].write_text("\n".join(lines) + "\n")
+    with pytest.raises(CropiError, match=r"--skip-bad \(in Python skip_bad=True\)$"):
+        staged(tmp_path / "a", given)
+    options = given | {"skip_bad": True, "use_recorded": True, "behaviour": "current"}
+    staged(tmp_path / "b", options, max_steps=4).train()
+    for stage in (0, 1):
+        chosen = selected(tmp_path / "b", stage)
+        assert chosen and bad not in chosen
+
+
 # ----------------------------------------------------------------------------------------------- versions
 def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> None:
     import trl

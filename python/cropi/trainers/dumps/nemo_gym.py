@@ -3,7 +3,9 @@
 A line has ``responses_create_params`` (the request in the form of OpenAI's Responses), ``response`` (its ``output``
 is a list of messages, calls of tools and what tools said) and ``reward``. Where the model server gives tokens, what
 the policy said in each turn holds ``prompt_token_ids``, ``generation_token_ids`` and ``generation_log_probs``, in its
-last item. Where turns have tokens and others none, the row is an error: of what was sampled a part would be missing.
+last item. Where a turn between others has none, the row is an error: of what was sampled a part would be missing. What
+stands behind the last turn with tokens (an agent's closing words, or an empty turn where the context was full) is left
+out, as NeMo-RL leaves it out of training; a warning says so where it has text.
 Without any tokens a response of one message is read as text.
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.errors import warn
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, listed, names, nested, shown
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
@@ -23,6 +26,10 @@ from cropi.trainers.dumps.verifiers import of_text, sequence
 
 ASKED, SAID = "responses_create_params", "response.output"
 TOKENS = "generation_token_ids"
+
+
+class ClosingWords(UserWarning):
+    """Rows end in text without token ids, behind turns that have them: it is left out."""
 
 
 def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
@@ -38,7 +45,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     """
     path, left = Path(path), Left() if left is None else left
     check_size(path, reading.largest)
-    step = step_of(path)
+    step, closing = step_of(path), list[str]()
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = pair
@@ -53,7 +60,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         warm = asked.get("temperature") if reading.temperature is None else reading.temperature
         turns = [{"tokens": _turn(item)} for item in items if item.get(TOKENS) is not None]
         if turns:
-            _check_turns(items, where)
+            closing.extend([where] * _closing(items, where))
         held = sequence(turns, where)
         if held is None:
             warn_text(path, left)
@@ -68,6 +75,13 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         ))  # fmt: skip
 
     yield from left.each(rows_of_dump(path, left), read)
+    if closing:
+        warn(
+            f"{len(closing)} rollouts, for example {closing[0]}, end in text without {TOKENS}, which is left out, as "
+            "NeMo-RL leaves it out of training",
+            ClosingWords,
+            stacklevel=2,
+        )
 
 
 def _turn(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,19 +91,20 @@ def _turn(item: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_turns(items: list[Mapping[str, Any]], where: str) -> None:
-    """Check that all that the policy said has token ids.
+def _closing(items: list[Mapping[str, Any]], where: str) -> bool:
+    """Whether there is text behind the last turn with token ids.
 
     Raises:
-        BadSample: the last item of one of its turns has none.
+        BadSample: a turn before it has none.
     """
-    for number, item in enumerate(items):
-        ends = number + 1 == len(items) or not _is_said(items[number + 1])
-        if ends and _is_said(item) and item.get(TOKENS) is None:
+    last = max(number for number, item in enumerate(items) if item.get(TOKENS) is not None)
+    for number, item in enumerate(items[:last]):
+        if _is_said(item) and not _is_said(items[number + 1]) and item.get(TOKENS) is None:
             raise BadSample(
-                where, f"{SAID}[{number}]", f"has no {TOKENS}, and other items have: a call of the model would be left "
+                where, f"{SAID}[{number}]", f"has no {TOKENS}, and later items have: a call of the model would be left "
                 "out", "collect the rollouts with the token ids of every call, or pass --skip-bad",
             )  # fmt: skip
+    return any(_is_said(item) and _words(item.get("content")) != "" for item in items[last + 1 :])
 
 
 def _is_said(item: Mapping[str, Any]) -> bool:

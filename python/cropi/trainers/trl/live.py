@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cropi import pipeline
-from cropi.errors import CropiError, shown
+from cropi.errors import CropiError, as_keywords, shown
 from cropi.files import failure_of, is_file, reason, replacing
 from cropi.model.policy import Policy
 from cropi.ranking.alike import prompt_features
@@ -19,7 +19,7 @@ from cropi.ranking.origin import Known
 from cropi.ranking.selector import Selector
 from cropi.sealed import check_sums, summed
 from cropi.trainers.trl.fused import fused_heads
-from cropi.trainers.trl.options import Curriculum
+from cropi.trainers.trl.options import KEYWORDS, Curriculum
 from cropi.trainers.trl.ranks import Ranks
 from cropi.trainers.trl.recorder import MADE
 from cropi.trainers.trl.records import id_of
@@ -172,6 +172,7 @@ class LiveRun:
         ids = [self.selector.ids[place] for place in places.tolist()]
         self.selector.update(ids, rows, step, gather=True)
 
+    @as_keywords(KEYWORDS)
     def refresh(self, model: Any, tokenizer: Any, valid: Any, stage: int, seed: int, ranks: Ranks) -> None:
         """Sketch the validation prompts under the current policy; the ranks share them."""
         job = setup_of(self.options, stage, seed).job

@@ -10,10 +10,10 @@ from typing import Any
 
 from cropi._moved import renamed
 from cropi.checked import check_fields
-from cropi.errors import CropiError
+from cropi.errors import CropiError, as_keywords
 from cropi.files import is_there
 from cropi.gradient.estimators import Estimator, make_estimator
-from cropi.option_fields import changed
+from cropi.option_fields import changed, keywords_of
 from cropi.options import SOURCES, Checks, Choosing, Comparing, Rescoring
 from cropi.trainers.dumps import auto
 from cropi_kernels import SketchSpec
@@ -98,6 +98,7 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             ``eval_dataset`` (done once before the first selection, if no evaluation has been recorded by then).
         valid_sets: names of validation sets that must be covered; None: whatever sets the trajectories hold.
         source: what wrote these files: one of :data:`cropi.options.SOURCES`.
+        skip_bad: go on after a bad record of these files, and count it.
         use_recorded: let rollouts of this run replace those in the files ``train``, prompt by prompt.
         recording: how rollouts are recorded; None: not at all.
         folder: where selections, score tables and the log of stages go; None: ``<output_dir>/cropi``.
@@ -144,6 +145,7 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
     keep_sketches: bool = False
     live: Live | None = None
     source: str = "auto"
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -224,7 +226,10 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             CropiError: a file holds prompts alone, or is of no kind that is read.
         """
         files = self.files(name)
-        return None if files is None else auto.opened(files, self.source, say=logger.info)
+        if files is None:
+            return None
+        with as_keywords(KEYWORDS):
+            return auto.opened(files, self.source, skip_bad=self.skip_bad, say=logger.info)
 
     def estimator_used(self) -> Estimator:
         """The estimator itself. "auto" is known with the trainer's configuration, and has a ratio until then."""
@@ -249,3 +254,7 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             "recorded": [self.train is None, self.valid is None, bool(self.use_recorded)],
             **({} if self.live is None else {"live": asdict(self.live)}),
         }  # fmt: skip
+
+
+# How messages name the options of a curriculum.
+KEYWORDS = keywords_of(Curriculum)

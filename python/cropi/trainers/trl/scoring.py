@@ -20,7 +20,7 @@ import torch
 
 from cropi import pipeline
 from cropi.data.scan import NothingToSelect, Scan, check_covered, check_pool, scan
-from cropi.errors import CropiError
+from cropi.errors import CropiError, as_keywords
 from cropi.files import entries, is_folder
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
@@ -31,7 +31,7 @@ from cropi.ranking.scores import DEFAULT_SET
 from cropi.rescoring import Anew
 from cropi.sketching.job import SketchJob
 from cropi.store.earlier import EARLIER
-from cropi.trainers.trl.options import Curriculum
+from cropi.trainers.trl.options import KEYWORDS, Curriculum
 from cropi.trainers.trl.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Chosen:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+@as_keywords(KEYWORDS)
 def choose_prompts(
     model: Any,
     tokenizer: Any,
@@ -136,7 +137,7 @@ def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
     job = SketchJob(
         (), None, spec=options.spec, exclude=options.exclude, estimator=options.estimator_used(),
         behaviour=options.behaviour, layout=options.layout, tokens_per_batch=options.tokens_per_batch, stage=str(stage),
-        verify=options.verify, zero_check=options.zero_check, tools=options.tools,
+        verify=options.verify, zero_check=options.zero_check, tools=options.tools, skip_bad=options.skip_bad,
         chat_template_kwargs=options.chat_template_kwargs,
         # Later the policy has moved away on purpose, and a run in the middle of its training is not stopped for it.
         behaviour_check="warn" if stage and options.behaviour_check == "error" else options.behaviour_check,
@@ -145,6 +146,7 @@ def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
     return Setup(job, compare, Selecting(**part_of(options, Choosing), select_seed=seed))
 
 
+@as_keywords(KEYWORDS)
 def check_files(
     options: Curriculum, opened: Mapping[str, Any], known: Callable[[str], bool]
 ) -> dict[str, Scan]:
@@ -165,9 +167,13 @@ def check_files(
     train, valid, estimator = opened["train"], opened["valid"], options.estimator_used()
     pool, scans = Scan(), {}
     if train is not None:
-        scans["train"] = scan(train, on_group=lambda group: pool.add(group) if known(group.id) else None)
+        scans["train"] = scan(
+            train,
+            skip_bad=options.skip_bad,
+            on_group=lambda group: pool.add(group) if known(group.id) else None,
+        )
     if valid is not None:
-        scans["valid"] = scan(valid)
+        scans["valid"] = scan(valid, skip_bad=options.skip_bad)
     for part in scans.values():
         behaviour_source(options.behaviour, part, estimator.ratio)
     if "valid" in scans:

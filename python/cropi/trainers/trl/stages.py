@@ -148,7 +148,9 @@ class Stages(Recorder):
             tokens = make_tokenize(
                 Policy(self.model, trainer._tokenizer), setup_of(options, 0, self.seed).job
             )
-            if words := unlike_dataset(read(opened["train"]), trainer, ids, tokens.prompt):
+            if words := unlike_dataset(
+                read(opened["train"], skip_bad=options.skip_bad), trainer, ids, tokens.prompt
+            ):
                 logger.warning("%s", words)
         if options.live is None:
             check_space(trainer, options, scans, self.folder, len(ids))
@@ -344,8 +346,8 @@ class Stages(Recorder):
             return [recorded]
         if kind != "train" or not self.options.use_recorded or not is_there(recorded):
             return files
-        ranks = self.ranks
-        ranks.agree(lambda: replace_records(files, recorded, both) if ranks.first else None)
+        ranks, stored = self.ranks, read(files, skip_bad=self.options.skip_bad)
+        ranks.agree(lambda: replace_records(stored, recorded, both) if ranks.first else None)
         return [both]
 
     def _note(self, stage: int, chosen: Chosen | None) -> None:
