@@ -179,7 +179,7 @@ bench: build
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  --benchmark-save=$$(git rev-parse --short HEAD) $(if $(COMPARE),--benchmark-compare='*_$(COMPARE)') $(ARGS)
 
-BENCHES ?= bench_linear_logprob bench_project bench_sklearn cost fidelity
+BENCHES ?= bench_project bench_sklearn cost fidelity
 tables: build model
 	for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name; done
 

@@ -141,7 +141,7 @@ def _gains(mine: list[Finished], goals: list[Finished], at: int) -> list[str]:
     if len(mine) < 2:
         return [gains[0], "-", gains[1], "-"]
     steps, time = resampled_gains(mine, goals, at)
-    # A curve that never gets there says only that the gain is below what it would be at its end.
+    # Of a curve that does not reach the goal it is known only that its gain is below that of its last step.
     least = at / curve[-1][0], end[2] / curve[-1][2]
     return [gains[0], _interval(steps, least[0]), gains[1], _interval(time, least[1])]
 
