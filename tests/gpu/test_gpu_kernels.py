@@ -1,4 +1,4 @@
-"""Runs tests/gpu/kernels: in Triton's interpreter, and compiled for two generations of GPUs. Each needs a process."""
+"""Runs tests/gpu/kernels: compiled for a generation of GPUs, or in Triton's interpreter. Each needs a process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,33 +18,31 @@ WAYS = {
     "sm_90": {"KERNELS_FOR": "90"},
 }
 
-EMULATED = ["sm_80", "sm_90"]
-ONLY = {
-    "test_launches.py": ["interpreted"],
-    "test_logprob_tiles.py": ["interpreted"],
-    "test_emulated_gpu.py": EMULATED,
-    "test_host_cost.py": ["sm_90"],
-    "test_whole_model.py": EMULATED,
-}
-# A process starts in three seconds: short files share one. (test_host_cost.py counts what a fresh one does.)
-TOGETHER = (
-    ("test_emulated_gpu.py", "test_far_rows.py", "test_launches.py", "test_row_kernels.py"),
-    ("test_fused_kernels.py", "test_gpu_engine.py", "test_project_kernels.py"),
+# The files of each process, which takes three seconds to start. All that kernels and launches make of a generation are
+# the tiles of matrix products, whose size follows the shared memory of a block.
+RUNS = (
+    ("interpreted", "test_launches.py test_row_kernels.py"),
+    ("interpreted", "test_logprob_tiles.py"),  # by copies of descriptors, which the emulator does not have
+    ("sm_90", "test_emulated_gpu.py test_far_rows.py test_row_kernels.py"),
+    ("sm_90", "test_fused_kernels.py test_gpu_engine.py test_project_kernels.py"),
+    ("sm_90", "test_gpu_suite.py"),
+    ("sm_90", "test_grouped_kernel.py"),
+    ("sm_90", "test_host_cost.py"),  # counts what a fresh process does
+    ("sm_90", "test_sketch_kernels.py"),
+    ("sm_90", "test_whole_model.py"),
+    ("sm_80", "test_grouped_kernel.py"),
+    ("sm_80", "test_sketch_kernels.py"),
 )
 
 
-def runs() -> Iterator[tuple[str, str]]:
-    """A way and the files of one process."""
-    alone = {path.name for path in FOLDER.glob("test_*.py")}.difference(*TOGETHER)
-    for group in (*sorted((name,) for name in alone), *TOGETHER):
-        for way in WAYS:
-            files = [name for name in group if way in ONLY.get(name, WAYS)]
-            if files:
-                yield way, " ".join(files)
+def test_every_file_is_in_a_run() -> None:
+    assert {path.name for path in FOLDER.glob("test_*.py")} == {
+        name for _, files in RUNS for name in files.split()
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way,files", runs())
+@pytest.mark.parametrize("way,files", RUNS)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_on_cpu_tensors(way: str, files: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | WAYS[way]

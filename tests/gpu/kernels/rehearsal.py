@@ -1,7 +1,7 @@
 """A stage for the GPU suite where there is no GPU: CUDA calls reach the CPU, kernels whatever runs them there.
 
-Sizes are cut down by the tests; bfloat16, which Triton's interpreter computes wrongly, becomes float16 for it. What is
-rehearsed is everything but the speed: names, shapes, units, keys of the rows, and that nothing in a script breaks.
+Sizes are cut down by the tests. What is rehearsed is everything but the speed: names, shapes, units, keys of the rows,
+and that nothing in a script breaks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from torch.overrides import TorchFunctionMode
 from cropi_kernels import _gpu, dispatch
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPE = {torch.bfloat16: torch.float16} if INTERPRETER else {}
 
 
 def cpu(value: Any) -> Any:
     """An argument as it is on the stage."""
-    if isinstance(value, torch.dtype):
-        return DTYPE.get(value, value)
     if isinstance(value, str) and value.startswith("cuda") or isinstance(value, torch.device):
         return torch.device("cpu")
     return value
@@ -35,8 +32,6 @@ class Stage(TorchFunctionMode):
         args, kwargs = tuple(map(cpu, args)), {k: cpu(v) for k, v in (kwargs or {}).items()}
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.bfloat16 and INTERPRETER:
-            return args[0].half()
         if func is torch.Tensor.cpu:
             return args[0].clone()  # as a device does: the copy is not the tensor
         if func is torch.mm and "out_dtype" in kwargs:
@@ -110,9 +105,7 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, kernels: bool = True) -> Stage:
     }
     for name, value in calls.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    default_dtype = torch.set_default_dtype
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: default_dtype(cpu(dtype)))
     monkeypatch.setattr(_gpu, "on", lambda x: contextlib.nullcontext())
     if not kernels:
         return Stage()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +19,6 @@ from cropi_kernels import SketchSpec, _gpu
 
 SUITE = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"
 TINY = {"qwen2.5-1.5b": {"layers": 1, "head": (130, 32), "linears": [("q_proj", 32, 32), ("k_proj", 16, 96)]}}
-
-WITHOUT_KERNELS = pytest.mark.skipif(
-    os.environ.get("KERNELS_FOR") != "90", reason="launches nothing: the same in all three ways"
-)
 
 TINY_MODEL = {
     "vocab_size": 130, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -109,7 +104,6 @@ def test_launches(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> N
         assert row["ok"] and row["second_device"], (op, row)
 
 
-@WITHOUT_KERNELS
 def test_sketch(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +136,6 @@ def test_logprob(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Mo
         assert row["both_extra_gb"] > 0
 
 
-@WITHOUT_KERNELS
 def test_model(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +188,6 @@ def small_taps(taps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taps, "DTYPE", torch.float16)
 
 
-@WITHOUT_KERNELS
 def test_warm(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +215,6 @@ def test_first_sees_bits_that_change(suite: Any, stage: None, monkeypatch: pytes
     assert row["different"] == 1 and not row["ok"]
 
 
-@WITHOUT_KERNELS
 def test_passes(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +231,6 @@ def test_passes(
     assert row["frozen_launches"] == 0, "no CUDA kernel runs on the stage"
 
 
-@WITHOUT_KERNELS
 @pytest.mark.long
 def test_jobs(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -266,7 +256,6 @@ def test_jobs(
     )
 
 
-@WITHOUT_KERNELS
 @pytest.mark.long
 def test_new(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -292,7 +281,6 @@ def test_new(
     assert got["a bias of millions"]["features"] == 301 and got["norms of 18"]["sums"] > 0
 
 
-@WITHOUT_KERNELS
 @pytest.mark.long
 def test_the_times_of_what_is_new(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -351,7 +339,6 @@ def test_variants(
     assert (module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS) == before
 
 
-@WITHOUT_KERNELS
 def test_races_are_told_from_what_the_compiler_hands_over(
     suite: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,7 +369,6 @@ def test_races_are_told_from_what_the_compiler_hands_over(
     assert status(summary=False) == 9  # racecheck did not come to its end
 
 
-@WITHOUT_KERNELS
 def test_counted(suite: Any, stage_without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = suite("counted")
     monkeypatch.setattr(module, "TOKENS", 8)
