@@ -31,10 +31,10 @@ from torch.overrides import TorchFunctionMode
 
 Linears = Literal["auto", "torch", "onednn"]
 VARIABLE = "CROPI_KERNELS_LINEARS"
-_GAIN = 0.6  # of torch's time, at most
-_TOKENS, _ROUNDS = 128, 5  # of the measurement
+_GAIN = 0.6  # oneDNN is taken where its time is at most this share of torch's
+_TOKENS, _ROUNDS = 128, 5  # rows and repetitions of a measurement
 _LEAST_ROWS = 16  # for fewer, oneDNN splits the sum between threads
-_LEAST_SIZE = 1 << 16  # of a weight that is measured: what smaller ones take is mostly the call
+_LEAST_SIZE = 1 << 16  # smaller weights are not measured: most of their time is the call's
 _SAMPLE = 8, 4  # so many rows and columns tell whether a weight is still the one that was packed
 
 
@@ -106,7 +106,7 @@ class _Pair:
 
 
 def _state(weight: torch.Tensor) -> tuple[int, int, torch.Tensor]:
-    # Optimizers raise the version; what writes through `.data` does not, and shows in the sample.
+    # Optimizers raise the version. Code that writes through `.data` does not, so that some of the numbers are compared.
     rows, cols = (max(1, size // n) for size, n in zip(weight.shape, _SAMPLE, strict=True))
     return weight.data_ptr(), weight._version, weight.detach()[::rows, ::cols].clone()
 
@@ -139,8 +139,9 @@ class PackedLinears(TorchFunctionMode):
         self.linears: Linears = "torch" if why is not None else linears
         self._own = set(parameters) if self.linears != "torch" else set()
         self._pairs: dict[int, _Pair] = {}
-        self._asked = False  # whether a product came by since the last `clear`
-        self._current: set[int] = set()  # weights that were looked at since it was entered, for inference
+        self._asked = False  # whether a product was asked for since the last `clear`
+        # For inference: weights that were compared with their packed copies since it was entered.
+        self._current: set[int] = set()
 
     @property
     def nbytes(self) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from cropi.errors import CropiError
 
-SMALL = 2**24  # no text below takes more than LARGEST
-LARGEST = 2**30  # bytes of memory that any file may take; larger ones four times their size
+SMALL = 2**24  # the objects of a smaller text take less than LARGEST
+LARGEST = 2**30  # bytes of objects that every file may have; a large file TIMES its own size
 TIMES = 4
-# A number and its place in a list; a list; a table with its first keys; a string without its characters.
+# By the character that a value has: a number and its place in a list, a list, a table with its first keys, a string
+# without its characters.
 BYTES = {b",": 36, b"[": 90, b"{": 240, b'"': 25}
 
 

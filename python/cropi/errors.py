@@ -100,7 +100,7 @@ def _outside() -> int:
 
 
 _OURS = ("cropi", "cropi_kernels", "contextlib")
-# What flags are called by the function that was called from Python.
+# The keywords that stand for flags in the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
@@ -136,7 +136,7 @@ def shown(value: Any, limit: int = 60) -> str:
     elif isinstance(value, int) and value.bit_length() > 4000:
         return f"an integer of {value.bit_length()} bits"
     elif isinstance(value, (list, tuple)):
-        value = value[: limit // 2]  # its repr is longer than the limit all the same
+        value = value[: limit // 2]  # every item takes two characters at least, so that this is enough
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits inside, or thousands of brackets

@@ -23,7 +23,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 NO_ACCESS |= {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}
-# What has nothing to do with the file that is named.
+# Errors of the disk or the process, whichever file the system names with them.
 FAILING = NO_SPACE | NO_DESCRIPTOR | {errno.EROFS, errno.EIO}
 
 
@@ -82,7 +82,9 @@ def _opening(path: str) -> OSError:
         os.close(os.open(path, os.O_RDONLY))
     except OSError as error:
         return error
-    return OSError(errno.EIO, os.strerror(errno.EIO))  # it opens now, and is there: the disk failed once
+    return OSError(
+        errno.EIO, os.strerror(errno.EIO)
+    )  # the file can be opened: the earlier failure was the disk's
 
 
 @contextlib.contextmanager
@@ -132,7 +134,7 @@ def reading(path: str | Path, *, missing: bool = False) -> Iterator[None]:
 def _status(path: str | Path) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last one of a name with a zero byte
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the name holds a zero byte
         return None
     except OSError as error:
         raise CropiError(f"cannot read {path}: {reason(error, 'give a path that can be read')}") from error
@@ -225,7 +227,7 @@ def entries(folder: str | Path, pattern: str = "*") -> list[Path]:
     with reading(folder):
         try:
             names = os.listdir(folder)
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # as of a status
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # as in _status
             return []
     return sorted(folder / name for name in fnmatch.filter(names, pattern))
 
@@ -309,7 +311,8 @@ def replacing(path: Path) -> Iterator[Path]:
             descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             made = True
             with contextlib.closing(os.fdopen(descriptor, "wb")), contextlib.suppress(OSError):
-                os.fchmod(descriptor, path.stat().st_mode & 0o777)  # where there is a file to replace
+                # The mode of the file that is replaced, if there is one.
+                os.fchmod(descriptor, path.stat().st_mode & 0o777)
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
@@ -353,7 +356,7 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # somebody else's
+        return True  # it runs under another user
     return True
 
 

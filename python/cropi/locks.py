@@ -114,7 +114,9 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        remove(lock)  # before others get it: they see that it is gone, and make another one
+        remove(
+            lock
+        )  # before it is released: a process that waits for it sees that it is gone, and makes another
         os.close(descriptor)
 
 

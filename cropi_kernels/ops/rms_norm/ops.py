@@ -52,7 +52,9 @@ def _backward(
         from . import triton
 
         if offsets is not None and offsets.device.type != "cpu":
-            dx.fill_(float("nan"))  # nobody looks at them: a token without a segment must show
+            dx.fill_(
+                float("nan")
+            )  # offsets on a device are not checked; NaN marks tokens that they leave out
         where = None if offsets is None else on_device(offsets, x.device)
         triton.rms_norm_backward(dy, x, weight, scale, where, dx, sums)
     elif chosen == "cpu":

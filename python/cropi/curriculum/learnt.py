@@ -25,7 +25,7 @@ def read_training(folder: Path) -> dict[str, Any]:
         summary = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         checksum = summary.pop(CHECKSUM, None) if isinstance(summary, dict) else None
         wrong = wrong_form(summary, TRAINED) or ("" if "reward" in summary else "it has no reward")
-        if checksum is not None and checksum != digest(summary):  # a trainer of another hand writes none
+        if checksum is not None and checksum != digest(summary):  # other trainers write none
             wrong = "it is damaged: its checksum does not match"
     except FileNotFoundError:
         return {}

@@ -76,7 +76,7 @@ def sketch(
     if group is not None:
         group.check(team, policy, job)
     ready = team.agree(lambda: prepare(policy, job, agreed_scan, progress))
-    # What fits into the memory of each of them, where nobody said.
+    # Where no number of tokens was given: the one that fits into every process's memory.
     fitting = team.gather(ready.tokens_per_batch)
     budget = min(fitting) if job.tokens_per_batch is None else job.tokens_per_batch
     ready.job = replace(ready.job, tokens_per_batch=budget)

@@ -125,7 +125,7 @@ class _Driver:
     def __init__(self, ray: Any, make: Make, out: Path, kind: str, progress: bool, on_chunk: Any) -> None:
         self.ray, self.make, self.out, self.kind, self.on_chunk = ray, make, out, kind, on_chunk
         self.bar = optional("tqdm.auto").tqdm(desc=out.name, unit="chunk", disable=None if progress else True)
-        # All that may live: also one that is in neither of the others, as the driver was stopped between two calls.
+        # Every worker that may be alive, also one that is in neither of the others: the driver was stopped in between.
         self.workers: list[_Held] = []
         self.refs: dict[Any, _Held] = {}
         self.idle: list[_Held] = []
@@ -291,7 +291,7 @@ class _Driver:
                 try:
                     summaries.append(self.ray.get(ref))
                 except self.ray.exceptions.RayError:
-                    pass  # what it had said to be done is on the disk
+                    pass  # its finished rows are on the disk
         self.close_workers()
         _unlocked(self.store)
         summary = together(summaries) if summaries else Summary(self.out)

@@ -58,7 +58,7 @@ class Worker:
         check_undivided(job)
         ready = self.ready = prepare(policy, job, progress=False)
         budget, manifest = ready.tokens_per_batch, ready.manifest()
-        ready.job = replace(ready.job, tokens_per_batch=None)  # the driver says it
+        ready.job = replace(ready.job, tokens_per_batch=None)  # the driver gives one for all workers
         return Prepared(
             manifest, facts(ready, manifest), ready.total, budget, job.shard_rows, job.shard_bytes,
             tuple(ready.summary.bad_records), os.getpid(), socket.gethostname(),
@@ -132,7 +132,7 @@ class Asked(Participant):
         self.numbers.put(number)
         answer = self.answers.get()
         if isinstance(answer, BaseException):
-            self.answers.put(answer)  # whoever asks again hears it again
+            self.answers.put(answer)  # a second call raises it again
             raise answer
         return answer
 
@@ -156,7 +156,7 @@ class Asked(Participant):
             self.answers.put(cuts)
             number, cuts = self.numbers.get(), {}
         else:
-            while number is not None and number > last:  # there is none
+            while number is not None and number > last:  # there is no chunk of that number
                 self.answers.put(None)
                 number = self.numbers.get()
         self.told -= set(cuts)

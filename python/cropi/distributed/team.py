@@ -63,7 +63,7 @@ class Team:
         call = next(self._calls)
         self._set(f"{call}/{self.rank}", pickle.dumps(value))
         values: list[T] = [pickle.loads(self._wait(f"{call}/{rank}", rank)) for rank in range(self.world)]
-        if call:  # whoever began this call has read all of the one before
+        if call:  # every process that began this call has read the values of the last one
             with suppress(RuntimeError):
                 self.store.delete_key(f"{call - 1}/{self.rank}")
         return values
@@ -104,7 +104,7 @@ class Team:
         try:
             check_same(every, [f"rank {rank}" for rank in range(self.world)], remedies)
         except Unlike as error:
-            if self.rank not in (0, error.number):  # they say it
+            if self.rank not in (0, error.number):  # those two raise the error itself
                 raise RankFailed(str(error)) from None
             raise
 
@@ -184,7 +184,7 @@ class Team:
         while not self._over.wait(min(BEAT, self.silence / 8)):
             try:
                 self.store.add(f"beat/{self.rank}", 1)
-            except RuntimeError:  # whoever works here finds out
+            except RuntimeError:  # the next call of the working thread raises it
                 return
 
     def _wait(self, key: str, rank: int) -> bytes:

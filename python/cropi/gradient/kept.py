@@ -27,7 +27,7 @@ class KeptTokens:
         self._places: dict[str, int] = {}
 
     def __reduce__(self) -> Any:
-        return _nothing, ()  # another process has not the file
+        return _nothing, ()  # the file is not shared with other processes
 
     def put(self, made: TokenGroup) -> None:
         """Keep the tokens of a group."""

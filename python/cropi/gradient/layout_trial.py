@@ -114,7 +114,7 @@ class LayoutTrial:
             stack.enter_context(in_float32(self.model))
             try:
                 self._hidden([prompt[:4]])
-            except RuntimeError:  # a dtype that its code names, or a weight that it uses beside its module
+            except RuntimeError:  # the model's code fixes a dtype, or uses a weight outside of its module
                 stack.close()
             yield
 

@@ -237,8 +237,8 @@ def _explained(name: str) -> Iterator[None]:
                 "(trust_remote_code=True)"
             ) from error
         if isinstance(error, ValueError) and name.endswith(".gguf") and name not in str(error):
-            raise _damaged(name, error) from error  # of the reader of such files
-        raise  # they name the file or the package
+            raise _damaged(name, error) from error  # raised by the reader of .gguf files
+        raise  # the message names the file or the package
     except Exception as error:  # a damaged file: every format has errors of its own
         if failure := failure_of(error):
             raise _unreadable(name, failure) from error
@@ -356,7 +356,7 @@ def _check_causal(name: str, config: Any) -> None:
 def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # AutoTokenizer would end in the same class, after reading the whole .gguf file once more for its config.
+    # AutoTokenizer takes the same class for a .gguf file, but reads the whole file once more for its config.
     loader = PreTrainedTokenizerFast if "gguf_file" in options else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(source, **options)

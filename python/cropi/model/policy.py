@@ -120,7 +120,7 @@ class Policy:
             ),
         }  # fmt: skip
         self.name = name or self._source or str(getattr(model, "name_or_path", "") or type(model).__name__)
-        # What was checked for this policy is remembered by it, which keeps no weights.
+        # Caches of checks use this as their key, and so keep no weights alive.
         self.identity = object()
         self._memo: dict[Hashable, Any] = {}
         self._state: Hashable = None

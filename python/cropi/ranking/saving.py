@@ -131,6 +131,6 @@ def _parts(rows: Any, id_key: str | None, format: str = "") -> tuple[Any, Any]:
     except CropiError:
         if not isinstance(rows, (str, Path)):
             raise
-        return rows, None  # a form that trajectories alone have
+        return rows, None  # only trajectories have this form
     columns = column_values(table)[0]
     return (rows, None) if REWARDS & set(columns) else ((), rows)

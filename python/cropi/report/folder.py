@@ -70,7 +70,7 @@ def report_folder(
     if is_curriculum(root):
         return curriculum_page(root, out)
     page = root / "report.html" if out is None else Path(out)
-    with one_at_a_time(page):  # of two, the one that read last writes last
+    with one_at_a_time(page):  # of two processes, the one that read last writes last
         return _report(root, page, check, every_text, records or noted_files)
 
 
@@ -113,7 +113,7 @@ def selection_of(scores: Scores, path: Path) -> Selection:
         CropiError: a chosen prompt has no score in the table, or was chosen by other scores.
     """
     place = {name: i for i, name in enumerate(scores.ids)}
-    lines, usable = list(selected_rows(path)), scores.usable  # which is worked out anew each time
+    lines, usable = list(selected_rows(path)), scores.usable  # the property is computed anew each time
     ids = [str(line["id"]) for line in lines]
     unknown = [name for name in ids if name not in place or not usable[place[name]]]
     if unknown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-RATIO = 0.8, 1.25  # of tokens that this very policy sampled it is 1
+RATIO = 0.8, 1.25  # of tokens that this policy sampled the ratio is 1
 LEAST_ESS = 0.5
 
 

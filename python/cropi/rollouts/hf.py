@@ -37,7 +37,7 @@ SHARE_OF_MEMORY = 0.5  # of what is free, for keys, values and logits
 DRAWN = 4  # float32 copies of a row's logits while a token is drawn
 GAIN, MEASURED, ROUNDS = 0.9, 64, 3  # of torch's time, at most; rows and repetitions of the measurement
 SHARE_OF_COPIES = 0.25  # of what is free, for weights in oneDNN's order
-LEAST_FREE = 2**31  # what is assumed to be free where nobody says
+LEAST_FREE = 2**31  # assumed where the system does not say how much is free
 
 
 class FewerRows(UserWarning):
@@ -60,7 +60,7 @@ class HfEngine:
         self.policy, self.sampling, self.rows = policy, sampling, rows
         self.ends = tokens.all_ends
         self.way = ""
-        self.linears: Linears = "torch"  # who multiplies; see cropi_kernels.frozen
+        self.linears: Linears = "torch"  # which library multiplies; see cropi_kernels.frozen
         self._packed: PackedLinears | None = None
 
     def describe(self) -> str:
