@@ -33,8 +33,10 @@ class SketchSpec(base.Spec):
             (CROPI: keep a share of the coordinates, then CountSketch), ``kron`` (dense Rademacher projections of both
             sides) and ``tensor`` (TensorSketch by FFT).
         width: features that a linear layer's inputs are folded to before the sketch, a power of two from 16 on, or
-            ``None`` for no fold. Divides the matrix work by ``in_features / width``. Of ``slab`` alone: the other kinds
-            fold nothing, and take the default and ``None`` alone (:meth:`from_dict` takes what stored specs have).
+            ``None`` for no fold. Divides the matrix work by ``in_features / width``. A gradient of few matrices and few
+            tokens (an MLP, an image model) has a larger error with a fold, up to ``1 / sqrt(width)``. Of ``slab``
+            alone: the other kinds fold nothing, and take the default and ``None`` alone (:meth:`from_dict` takes what
+            stored specs have).
         vocab_width: rows that a tied head / embedding is folded to, a power of two, or ``None`` for no fold; likewise.
         keep: share of the coordinates that ``dropout`` keeps, in (0, 1]; rounded to 65536ths.
         seed: any integer >= 0; different seeds are independent sketches.

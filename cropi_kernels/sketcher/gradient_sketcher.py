@@ -45,7 +45,7 @@ from .precision import own_precision
 from .probe import Probe, checked_rows, probe_longer, probe_policy
 from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
 from .scale import SegmentScales
-from .segments import Segments
+from .segments import Segments, sizes
 from .selftest import SelfTest, SelfTestError
 from .split import SplitModel
 from .tapped import TappedModel
@@ -184,13 +184,15 @@ class GradientSketcher:
 
     @contextmanager
     def batch(
-        self, segments: torch.Tensor, *, shape: tuple[int, int] | None = None, num_segments: int | None = None
+        self, segments: torch.Tensor, *, shape: Sequence[int] | None = None, num_segments: int | None = None
     ) -> Iterator[BatchSketch]:
         """Sketch the backward pass that runs inside the block: of any loss of one batch, after any forward.
 
         Args:
             segments: int64 ids per token [batch, length], or per row [batch] with ``shape=(batch, length)``; they must
                 not decrease in flattened order. Padding may carry any neighbouring id: its gradients are zero.
+            shape: of the batch. ``(batch,)`` where a row is an example of which modules may see anything (images,
+                features, the pooled output of an encoder): then rows are all that is told apart.
 
         The yielded object's ``sketches`` is set when the block ends. The loss must be a sum over tokens of terms that
         each belong to one segment; a mean over the batch scales all sketches.
@@ -206,11 +208,7 @@ class GradientSketcher:
         self._active("batch")
         self._no_batch()
         check_tensors(segments=segments)
-        if segments.ndim != 2 and shape is None:
-            raise ValueError(
-                f"segments has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length)"
-            )
-        batch, length = shape if shape is not None else segments.shape
+        batch, length = sizes(segments, shape)
         where = Segments.of(segments, batch, length, num_segments)
         if self._tapped.ranks is not None:
             self._tapped.ranks.check_same("segments", where.offsets)

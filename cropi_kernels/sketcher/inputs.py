@@ -97,13 +97,19 @@ def known_ids(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def embedded(model: nn.Module) -> torch.Tensor | None:
-    """The weight [words, features] of the model's embedding of tokens; None: it does not say which one that is."""
+def embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that looks up tokens, if the model says which."""
     get = getattr(model, "get_input_embeddings", None)
     try:
-        weight = getattr(get() if callable(get) else None, "weight", None)
-    except NotImplementedError:  # transformers' answer for a model that it cannot tell of
+        found = get() if callable(get) else None
+    except NotImplementedError:  # transformers' answer for a model that it cannot tell of, or of images
         return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def embedded(model: nn.Module) -> torch.Tensor | None:
+    """The weight [words, features] of the model's embedding of tokens; None: it does not say which one that is."""
+    weight = getattr(embeddings(model), "weight", None)
     return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 

@@ -156,7 +156,7 @@ class LiveSketcher:
         self,
         segments: torch.Tensor,
         *,
-        shape: tuple[int, int] | None = None,
+        shape: Sequence[int] | None = None,
         num_segments: int | None = None,
         scale: float | torch.Tensor | Scaler = 1.0,
     ) -> Iterator[LiveSketch]:
@@ -166,6 +166,7 @@ class LiveSketcher:
             segments: int64 number of the prompt, per row [batch] with ``shape=(batch, length)`` (the model may then be
                 run on the last columns only, as trainers run its head), or per token [batch, length]; in any order.
                 Padding may have the number of any token beside it: its gradients are zero.
+            shape: of the batch; ``(batch,)`` where rows are examples of another kind (see `GradientSketcher.batch`).
             num_segments: rows of the sketches; None: the highest number plus one.
             scale: the factor by which the trainer multiplies the loss, a number or a `torch.amp.GradScaler`; the
                 sketches are divided by it.

@@ -7,11 +7,12 @@ segment here, and the sketches of a prompt's runs are added afterwards.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from ..adding import add_rows
-from .segments import Segments
+from .segments import Segments, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Runs:
 
     @classmethod
     def of(
-        cls, ids: torch.Tensor, shape: tuple[int, int] | None, count: int | None, name: str = "segments"
+        cls, ids: torch.Tensor, shape: Sequence[int] | None, count: int | None, name: str = "segments"
     ) -> Runs:
-        """From ids per row [batch] with ``shape``, or per token [batch, length]; in any order, all >= 0.
+        """From ids per row [batch] with ``shape`` (see `sizes`), or per token [batch, length]; in any order, all >= 0.
 
         Raises:
             ValueError: no tensor of such ids; names what is wrong.
@@ -68,11 +69,7 @@ class Runs:
             raise ValueError(
                 f"{name} is of type {type(ids).__name__}: give a tensor (torch.as_tensor({name}))"
             )
-        if ids.ndim != 2 and shape is None:
-            raise ValueError(
-                f"{name} has shape {tuple(ids.shape)}: give ids per token, or shape=(batch, length)"
-            )
-        batch, length = (int(n) for n in (ids.shape if shape is None else shape))
+        batch, length = sizes(ids, shape, name)
         if ids.dtype not in (torch.int64, torch.int32) or tuple(ids.shape) not in ((batch,), (batch, length)):
             raise ValueError(
                 f"{name} is {ids.dtype} {tuple(ids.shape)}: give int64 ids per row [{batch}] or per token [{batch}, "
@@ -87,8 +84,8 @@ class Runs:
         count = highest if count is None else count
         if count < highest:
             raise ValueError(f"num_segments={count} but {name} holds id {highest - 1}")
-        owner, sizes = torch.unique_consecutive(flat, return_counts=True)
-        offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        owner, tokens = torch.unique_consecutive(flat, return_counts=True)
+        offsets = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
         rows = ids.ndim == 1
         kind = RowSegments if rows else Segments
         return cls(kind(batch, length, offsets * length if rows else offsets), owner, count, rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,6 +12,27 @@ import torch
 
 class NotTokensError(ValueError):
     """A tensor does not hold every token of the batch once."""
+
+
+def sizes(segments: torch.Tensor, shape: Sequence[int] | None, name: str = "segments") -> tuple[int, int]:
+    """Rows of a batch, and tokens of a row: 1 where ``shape`` has the rows alone.
+
+    Raises:
+        ValueError: ``shape`` is not given and needed, or is none.
+    """
+    if shape is None and segments.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length), or "
+            "shape=(batch,) where rows are examples of another kind, such as images"
+        )
+    given = (
+        tuple(segments.shape if shape is None else shape)
+        if shape is None or isinstance(shape, Sequence)
+        else ()
+    )
+    if len(given) not in (1, 2) or not all(isinstance(n, int) for n in given):
+        raise ValueError(f"shape={shape!r}: give (batch, length), or (batch,) where rows are no tokens")
+    return given[0], given[1] if len(given) == 2 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +110,18 @@ class Segments:
         axes = _not_one(*x.shape[:-1])
         leads = _not_one(self.batch, self.length), _not_one(self.batch * self.length)
         heads = next((axes[len(lead) :] for lead in leads if axes[: len(lead)] == lead), None)
-        if heads is None or len(heads) > 1:
+        # Where rows are examples of another kind, all that a module sees of one is its row's.
+        if heads is None or len(heads) > 1 and self.length > 1:
+            whole = (
+                f", or where segments are whole rows, batch(..., shape=({self.batch},))"
+                if self.length > 1
+                else ""
+            )
             raise NotTokensError(
                 f"{where} saw an input of shape {tuple(x.shape)} in a batch of {self.batch} x {self.length} tokens: "
-                "it does not see every token once; exclude its parameters"
+                f"it does not see every token once; exclude its parameters{whole}"
             )
-        repeats = heads[0] if heads else 1
+        repeats = math.prod(heads)
         return x.reshape(-1, x.shape[-1]), self.offsets_on(x.device, repeats)
 
     @property

@@ -17,6 +17,7 @@ from .freezing import freeze, thaw
 from .fused import find_fusion
 from .groups import planned
 from .hooks import checkpointed, start_graph
+from .inputs import embeddings
 from .more import More
 from .packed import keep_gradients
 from .precision import check_adapters, unwrapped
@@ -89,13 +90,12 @@ class TappedModel:
         """Freeze all parameters, and hook the taps to their modules."""
         keep_gradients(self.model)
         # The model's own code runs before anything is changed: if it fails, nothing has to be undone.
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)()
+        first = embeddings(self.model)
         sharded.reshard(self.model)
         # Excluded parameters are frozen too: their gradients would cost memory, and nobody reads them.
         self._thawed = freeze(self.model.parameters())
         # Without checkpointing the graph starts at the first tapped module, and backward ends there.
-        needed = isinstance(embeddings, nn.Module) and checkpointed(self.model)
-        self._embeddings = embeddings if needed else None
+        self._embeddings = first if checkpointed(self.model) else None
         try:
             self._hook()
         except BaseException:

@@ -16,7 +16,7 @@ from cropi.model.policy import Policy
 from cropi.option_fields import keywords_of, names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
 from cropi.pipeline import Setup
-from cropi.ranking.influence import given_stores
+from cropi.ranking.given import given_stores
 from cropi.ranking.pairwise import Neighbour
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -180,17 +180,20 @@ def sketch(
 
 @as_keywords(KEYWORDS)
 def influence(
-    train: SketchStore,
-    valid: SketchStore | Sequence[SketchStore],
+    train: Any,
+    valid: Any,
     *,
     noise: Sequence[SketchStore] = (),
     **options: Any,
 ) -> Scores:
-    """Score the prompts of one store against the validation prompts of others.
+    """Score the sketches of training prompts against those of validation prompts.
 
     Args:
-        train: sketches of training prompts.
-        valid: sketches of validation prompts, in one store or several; prompts with the same ``set`` are one set.
+        train: sketches of training prompts: a :class:`cropi.SketchStore`, the batch of :func:`cropi.score_batch`, or
+            floats ``[n, dim]``, a tensor or an array: of any examples, by any projection, whose ids are then the
+            numbers of the rows, with leading zeros.
+        valid: the same of validation prompts, or several of them in a list; prompts with the same ``set`` are one set.
+            Batches and floats may be a dict by the name of their set.
         noise: stores that ``cropi.sketch(..., noise=True)`` made of some or all of these prompts: the uncertainty then
             includes the responses.
         options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``aggregate``, ``minus``,
@@ -214,10 +217,12 @@ def influence(
     (None, None)
     >>> influence(train, valid).top("sums")
     [('a', 1.0), ('b', -1.0)]
+    >>> influence(torch.eye(3, 64), {"sums": torch.ones(1, 64)}).table.tolist()
+    [[0.125], [0.125], [0.125]]
     """
     choice, rest = _choice(options)
     (given,) = split(rest, Influence)
-    stores = given_stores(train, valid)
+    train, stores = given_stores(train, valid)
     if not isinstance(noise, (list, tuple)) or not all(isinstance(one, SketchStore) for one in noise):
         raise CropiError(
             f"noise is {noise!r:.100}: give a list of SketchStores (cropi.sketch(..., noise=True))"

@@ -102,6 +102,7 @@ def _outside() -> int:
 _OURS = ("cropi", "cropi_kernels", "contextlib")
 # The keywords that stand for flags in the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
+NEAR = 80  # characters: a clause
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 
@@ -124,9 +125,13 @@ def _with_keywords(message: str) -> str:
     called = _CALLED.get()
     if not called:
         return message
-    words = dict.fromkeys(called[flag] for flag in _FLAG.findall(message) if flag in called)
-    new = ", ".join(word for word in words if word not in message)
-    return f"{message} (in Python {new})" if new else message
+    new: dict[str, str] = {}
+    for found in _FLAG.finditer(message):
+        if (word := called.get(found[0])) and word not in message:
+            # A flag far from the end is named again, or the keyword would seem to belong to the last words.
+            far = len(message) - found.end() > NEAR
+            new[word] = f"{word} for {found[0]}" if far else word
+    return f"{message} (in Python {', '.join(new.values())})" if new else message
 
 
 def shown(value: Any, limit: int = 60) -> str:

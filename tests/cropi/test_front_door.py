@@ -228,6 +228,13 @@ MISUSE: dict[str, tuple[Any, str]] = {
     "influence on nothing": (lambda: cropi.influence(store(), []), "valid is empty: give a SketchStore"),
     "influence on a path": (lambda: cropi.influence(store(), "valid"), "valid is a str: give a SketchStore"),
     "influence option": (lambda: cropi.influence(store(), store(), metrik="dot"), "did you mean 'metric'"),
+    "influence of integers": (
+        lambda: cropi.influence(torch.ones(2, 4, dtype=torch.int64), torch.ones(1, 4)), "train is torch.int64",
+    ),
+    "influence of one row": (lambda: cropi.influence(np.ones((2, 4)), np.ones(4)), r"valid is .*\[4\]: give floats"),
+    "influence on a store by name": (
+        lambda: cropi.influence(store(), {"a": store()}), r"valid\['a'\] is a SketchStore.* in a list",
+    ),
     "select from a table": (lambda: cropi.select(np.ones((2, 1))), "scores is a ndarray: give the Scores"),
     "select too much": (lambda: cropi.select(two(), 1.5), r"fraction must be in \(0, 1\], got 1.5"),
     "select nothing": (lambda: cropi.select(two(), 0.1), "fraction 0.1 of a pool of 2 prompts chooses none"),
@@ -305,6 +312,51 @@ def test_influence_is_a_function_also_after_its_old_module_was_imported() -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[('a', 1.0)]\nscore_rows\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray])
+def test_influence_of_sketches_that_no_store_holds(kind: Any) -> None:
+    """LESS and others: rows that were projected in any way, against the mean of a set and one by one."""
+    generator = torch.Generator().manual_seed(0)
+    pool, first, second = (torch.randn(n, 64, generator=generator) for n in (12, 3, 2))
+    scores = cropi.influence(kind(pool), {"sums": kind(first), "words": kind(second)}, draws=0)
+    assert scores.ids == [f"{row:02d}" for row in range(12)] and scores.sets == ["sums", "words"]
+    want = [torch.nn.functional.cosine_similarity(pool, valid.mean(0)[None]) for valid in (first, second)]
+    np.testing.assert_allclose(scores.table, torch.stack(want, dim=1).double(), rtol=1e-5, atol=1e-6)
+    near, far = cropi.neighbours(kind(pool), kind(first), 1)["1"]
+    cosines = torch.nn.functional.cosine_similarity(pool, first[1][None])
+    assert (int(near[0].id), int(far[0].id)) == (int(cosines.argmax()), int(cosines.argmin()))
+
+
+def test_influence_of_sketched_batches() -> None:
+    model = make_model()
+    rows = torch.randint(3, 30, (6, 5), generator=torch.Generator().manual_seed(0))
+    labels = rows.clone()
+    labels[:, :2] = -100
+
+    def sketched(chosen: slice, model: Any = model) -> cropi.SketchedBatch:
+        given = {
+            "spec": cropi.SketchSpec(1024),
+            "weights": torch.ones(len(rows[chosen])),
+            "labels": labels[chosen],
+        }
+        return cropi.score_batch(model, rows[chosen], prompt_ids=[f"p{i}" for i in range(6)][chosen], **given)
+
+    train, valid = sketched(slice(0, 4)), sketched(slice(4, 6))
+    scores = cropi.influence(train, valid, draws=0)
+    want = torch.nn.functional.cosine_similarity(train.sketches, valid.sketches.mean(0)[None])
+    assert scores.ids == ["p0", "p1", "p2", "p3"] and scores.select(0.25).ids == [f"p{int(want.argmax())}"]
+    np.testing.assert_allclose(scores.table[:, 0], want.double(), rtol=1e-5, atol=1e-6)
+    train.sketches[1], train.sketches[2] = 0, float("nan")
+    assert cropi.influence(train, valid, draws=0).usable.tolist() == [True, False, False, True]
+    other = sketched(slice(4, 6), make_model(num_hidden_layers=1))
+    for side, words in (
+        (other, "model.parameters"),
+        (valid.sketches, "spec"),
+        (train.sketches[:, :64], "spec"),
+    ):
+        with pytest.raises(CropiError, match=f"train and valid cannot be compared: {words}"):
+            cropi.influence(train, side)
 
 
 def test_records_are_left_as_they_were() -> None:

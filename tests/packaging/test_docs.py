@@ -94,7 +94,8 @@ def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         "dataset": table.remove_columns("id"), "input_ids": rows, "rows": rows, "labels": labels,
         "attention_mask": torch.ones_like(rows), "completion_mask": labels != -100,
         "prompt_of_row": torch.tensor([0, 0, 1, 1]), "advantages": torch.tensor([1.0, -1.0, 1.0, -1.0]),
-        "old_per_token_logps": torch.full((4, 2), -3.0),
+        "old_per_token_logps": torch.full((4, 2), -3.0), "pool": (rows, torch.ones_like(rows), labels),
+        "held_out": (rows[:2], torch.ones_like(rows[:2]), labels[:2]),
     }  # fmt: skip
     assert set(pushed) <= {"me/chosen"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -108,9 +108,7 @@ def project_transpose(
 def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -> None:
     check_spec(spec)
     if not isinstance(x, torch.Tensor):
-        raise ValueError(
-            f"{name} is a {type(x).__name__}: give a torch.Tensor {shape} (torch.from_numpy for arrays)"
-        )
+        raise ValueError(f"{name} is a {type(x).__name__}: give a torch.Tensor {shape} ({_as_tensor(x)})")
     if x.layout != torch.strided:
         raise ValueError(
             f"{name} has the sparse layout {x.layout}: give a dense tensor (to_dense()), or use cropi.sklearn for "
@@ -121,6 +119,14 @@ def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -
         raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be {shape}{hint}")
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise ValueError(f"{name} is {x.dtype}: give float32, bfloat16 or float16")
+
+
+def _as_tensor(x: Any) -> str:
+    if isinstance(x, (dict, list, tuple)):
+        return (
+            "join parts by torch.cat([g.flatten(1) for g in grads], 1), or add up project(part, spec, offset)"
+        )
+    return "torch.from_numpy for arrays"
 
 
 def check_spec(spec: ProjectionSpec) -> None:

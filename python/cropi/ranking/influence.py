@@ -37,23 +37,6 @@ AGGREGATES = ("mean", "nearest")
 STAGES = ("same", "any")
 
 
-def given_stores(train: Any, valid: Any) -> list[SketchStore]:
-    """The validation stores, of one or of several.
-
-    Raises:
-        CropiError: what is given is no store.
-    """
-    stores = [valid] if isinstance(valid, SketchStore) else valid
-    if not isinstance(train, SketchStore):
-        raise CropiError(
-            f"train is a {type(train).__name__}: give a SketchStore (cropi.sketch, SketchStore.open)"
-        )
-    if not isinstance(stores, (list, tuple)) or not stores:
-        kind = "empty" if isinstance(stores, (list, tuple)) else f"a {type(valid).__name__}"
-        raise CropiError(f"valid is {kind}: give a SketchStore, or a list of at least one")
-    return list(stores)
-
-
 def check_stores(train: SketchStore, valid: Sequence[SketchStore], stages: str = "same") -> None:
     """Check that a store of training prompts can be compared with validation stores; warn where it seems not meant.
 

@@ -13,13 +13,15 @@ import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cropi.data.rows_out import write_jsonl
 from cropi.errors import CropiError
-from cropi.ranking.influence import check_stores, choose_members, given_stores
+from cropi.ranking.given import given_stores
+from cropi.ranking.influence import check_stores, choose_members
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sealed import summed
@@ -177,8 +179,8 @@ class Neighbour:
 
 
 def neighbours(
-    train: SketchStore,
-    valid: SketchStore | Sequence[SketchStore],
+    train: Any,
+    valid: Any,
     k: int = 5,
     *,
     ids: Sequence[str] | None = None,
@@ -189,8 +191,8 @@ def neighbours(
     larger than memory. Equal cosines are ordered by id.
 
     Args:
-        train: the store of training prompts.
-        valid: one store of validation prompts, or several.
+        train: the training prompts: a store, or sketches in memory, as for :func:`cropi.influence`.
+        valid: the validation prompts, likewise.
         k: how many, at least 1.
         ids: the validation prompts that are wanted; None takes all.
 
@@ -212,9 +214,9 @@ def neighbours(
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise CropiError(f"k must be an integer of at least 1, got {k!r}")
-    valid = given_stores(train, valid)
-    _check(train, valid)
-    rows, sketches = validation(valid, ids=None if ids is None else set(ids))
+    train, stores = given_stores(train, valid)
+    _check(train, stores)
+    rows, sketches = validation(stores, ids=None if ids is None else set(ids))
     if ids is not None:
         place = {row.id: i for i, row in enumerate(rows)}
         missing = [name for name in ids if name not in place]

@@ -1,0 +1,76 @@
+"""What :func:`cropi.influence` and :func:`cropi.neighbours` are given: stores, or sketches that no store holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cropi.errors import CropiError
+from cropi.ranking.origin import origin_of
+from cropi.store.memory import MemoryStore
+from cropi.store.rows import FAILED, SKIPPED, RowInfo
+from cropi.store.store import SketchStore
+
+WANTED = (
+    "a SketchStore (cropi.sketch, SketchStore.open), the batch of cropi.score_batch, or sketches [n, dim] as a tensor "
+    "or an array"
+)
+
+
+def given_stores(train: Any, valid: Any) -> tuple[SketchStore, list[SketchStore]]:
+    """The store of training prompts, and the validation stores.
+
+    Args:
+        train: a store, a :class:`cropi.SketchedBatch`, or floats ``[n, dim]``, whose rows are named by their numbers.
+        valid: the same, a list of these, or a dict of batches and floats by the name of their validation set.
+
+    Raises:
+        CropiError: what is given is none of these.
+    """
+    pool = _store(train, "train")
+    if isinstance(valid, Mapping):
+        sides = [_store(given, f"valid[{name!r}]", name) for name, given in valid.items()]
+    elif isinstance(valid, (list, tuple)):
+        sides = [_store(given, f"valid[{place}]") for place, given in enumerate(valid)]
+    else:
+        sides = [_store(valid, "valid")]
+    if not sides:
+        raise CropiError(f"valid is empty: give {WANTED}")
+    return pool, sides
+
+
+def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
+    if isinstance(given, SketchStore):
+        if of_set is not None:
+            raise CropiError(f"{name} is a SketchStore, whose rows name their set: give stores in a list")
+        return given
+    manifest: dict[str, Any] = {}
+    if isinstance(given, (torch.Tensor, np.ndarray)):
+        sketches = torch.as_tensor(given)
+        ids = [
+            f"{row:0{len(str(len(sketches) - 1))}d}" for row in range(len(sketches))
+        ]  # in order as text, too
+    elif isinstance(getattr(given, "sketches", None), torch.Tensor) and hasattr(given, "ids"):
+        sketches, ids, origin = given.sketches, [str(name) for name in given.ids], origin_of(given)
+        manifest = {"spec": given.spec.to_dict(), "model": origin, "estimator": origin.pop("estimator", None)}
+    else:
+        raise CropiError(f"{name} is a {type(given).__name__}: give {WANTED}")
+    if sketches.ndim != 2 or not sketches.numel() or not sketches.is_floating_point():
+        raise CropiError(f"{name} is {sketches.dtype} {list(sketches.shape)}: give floats [n, dim]")
+    store = MemoryStore({"spec": {"dim": sketches.shape[1]}, **manifest})
+    store.path = Path(name)  # what messages name
+    sketches = sketches.detach().to("cpu", torch.float32)
+    norms = torch.linalg.vector_norm(sketches.double(), dim=1).tolist()
+    for row, norm, sketch in zip(ids, norms, sketches, strict=True):
+        if 0 < norm < float("inf"):
+            store.add(RowInfo(row, set=of_set, norm=norm), sketch)
+        elif norm == 0:
+            store.add(RowInfo(row, SKIPPED, "zero gradient", set=of_set))
+        else:
+            store.add(RowInfo(row, FAILED, "the sketch is not finite", set=of_set))
+    store.finish()
+    return store
