@@ -82,9 +82,8 @@ def _opening(path: str) -> OSError:
         os.close(os.open(path, os.O_RDONLY))
     except OSError as error:
         return error
-    return OSError(
-        errno.EIO, os.strerror(errno.EIO)
-    )  # the file can be opened: the earlier failure was the disk's
+    # The file can be opened: the earlier failure was the disk's.
+    return OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 @contextlib.contextmanager

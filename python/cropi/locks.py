@@ -114,9 +114,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        remove(
-            lock
-        )  # before it is released: a process that waits for it sees that it is gone, and makes another
+        # Before it is released: a process that waits for it sees that it is gone, and makes another.
+        remove(lock)
         os.close(descriptor)
 
 

@@ -52,9 +52,8 @@ def _backward(
         from . import triton
 
         if offsets is not None and offsets.device.type != "cpu":
-            dx.fill_(
-                float("nan")
-            )  # offsets on a device are not checked; NaN marks tokens that they leave out
+            # Offsets on a device are not checked; NaN marks tokens that they leave out.
+            dx.fill_(float("nan"))
         where = None if offsets is None else on_device(offsets, x.device)
         triton.rms_norm_backward(dy, x, weight, scale, where, dx, sums)
     elif chosen == "cpu":

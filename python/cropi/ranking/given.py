@@ -51,9 +51,9 @@ def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
     manifest: dict[str, Any] = {}
     if isinstance(given, (torch.Tensor, np.ndarray)):
         sketches = torch.as_tensor(given)
-        ids = [
-            f"{row:0{len(str(len(sketches) - 1))}d}" for row in range(len(sketches))
-        ]  # in order as text, too
+        # Ids are ordered as text.
+        digits = len(str(len(sketches) - 1))
+        ids = [f"{row:0{digits}d}" for row in range(len(sketches))]
     elif isinstance(getattr(given, "sketches", None), torch.Tensor) and hasattr(given, "ids"):
         sketches, ids, origin = given.sketches, [str(name) for name in given.ids], origin_of(given)
         manifest = {"spec": given.spec.to_dict(), "model": origin, "estimator": origin.pop("estimator", None)}
