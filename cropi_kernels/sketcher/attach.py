@@ -82,9 +82,8 @@ def plan_model(
     excluded = _excluded(names, trainable, patterns)
     wanted = {p: name for p, name in trainable.items() if name not in excluded}
     total, left_out = sum(p.numel() for p in model.parameters()), {}
-    builder = TapBuilder(model, spec, accumulator, wanted)
     # Every module that uses a parameter needs its tap: a tied weight has two, and half a gradient is a wrong one.
-    while missing := builder.missing():
+    while missing := (builder := TapBuilder(model, spec, accumulator, wanted)).missing():
         lost = {wanted[p]: p.numel() for p, _ in missing}
         if UNCOVERED not in patterns:
             lines = [_describe(builder, wanted[p], p, m) for p, m in missing]
@@ -92,7 +91,6 @@ def plan_model(
             raise uncovered(problem, lines, next(iter(lost)), share)
         left_out.update(lost)
         wanted = {p: name for p, name in wanted.items() if name not in lost}
-        builder = TapBuilder(model, spec, accumulator, wanted)
     if not wanted:
         raise ValueError(
             f"nothing to sketch: {len(trainable)} of the model's {len(names)} parameters have requires_grad, and "
@@ -110,22 +108,27 @@ def plan_model(
         uncovered=left_out,
         shapes={name: tuple(p.shape) for p, name in wanted.items()},
     )
-    head_tap = builder.taps.get(builder.head) if builder.head is not None else None
-    linear = head_tap if isinstance(head_tap, LinearTap) else None
+    return _attachment(builder, accumulator, coverage, wanted)
+
+
+def _attachment(
+    builder: TapBuilder, accumulator: Accumulator, coverage: Coverage, wanted: dict[nn.Parameter, str]
+) -> Attachment:
+    """What a builder has made; the head's sketches, if its head is a linear layer."""
+    head = builder.taps.get(builder.head) if builder.head is not None else None
+    linear = head if isinstance(head, LinearTap) else None
     shares = linear.shares if isinstance(linear, PartLinearTap) else {}
+    weight, bias = (which not in shares or shares[which].adds for which in ("weight", "bias"))
     return Attachment(
-        builder.taps,
-        list(builder.covered),
-        coverage,
-        linear.matrix if linear else None,
-        linear.bias if linear else None,
-        ExactTaps(accumulator, builder.exact),
-        wanted,
-        (
-            "weight" not in shares or shares["weight"].adds,
-            "bias" not in shares or shares["bias"].adds,
-        ),
-        builder.ranks,
+        taps=builder.taps,
+        parameters=list(builder.covered),
+        coverage=coverage,
+        head_matrix=linear.matrix if linear else None,
+        head_bias=linear.bias if linear else None,
+        exact=ExactTaps(accumulator, builder.exact),
+        wanted=wanted,
+        head_adds=(weight, bias),
+        ranks=builder.ranks,
     )
 
 

@@ -27,7 +27,7 @@ from support.made_dumps import KINDS, MORE, made, write
 
 from cropi.data.readers import read_trajectories
 from cropi.errors import CropiError
-from cropi.trainers.dumps import parts
+from cropi.trainers.dumps import pickle_items
 from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
@@ -46,7 +46,7 @@ BATCHES, BYTES = (
 @pytest.fixture(autouse=True)
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pickles as small as these are read item by item, too, as larger ones are."""
-    monkeypatch.setattr(parts, "SMALL", 0)
+    monkeypatch.setattr(pickle_items, "SMALL", 0)
 
 
 def cyclic() -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,48 +48,58 @@ def values_of(file: IO[bytes], path: str | Path) -> Iterator[tuple[str, Any, str
     Raises:
         CropiError: the file is not one JSON array in UTF-8, or an element is longer than :data:`LONGEST_LINE`.
     """
-    decoder, text = json.JSONDecoder(), _Text(file, path)
+    text = _Text(file, path)
     text.skip_space()
     if text.take() != "[":
         raise CropiError(f"{path} is not a JSON array; give one, or a record a line")
-    number = 0
     text.skip_space()
     if text.peek() == "]":
         text.take()
     else:
-        while True:
-            text.skip_space()
-            end, wanted = -1, _CHUNK
-            while end < 0:
-                try:
-                    # A number at the end of what was read may go on behind it.
-                    value, end = decoder.raw_decode(text.held, text.at)
-                    if end == len(text.held) and text.more(wanted):
-                        end = -1
-                except json.JSONDecodeError as error:
-                    if len(text.held) - text.at > LONGEST_LINE or not text.more(wanted):
-                        raise CropiError(
-                            f"{path}[{number}] is not JSON, or longer than {LONGEST_LINE >> 20} MiB: {error.msg}; "
-                            "write one JSON object a line, so that a bad record can be left out"
-                        ) from None
-                    if len(text.held) >= SMALL:  # at most twice the element
-                        check_bulk(text.held.encode("utf-8", "surrogatepass"), f"{path}[{number}]")
-                except CropiError:
-                    raise  # the disk fails
-                except (ValueError, RecursionError) as error:
-                    raise CropiError(f"{path}[{number}] is not readable as JSON: {error}") from None
-                wanted *= 2
-            yield f"{path}[{number}]", value, text.held[text.at : end]
-            text.at = end
-            number += 1
-            text.skip_space()
-            if (mark := text.take()) == "]":
-                break
-            if mark != ",":
-                raise CropiError(f"{path}: a comma or ] is expected after element {number - 1}, got {mark!r}")
+        yield from _elements(text, path)
     text.skip_space()
     if text.peek():
         raise CropiError(f"{path} goes on after the end of its JSON array; remove what stands there")
+
+
+def _elements(text: _Text, path: str | Path) -> Iterator[tuple[str, Any, str]]:
+    """The elements up to the closing bracket, which is taken."""
+    decoder = json.JSONDecoder()
+    for number in itertools.count():
+        where = f"{path}[{number}]"
+        text.skip_space()
+        value, end = _element(decoder, text, where)
+        yield where, value, text.held[text.at : end]
+        text.at = end
+        text.skip_space()
+        if (mark := text.take()) == "]":
+            return
+        if mark != ",":
+            raise CropiError(f"{path}: a comma or ] is expected after element {number}, got {mark!r}")
+
+
+def _element(decoder: json.JSONDecoder, text: _Text, where: str) -> tuple[Any, int]:
+    """The element that begins here, and where it ends in ``text.held``; more is read until it is whole."""
+    wanted = _CHUNK
+    while True:
+        try:
+            value, end = decoder.raw_decode(text.held, text.at)
+            # A number at the end of what was read may go on behind it.
+            if end < len(text.held) or not text.more(wanted):
+                return value, end
+        except json.JSONDecodeError as error:
+            if len(text.held) - text.at > LONGEST_LINE or not text.more(wanted):
+                raise CropiError(
+                    f"{where} is not JSON, or longer than {LONGEST_LINE >> 20} MiB: {error.msg}; write one JSON "
+                    "object a line, so that a bad record can be left out"
+                ) from None
+            if len(text.held) >= SMALL:  # at most twice the element
+                check_bulk(text.held.encode("utf-8", "surrogatepass"), where)
+        except CropiError:
+            raise  # the disk fails
+        except (ValueError, RecursionError) as error:
+            raise CropiError(f"{where} is not readable as JSON: {error}") from None
+        wanted *= 2
 
 
 class _Text:

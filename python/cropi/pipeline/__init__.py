@@ -6,8 +6,8 @@
 Its parts can be called alone: a curriculum keeps its state between them.
 """
 
+from cropi.pipeline.checks import Checked, Part, Setup, check
 from cropi.pipeline.choosing import choose, conclude, pick, score
-from cropi.pipeline.parts import Checked, Part, Setup, check
 from cropi.pipeline.sketches import (
     Sketches,
     noise_stores,

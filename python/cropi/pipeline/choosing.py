@@ -14,7 +14,7 @@ from cropi.files import is_folder
 from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
-from cropi.pipeline.parts import Checked, Setup, check
+from cropi.pipeline.checks import Checked, Setup, check
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.influence import influence_by
 from cropi.ranking.scores import Scores

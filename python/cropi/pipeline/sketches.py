@@ -13,7 +13,7 @@ import torch
 from cropi.agreement import Alone, Ranks
 from cropi.data.scan import Scan, check_covered
 from cropi.model.policy import Policy
-from cropi.pipeline.parts import Checked, Part, part_of, validation_sources
+from cropi.pipeline.checks import Checked, Part, part_of, validation_sources
 from cropi.ranking.influence import validation_means
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sketching.interrupt import Interrupted

@@ -242,19 +242,26 @@ def _checked(
             raise CropiError(
                 f"groups holds a {type(group).__name__}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"
             )
-        reason = no_gradient_reason(group.group.rewards)
-        if not reason:
-            if source == "file" and estimator.ratio and group.logprobs is None:
-                raise CropiError(
-                    f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is "
-                    "'file'; give them, or behaviour='current' (ratio 1)"
-                )
-            few = subset is not None and subset.noise and len(group.responses) < FEWEST
-            if not few and not (zero_check and cancels(group, estimator, source)):
-                yield group if subset is None else subset.of(group, estimator)
-                continue
-            reason = TOO_FEW if few else ZERO_GRADIENT
-        yield row_of(group.group, SKIPPED, reason, default_set)
+        if reason := _without_sketch(group, estimator, source, zero_check, subset):
+            yield row_of(group.group, SKIPPED, reason, default_set)
+        else:
+            yield group if subset is None else subset.of(group, estimator)
+
+
+def _without_sketch(
+    group: TokenGroup, estimator: Estimator, source: str, zero_check: bool, subset: Subset | None
+) -> str | None:
+    """Why a prompt gets no sketch, or None."""
+    if reason := no_gradient_reason(group.group.rewards):
+        return reason
+    if source == "file" and estimator.ratio and group.logprobs is None:
+        raise CropiError(
+            f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is 'file'; "
+            "give them, or behaviour='current' (ratio 1)"
+        )
+    if subset is not None and subset.noise and len(group.responses) < FEWEST:
+        return TOO_FEW
+    return ZERO_GRADIENT if zero_check and cancels(group, estimator, source) else None
 
 
 def _bar(total: int | None, name: str, progress: bool) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from cropi.data.opened import BUFFER
 from cropi.errors import CropiError
 from cropi.files import open_to_read, reading
-from cropi.trainers.dumps.parts import Parts, load
+from cropi.trainers.dumps.pickle_items import PickleItems, load
 from cropi.trainers.dumps.unpickle import Forbidden, Reader, StandIn, read_zip
 
 LARGEST = 16 * 2**30
@@ -29,7 +29,7 @@ DAMAGED = (
 
 
 def load_dump(
-    path: Path, what: str, *, allow_pickle: bool = False, largest: int = LARGEST, by_parts: bool = False
+    path: Path, what: str, *, allow_pickle: bool = False, largest: int = LARGEST, by_items: bool = False
 ) -> Any:
     """What a pickled file holds.
 
@@ -41,9 +41,9 @@ def load_dump(
         what: what it should be, for messages.
         allow_pickle: load it by ``torch.load`` or ``pickle`` instead, which **run whatever code the file names**.
         largest: bytes that it may hold, packed and unpacked.
-        by_parts: of a list that is long, make the items while they are gone through: one
-            :class:`~cropi.trainers.dumps.parts.Parts` stands in place of them. What is wrong with an item shows then
-            (:func:`in_words`).
+        by_items: of a list that is long, make the items while they are gone through:
+            one :class:`~cropi.trainers.dumps.pickle_items.PickleItems` stands in place of them. What is wrong with an
+            item shows then (:func:`in_words`).
 
     Raises:
         CropiError: it is too large, damaged, of another kind, or names what a dump has no need of.
@@ -57,8 +57,8 @@ def load_dump(
             packed = file.read(2) == b"PK"
             file.seek(0)
             if packed:
-                return read_zip(file, largest, by_parts)
-            return load(file.read(), Reader) if by_parts else Reader(Bounded(file)).load()
+                return read_zip(file, largest, by_items)
+            return load(file.read(), Reader) if by_items else Reader(Bounded(file)).load()
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def items_of(held: list[Any] | tuple[Any, ...], path: Path, what: str) -> Iterat
     Raises:
         CropiError: an item is damaged.
     """
-    if len(held) != 1 or not isinstance(held[0], Parts):
+    if len(held) != 1 or not isinstance(held[0], PickleItems):
         yield from held
         return
     items, end = iter(held[0]), object()

@@ -54,7 +54,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         BadSample: a sample without reward or id, or with a field of another form.
     """
     path, left = Path(path), Left() if left is None else left
-    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest, by_parts=True)
+    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest, by_items=True)
     if not isinstance(saved, Mapping) or "samples" not in saved or "rollout_id" not in saved:
         held = names(saved) if isinstance(saved, Mapping) else shown(saved)
         raise CropiError(f"{path} is not {WHAT}, which has 'rollout_id' and 'samples', but holds {held}")

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from cropi.trainers.dumps.parts import load as load_parts
+from cropi.trainers.dumps.pickle_items import load as load_items
 
 # Classes of these packages are kept as what they hold.
 TRAINERS = ("tensordict", "verl", "slime", "vllm")
@@ -71,7 +71,7 @@ class Reader(pickle.Unpickler):
     Args:
         file: the pickle.
         storage: the bytes of a tensor's storage, by its key.
-        parts: what stands for the items of a list (:mod:`cropi.trainers.dumps.parts`).
+        parts: what stands for the items of a list (:mod:`cropi.trainers.dumps.pickle_items`).
     """
 
     def __init__(self, file: Any, storage: Callable[[str], bytes] | None = None, parts: Any = None) -> None:
@@ -118,13 +118,13 @@ class Reader(pickle.Unpickler):
         return held.view(dtype)
 
 
-def read_zip(data: IO[bytes], largest: int, by_parts: bool = False) -> Any:
+def read_zip(data: IO[bytes], largest: int, by_items: bool = False) -> Any:
     """What ``torch.save`` wrote.
 
     Args:
         data: the file.
         largest: bytes that it may hold unpacked.
-        by_parts: as :func:`cropi.trainers.dumps.parts.load` gives it.
+        by_items: as :func:`cropi.trainers.dumps.pickle_items.load` gives it.
 
     Raises:
         Forbidden: it names something that is not allowed.
@@ -141,8 +141,8 @@ def read_zip(data: IO[bytes], largest: int, by_parts: bool = False) -> Any:
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are in big-endian order")
         storage = lambda name: archive.read(f"{folder}data/{name}")  # noqa: E731
-        if by_parts:
-            return load_parts(archive.read(pickles[0]), partial(Reader, storage=storage))
+        if by_items:
+            return load_items(archive.read(pickles[0]), partial(Reader, storage=storage))
         with archive.open(pickles[0]) as file:
             held = Reader(file, storage).load()
             while file.read(2**20):  # the checksum is compared at the end

@@ -68,7 +68,7 @@ def _requests(path: Path, left: Left, reading: Reading) -> Iterator[tuple[str, A
     if head[:1] != b"\x80" and head != b"PK":
         yield from rows_of_dump(path, left)
         return
-    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest, by_parts=True)
+    saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest, by_items=True)
     if not isinstance(saved, (list, tuple)):
         raise CropiError(f"{path} is not {WHAT}: a list of RequestOutput is expected, got {shown(saved)}")
     for number, one in enumerate(items_of(saved, path, WHAT)):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cropi.errors import CropiError
-from cropi.trainers.dumps import parts
+from cropi.trainers.dumps import pickle_items
 from cropi.trainers.dumps.pickled import items_of, load_dump
 from cropi.trainers.dumps.unpickle import Reader
 
@@ -45,7 +45,7 @@ def own() -> list[Any]:
 
 def filled(held: Any) -> tuple[Any, bool]:
     """The list with its items in place of what stands for them, and whether anything did."""
-    if len(held) == 1 and isinstance(held[0], parts.Parts):
+    if len(held) == 1 and isinstance(held[0], pickle_items.PickleItems):
         assert repr(list(held[0])) == repr(again := list(held[0]))
         return again, True
     return held, False
@@ -53,7 +53,7 @@ def filled(held: Any) -> tuple[Any, bool]:
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_items_are_what_the_whole_pickle_holds(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "SMALL", 0)
+    monkeypatch.setattr(pickle_items, "SMALL", 0)
     rng, split = random.Random(protocol), 0
     for trial in range(12):
         sizes = (1001,) if trial == 0 else range(2, 12)
@@ -61,7 +61,7 @@ def test_items_are_what_the_whole_pickle_holds(protocol: int, monkeypatch: pytes
         for held in (items, {"n": 7, "items": items, "m": "z"}, {"few": [1, 2], "t": ("x", [1, 2]), "items": items},
                      ("x", 1, items), {"items": items}):  # fmt: skip
             data = pickle.dumps(held, protocol)
-            got, whole = parts.load(data, Reader), Reader(io.BytesIO(data)).load()
+            got, whole = pickle_items.load(data, Reader), Reader(io.BytesIO(data)).load()
             if isinstance(got, dict):
                 got["items"], some = filled(got["items"])
             else:
@@ -75,13 +75,13 @@ def test_items_are_what_the_whole_pickle_holds(protocol: int, monkeypatch: pytes
 def test_an_item_that_is_damaged_or_names_code_ends_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "SMALL", 0)
+    monkeypatch.setattr(pickle_items, "SMALL", 0)
     path = tmp_path / "x.pkl"
     for bad, words in ((print, "it calls builtins.print"), (2.5, "is not a dump")):
         data = pickle.dumps([{"a": [i, "x"]} for i in range(5)] + [bad])
         # In place of the number, an entry of the memo that there is not.
         path.write_bytes(data.replace(pickle.dumps(2.5)[-10:-1], b"j\xff\xff\xff\0" + b"NNNN"))
-        held = load_dump(path, "a dump", by_parts=True)
+        held = load_dump(path, "a dump", by_items=True)
         items = items_of(held, path, "a dump")
         assert [next(items)["a"][0] for _ in range(5)] == [0, 1, 2, 3, 4]
         with pytest.raises(CropiError, match=words):
@@ -89,11 +89,11 @@ def test_an_item_that_is_damaged_or_names_code_ends_in_words(
 
 
 def test_a_large_pickle_that_is_made_at_once_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "SMALL", 0)
-    monkeypatch.setattr(parts, "LARGE", 0)
+    monkeypatch.setattr(pickle_items, "SMALL", 0)
+    monkeypatch.setattr(pickle_items, "LARGE", 0)
     held = {"samples": [{"a": 1}, {"a": 2}], "a": 3}  # "a" refers to the list's item
     with pytest.warns(UserWarning, match="may take .* GiB; dump such a list, or write JSON lines"):
-        assert parts.load(pickle.dumps(held), Reader) == held
+        assert pickle_items.load(pickle.dumps(held), Reader) == held
 
 
 def test_a_trusted_pickle_may_hold_an_array(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class Unsplit(Exception):
 
 
 def load(data: bytes, make: Callable[..., Any]) -> Any:
-    """What a pickle holds; in place of the items of its largest list there is one :class:`Parts`, if it can be split.
+    """What a pickle holds; if it can be split, a :class:`PickleItems` stands in place of its largest list's items.
 
     That list, or tuple, is what the pickle holds, or a value of the table that it holds.
 
@@ -96,7 +96,7 @@ def load(data: bytes, make: Callable[..., Any]) -> Any:
     return make(feed, parts=parts).load()
 
 
-class Parts:
+class PickleItems:
     """The items of a list in a pickle; they are made while it is gone through, anew each time.
 
     Args:
@@ -167,7 +167,7 @@ class _Feed:
         return self.read((end or len(self._held)) - self._at)
 
 
-def _split(data: bytes, make: Callable[..., Any]) -> tuple[bytes, Parts, bytes]:
+def _split(data: bytes, make: Callable[..., Any]) -> tuple[bytes, PickleItems, bytes]:
     scan = _Scan(data)
     begin, items, end = scan.largest()
     scan.memo(end, len(data))
@@ -176,7 +176,7 @@ def _split(data: bytes, make: Callable[..., Any]) -> tuple[bytes, Parts, bytes]:
     puts = [scan.memo(*place) for place in ((0, begin), *items)]
     pieces = [scan.without_frames(*place) for place in ((0, begin), *items, (end, len(data)))]
     before, behind = (b"".join(data[piece] for piece in pieces[i]) for i in (0, -1))
-    return before, Parts(make, data, before, pieces[1:-1], puts, scan.used), behind
+    return before, PickleItems(make, data, before, pieces[1:-1], puts, scan.used), behind
 
 
 class _Scan:
