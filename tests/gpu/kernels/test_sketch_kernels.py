@@ -206,7 +206,7 @@ def test_tables_hold_the_plan_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("names", ["gate up", "q k v"])
-def test_matrices_that_share_their_inputs_go_in_one_launch(names: str, dtype: torch.dtype) -> None:
+def test_matrices_in_one_launch(names: str, dtype: torch.dtype) -> None:
     """Added to what the slots hold; every slot by one program, whatever the number of chunks."""
     spec, n = SketchSpec(), 560
     plans = tuple(plan_matrix(spec, f"a.{m}.weight", 40 + 30 * i, 96) for i, m in enumerate(names.split()))
