@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -132,6 +133,34 @@ def test_rows_hold_every_response_once_and_respect_the_budget() -> None:
     # 8 long responses to a short prompt: attention over one row of all costs more than the prompt saves.
     long = make_group("h", 4, [200] * 8, seed=6)
     assert len(plan_rows(long, Layout(True, attention_cost=1e-2), 10_000)) == 8
+
+
+def test_the_memory_of_a_plan_grows_with_the_responses_and_not_with_their_square() -> None:
+    count = 1000
+    group = make_group("a", 3, [1 + k % 4 for k in range(count)], seed=5)
+    group.responses[:] = [[*ids[:-1], 100 + k] for k, ids in enumerate(group.responses)]
+    tracemalloc.start()
+    batches = cut_batches([group], Layout(shared=True, attention_cost=0.01), budget=64)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sorted(k for batch in batches for row in batch for k in row.chosen) == list(range(count))
+    assert most < 1000 * count  # the numbers of all responses in as many plans took 8,000
+
+
+def test_the_responses_of_a_row_are_as_many_as_cost_least() -> None:
+    layout, rng = Layout(shared=True, attention_cost=0.02), random.Random(0)
+    for seed in range(200):
+        sizes = [rng.randint(1, 9) for _ in range(rng.randint(1, 9))]
+        group, budget = make_group("a", rng.randint(1, 20), sizes, seed), rng.randint(8, 60)
+        lengths = [len(group.responses[k]) - 1 for k, *_ in group.equal]
+        plans = [[tuple(range(len(lengths)))[i : i + m] for i in range(0, len(lengths), m)]
+                 for m in range(1, len(lengths) + 1)]  # fmt: skip
+        rows = [[len(group.prompt) + sum(lengths[i] for i in row) for row in plan] for plan in plans]
+        costs = [sum(n * (1 + (0.01 if m == 0 else 0.02) * n) if m == 0 or max(plan) <= budget else float("inf")
+                     for n in plan) for m, plan in enumerate(rows)]  # fmt: skip
+        best = plans[costs.index(min(costs))]
+        found = [row.chosen for row in plan_rows(group, layout, budget)]
+        assert found == [tuple(group.equal[i][0] for i in row) for row in best]
 
 
 def test_batches_respect_the_budget_and_never_mix_temperatures() -> None:

@@ -111,3 +111,16 @@ def test_records_that_are_read_by_their_places_are_of_the_prompts_that_were_ther
     write_lines(path, records[::-1])
     with pytest.raises(CropiError, match="t.jsonl was changed while it was used: '.*' is elsewhere"):
         list(groups.at(places, ids[3:]))
+
+
+def test_places_of_files_that_are_made_anew_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi.data.places._MOST_PROMPTS", 10)
+    files = [read(write_lines(tmp_path / f"{i}.jsonl", make_records(6))) for i in range(3)]
+    large = read(write_lines(tmp_path / "large.jsonl", make_records(12)))
+    for groups in files:
+        assert len(list(groups)) == 6
+    assert [kept_places(groups.sources, {}) is not None for groups in files] == [False, False, True]
+    list(large)
+    assert kept_places(large.sources, {}) is not None and kept_places(files[2].sources, {}) is None

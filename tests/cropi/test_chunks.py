@@ -86,6 +86,25 @@ def test_a_prompt_is_cut_rather_than_a_chunk_without_end(tmp_path: Path) -> None
     ) < len(found)
 
 
+def test_a_window_of_many_tokens_ends_before_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of a window are in memory together: 256 prompts of 64 responses of 32,000 tokens took 18 GB."""
+    groups = [
+        Tokenize(make_tokenizer(), 10**6)(group)
+        for group in read([write_lines(tmp_path / "t.jsonl", make_records(30))])
+    ]
+    sizes = {group.id: len(group.prompt) + sum(map(len, group.responses)) for group in groups}
+    monkeypatch.setattr(chunks_module, "MOST_TOKENS", 3 * max(sizes.values()))
+    taken: list[str] = []
+    items = (taken.append(group.id) or group for group in groups)
+    given: list[str] = []
+    for chunk in make_chunks(items, Layout(False), budget=100):
+        assert sum(sizes[name] for name in taken if name not in given) < 4 * max(sizes.values())
+        given += [*chunk.prompts]
+    assert sorted(given) == sorted(sizes) and len(given) == 30
+
+
 def test_rows_alone_come_in_chunks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks_module, "MOST_ROWS", 10)
     rows = [RowInfo(str(i), "skipped", "equal rewards") for i in range(25)]

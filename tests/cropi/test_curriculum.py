@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from support.oracle import stored_logprobs, with_token_ids
 from support.syncs import recorded
 
 from cropi.cli import main
+from cropi.curriculum.data import Files, Source
+from cropi.curriculum.plan import Plan
 
 pytestmark = pytest.mark.long
 
@@ -345,6 +348,21 @@ with open(records) as lines, open(out, "w") as file:
         for row in rows if kind == "skyrl" else [record]:
             print(json.dumps(row), file=file)
 """
+
+
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_what_the_dumps_of_earlier_stages_were_converted_to_is_removed(tmp_path: Path) -> None:
+    row = {"input_prompt": "1+1=", "output_response": "2", "score": 1.0, "stop_reason": "stop"}
+    paths = [
+        str(write_lines(tmp_path / f"{i}.jsonl", [row, {**row, "output_response": "3"}])) for i in range(3)
+    ]
+    plan = Plan("model", tmp_path / "out", 2, 4, "train {records}", paths[:1], paths[1:2])
+    files = Files(plan)
+    made = [Path(files([path]).sources[0].lines_file()) for path in paths]
+    assert all(path.is_file() for path in made)
+    files.keep(Source([paths[2]], [paths[1]], "model", "model"))
+    gc.collect()
+    assert [path.is_file() for path in made] == [False, True, True]
 
 
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")

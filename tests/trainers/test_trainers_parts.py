@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import random
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +24,11 @@ from cropi.ranking.table import read_scores
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.store import SketchStore
+from cropi.trainers.trl import rollout_log
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
 from cropi.trainers.trl.rollout_log import (
+    Newest,
     RolloutLog,
     cut_unfinished_line,
     log_files,
@@ -150,6 +154,31 @@ def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="bad.jsonl: a line is not a recorded rollout"):
         merge_rollouts([tmp_path / "bad.jsonl"], out)
     assert [(r["id"], r["n"]) for r in json_lines(out)] == [("a", 3), ("b", 4)]
+
+
+def test_a_log_that_grows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs, parsed, key = [tmp_path / f"r{rank}.jsonl" for rank in (0, 1)], [], rollout_log._key
+    monkeypatch.setattr(rollout_log, "_key", lambda line, path: parsed.append(line) or key(line, path))
+    newest, rng, out = Newest(), random.Random(0), tmp_path / "merged.jsonl"
+    lines = [json.dumps(record(rng.choice("abcdefgh"), n // 4, n=n)) + "\n" for n in range(120)]
+    for n, line in enumerate(lines):
+        with open(logs[rng.randrange(2) if n > 1 else n], "a") as file:
+            file.write(line[:9])
+            file.flush()
+            if n % 5 == 3:
+                merge_rollouts(logs, out, newest)
+            file.write(line[9:])
+        if n % 7 == 6:
+            merge_rollouts(logs, out, newest)
+            inquired = len(parsed)
+            merge_rollouts(logs, tmp_path / "whole.jsonl")
+            del parsed[inquired:]
+            assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+    merge_rollouts(logs, out, newest)
+    assert sorted(parsed) == sorted(line.encode() for line in lines)
+    logs[1].write_text(lines[0])
+    with pytest.raises(CropiError, match=r"r1\.jsonl has become shorter"):
+        merge_rollouts(logs, out, newest)
 
 
 def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ class Files:
             )  # fmt: skip
         return read(self._held[names], skip_bad=plan.job.skip_bad, columns=columns)
 
+    def keep(self, source: Source) -> None:
+        """Forget files that a stage does not work on: what dumps were converted to is temporary files of their size."""
+        wanted = {tuple(source.train), *((path,) for path in source.valid)}
+        self._held = {names: held for names, held in self._held.items() if names in wanted}
+
 
 def load(plan: Plan, model: str) -> Policy:
     """A policy of the curriculum; of a name nothing is loaded before it is asked for."""

@@ -98,6 +98,7 @@ def sketch_all(stage: Stage) -> Result:
     """Sketch the validation prompts, then the training prompts, with the current policy."""
     begun = time.monotonic()
     plan, source = stage.plan, data.source_of(stage.plan, stage.state, stage.number)
+    stage.files.keep(source)
     models = {"policy": data.load(plan, stage.model)}
     checked = data.check(plan, stage.files, source, stage.number, models["policy"])
     _check_unchanged(stage, data.fingerprints(checked))

@@ -19,9 +19,10 @@ from cropi.data.sources import Source
 from cropi.errors import CropiError, RecordError
 from cropi.files import open_to_read
 
-# Of so many lists of files, the places are kept; a run has one for training and one for every validation set.
+# Of so many lists of files, the places are kept; a run has one for training and one for every validation set. Of more
+# prompts than these, the last list's alone: files that are made anew again and again would fill the memory.
 _KEPT: OrderedDict[tuple[Any, ...], Places] = OrderedDict()
-_MOST = 16
+_MOST, _MOST_PROMPTS = 16, 2**21
 
 
 class Places:
@@ -77,7 +78,9 @@ class Places:
         if self.by_offset and not columns and (key := _key(sources, columns)) is not None:
             _KEPT[key] = self
             _KEPT.move_to_end(key)
-            while len(_KEPT) > _MOST:
+            while len(_KEPT) > 1 and (
+                len(_KEPT) > _MOST or sum(len(one.ids()) for one in _KEPT.values()) > _MOST_PROMPTS
+            ):
                 _KEPT.popitem(last=False)
 
     def ids(self) -> KeysView[str]:

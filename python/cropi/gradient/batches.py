@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -152,18 +153,18 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
     A single response always fits: it cannot be split.
     """
     prompt, sizes = len(group.prompt), [len(group.responses[k]) - 1 for k, *_ in group.equal]
-    best: list[tuple[int, ...]] = [(i,) for i in range(len(sizes))]
+    share = 1
     if layout.shares(prompt + min(sizes) + 1, prompt + max(sizes) + 1, group.id):
-        plans = [_chunks(len(sizes), m) for m in range(1, len(sizes) + 1)]
-        lengths = [[prompt + sum(sizes[k] for k in row) for row in plan] for plan in plans]
-        # Without a mask of its own (the first plan, one response a row) causal attention skips half of the products.
-        attend = [layout.attention_cost * (0.5 if plan is plans[0] else 1.0) for plan in plans]
-        cost = {
-            i: sum(length * (1 + attend[i] * length) for length in rows)
-            for i, rows in enumerate(lengths)
-            if i == 0 or max(rows) <= budget
-        }
-        best = plans[min(cost, key=lambda i: cost[i])]
+        ends = [0, *accumulate(sizes)]
+        cost: dict[int, float] = {}
+        for m in range(1, len(sizes) + 1):
+            rows = [prompt + ends[last] - ends[first] for first, last in _chunks(len(sizes), m)]
+            # Without a mask of its own (one response a row) causal attention skips half of the products.
+            attend = layout.attention_cost * (0.5 if m == 1 else 1.0)
+            if m == 1 or max(rows) <= budget:
+                cost[m] = sum(length * (1 + attend * length) for length in rows)
+        share = min(cost, key=lambda m: cost[m])
+    best = [range(first, last) for first, last in _chunks(len(sizes), share)]
     if not layout.lengths.together(prompt + min(sizes), prompt + max(sizes)):
         best.sort(key=lambda row: -sizes[row[0]])  # those that may be in one batch follow each other
     # One response a row needs no mask of its own.
@@ -218,8 +219,8 @@ def built(
             yield _build(rows, estimator, stored)
 
 
-def _chunks(count: int, size: int) -> list[tuple[int, ...]]:
-    return [tuple(range(start, min(start + size, count))) for start in range(0, count, size)]
+def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _plan(groups: list[TokenGroup], layout: Layout, budget: int) -> list[list[Row]]:
@@ -269,8 +270,9 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
     for b, row in enumerate(rows):
         if not groups or groups[-1] is not row.group:
             groups.append(row.group)
+            weights = _weights(row.group, estimator)
         segments.append(len(groups) - 1)
-        parts.extend(_fill(row, estimator, stored, ids[b], places[b], blocks[b], b * width, segments[-1]))
+        parts.extend(_fill(row, weights, stored, ids[b], places[b], blocks[b], b * width, segments[-1]))
     ended = {id(row.group) for row in rows if row.last}
     columns = list(zip(*parts, strict=True))
     positions, targets, token_segments, members = (np.concatenate(column) for column in columns[:4])
@@ -307,9 +309,16 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
     )
 
 
+def _weights(group: TokenGroup, estimator: Estimator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Advantages, divisors and noise of a group's responses."""
+    advantages = estimator.advantages(group.group.rewards)
+    noise = advantages if group.noise is None else np.array(group.noise)
+    return advantages, estimator.divisors(group.lengths), noise
+
+
 def _fill(
     row: Row,
-    estimator: Estimator,
+    weights: tuple[np.ndarray, np.ndarray, np.ndarray],
     stored: bool,
     ids: np.ndarray,
     places: np.ndarray,
@@ -319,9 +328,7 @@ def _fill(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Write one row's inputs in place; yield, per response, the arrays of its scored tokens."""
     group, size = row.group, len(row.group.prompt)
-    advantages = estimator.advantages(group.group.rewards)
-    divisors = estimator.divisors(group.lengths)
-    noise = advantages if group.noise is None else np.array(group.noise)
+    advantages, divisors, noise = weights
     ids[:size], places[:size], blocks[:size] = group.prompt, np.arange(size), 0
     start = size
     for number, k in enumerate(row.chosen, 1):
@@ -334,7 +341,7 @@ def _fill(
         )
         # The first token is predicted by the prompt's last one, the others by the token before them.
         where = np.concatenate([[size - 1], np.arange(inputs.start, inputs.stop)])
-        equal = next(members for members in group.equal if members[0] == k)
+        equal = group.equal_to[k]
         behaviour = np.zeros((len(response), len(equal)))
         if stored and group.logprobs:
             behaviour[:] = np.asarray([group.logprobs[member] for member in equal], dtype=np.float64).T

@@ -69,6 +69,11 @@ class TokenGroup:
         equal = equal_responses(self.responses, self.masks)
         return equal if self.kept is None else [members for members in equal if members[0] in self.kept]
 
+    @cached_property
+    def equal_to(self) -> dict[int, tuple[int, ...]]:
+        """The responses that are equal to one, by its number; of :attr:`equal`, by the first."""
+        return {members[0]: members for members in self.equal}
+
     @property
     def scored(self) -> int:
         """The number of scored tokens."""

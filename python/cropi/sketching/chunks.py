@@ -22,8 +22,8 @@ from cropi.store.store import SketchStore
 
 # A chunk holds at least so many micro-batches, so that whoever hands out chunks has little to do.
 BATCHES = 2
-# Prompts that are sorted and cut together, and rows without a gradient that a chunk may hold.
-WINDOW, MOST_ROWS = 256, 4096
+# Prompts that are sorted and cut together, unless they hold more tokens; rows without a gradient in a chunk.
+WINDOW, MOST_TOKENS, MOST_ROWS = 256, 2**22, 4096
 # A chunk of so many times its tokens is cut inside a prompt, at the price of one micro-batch that is computed twice.
 LONGEST = 4
 
@@ -153,26 +153,27 @@ def make_chunks(
         items: all prompts of the job, those that are done too; or rows, where nothing has to be computed.
         layout, budget: as for :func:`cropi.gradient.batches.make_batches`.
         tokens: of a chunk, at least, padding included; None: a chunk is a whole window.
-        window: prompts that are sorted and cut together.
+        window: prompts that are sorted and cut together; fewer, where they hold :data:`MOST_TOKENS`.
     """
     if budget < 1 or window < 1:
         raise ValueError(f"budget and window must be at least 1, got {budget} and {window}")
     held: list[TokenGroup] = []
     rows: list[RowInfo] = []
-    number = windows = 0
+    number = windows = size = 0
     for item in items:
         if isinstance(item, RowInfo):
             rows.append(item)
         else:
             held.append(item)
+            size += len(item.prompt) + sum(map(len, item.responses))
         if len(rows) == MOST_ROWS:
             yield Chunk(number, windows, rows=rows, cut="rows" if tokens else "")
             rows, number = [], number + 1
-        if len(held) == window:
+        if len(held) == window or size >= MOST_TOKENS:
             for chunk in _window(held, rows, layout, budget, tokens, number, windows):
                 yield chunk
                 number = chunk.number + 1
-            held, rows, windows = [], [], windows + 1
+            held, rows, windows, size = [], [], windows + 1, 0
     yield from _window(held, rows, layout, budget, tokens, number, windows)
 
 

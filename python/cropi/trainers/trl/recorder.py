@@ -17,7 +17,7 @@ from cropi.errors import CropiError
 from cropi.trainers.trl.options import Recording
 from cropi.trainers.trl.ranks import Ranks
 from cropi.trainers.trl.records import columns_of, group_record, id_of
-from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
+from cropi.trainers.trl.rollout_log import Newest, RolloutLog, log_files, merge_rollouts
 from cropi.trainers.trl.scoring import own_randomness
 from cropi.trainers.trl.versions import check_batch, check_trainer
 from cropi.trainers.values import plain_value, whole_text
@@ -76,6 +76,7 @@ class Recorder:
         self.ranks = Ranks()
         folder = (recording and recording.folder) or Path(trainer.args.output_dir) / "cropi" / "rollouts"
         self.log = RolloutLog(folder, self.ranks.rank)
+        self.newest = {"train": Newest(), "valid": Newest()}  # of what is logged, for rank 0
         self.stage = 0
         self.eval_name = "valid"
         self.has_sets = True
@@ -280,9 +281,9 @@ class Recorder:
         folder = self.log.folder
 
         def work() -> None:
-            for kind in ("train", "valid"):
+            for kind, newest in self.newest.items():
                 if logs := log_files(folder, kind):
-                    merge_rollouts(logs, folder / f"{kind}.jsonl")
+                    merge_rollouts(logs, folder / f"{kind}.jsonl", newest)
 
         self.ranks.agree(lambda: work() if self.ranks.first else None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -126,7 +126,55 @@ def cut_unfinished_line(path: Path) -> None:
         file.truncate(0)
 
 
-def merge_rollouts(logs: Sequence[str | Path], out: str | Path) -> int:
+class Newest:
+    """Where the newest rollouts of every prompt stand in logs that grow: what was read once is not read again."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[int, Path, int]] = {}  # by prompt: step, file, offset
+        self._read: dict[Path, int] = {}  # the bytes of each file that have been read
+
+    def read(self, path: Path) -> None:
+        """Read on in a log, to its last whole line: another rank may be in the middle of one.
+
+        Raises:
+            CropiError: a line is not a record, or the log is shorter than before.
+        """
+        before = self._read.get(path, 0)
+        if size_of(path) < before:
+            raise CropiError(
+                f"{path} has become shorter: rollouts that selection builds on are gone; go on from a checkpoint"
+            )
+        with reading(path), open(path, "rb") as file:
+            offset = file.seek(before)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                name, step = _key(line, path)
+                # Equal steps: a later line of the same file is newer; between files the order is that of the ranks.
+                place = step, path, offset
+                self._places[name] = max(self._places.get(name, place), place)
+                offset += len(line)
+            self._read[path] = offset
+
+    def lines(self) -> Iterator[bytes]:
+        """The newest line of every prompt, in order of id."""
+        with ExitStack() as stack:
+            files = {}
+            for path in self._read:
+                with reading(path, missing=True):
+                    files[path] = stack.enter_context(open(path, "rb"))
+            for name in sorted(self._places):
+                _, path, offset = self._places[name]
+                with reading(path):
+                    files[path].seek(offset)
+                    line = files[path].readline()
+                yield line
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def merge_rollouts(logs: Sequence[str | Path], out: str | Path, newest: Newest | None = None) -> int:
     """Write one record a prompt, in order of id, from logs in which a prompt may occur several times.
 
     Each prompt's newest rollouts are taken, which the current policy is nearest to.
@@ -134,6 +182,7 @@ def merge_rollouts(logs: Sequence[str | Path], out: str | Path) -> int:
     Args:
         logs: files whose records carry ``step``, the optimizer step at which they were sampled.
         out: the file to write, whole or not at all.
+        newest: what earlier calls have read of the same logs; the calls of a run then read every line once.
 
     Returns:
         The number of prompts.
@@ -141,31 +190,13 @@ def merge_rollouts(logs: Sequence[str | Path], out: str | Path) -> int:
     Raises:
         CropiError: no record at all, or a line that is not one.
     """
-    newest: dict[str, tuple[int, Path, int]] = {}  # by prompt: step, file, offset
-    for path in map(Path, logs):
-        with reading(path), open(path, "rb") as file:
-            offset = 0
-            for line in file:
-                if line.endswith(b"\n"):  # another rank may be in the middle of a line
-                    name, step = _key(line, path)
-                    # Equal steps: a later line of the same file is newer; between files the order is that of the ranks.
-                    if name not in newest or step >= newest[name][0]:
-                        newest[name] = (step, path, offset)
-                offset += len(line)
+    newest = Newest() if newest is None else newest
+    for path in logs:
+        newest.read(Path(path))
     if not newest:
         raise CropiError(f"{', '.join(map(str, logs)) or 'no log'}: no rollout has been recorded yet")
-    with ExitStack() as stack:
-        files = {}
-        for path in map(Path, logs):
-            with reading(path):
-                files[path] = stack.enter_context(open(path, "rb"))
-        with summed(out), replacing(Path(out)) as temporary, open(temporary, "wb") as target:
-            for name in sorted(newest):
-                _, path, offset = newest[name]
-                with reading(path):
-                    files[path].seek(offset)
-                    line = files[path].readline()
-                target.write(line)
+    with summed(out), replacing(Path(out)) as temporary, open(temporary, "wb") as target:
+        target.writelines(newest.lines())
     return len(newest)
 
 

@@ -44,7 +44,7 @@ from cropi.trainers.trl.live import LiveRun, features_of
 from cropi.trainers.trl.losses import REMEDY, check_own_loss, estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
-from cropi.trainers.trl.rollout_log import cut_unfinished_line, log_files, rewind
+from cropi.trainers.trl.rollout_log import Newest, cut_unfinished_line, log_files, rewind
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
 from cropi.trainers.trl.scoring import (
     Chosen,
@@ -416,6 +416,7 @@ class Stages(Recorder):
             self.live.load(checkpoint)
         self._known, self._chosen = int(state["stage"]), ids
         self.log.close()
+        self.newest = {kind: Newest() for kind in self.newest}
         self.ranks.agree(lambda: self._rewind(state) if self.ranks.first else None)
         self._resumed = True
 
