@@ -35,6 +35,13 @@ def check_place() -> None:
         assert importlib.util.find_spec(absent) is None, f"{absent} is here: this is no clean environment"
 
 
+def check_files() -> None:
+    """Code, types and the report's page; no documents of the source tree."""
+    files = importlib.metadata.files("cropi-kernels") or []
+    kinds = {path.suffix for path in files if path.parts[0] in ("cropi", "cropi_kernels")}
+    assert kinds - {".pyc"} == {".py", ".so", ".typed", ".html", ".css", ".js"}, kinds
+
+
 def check_names() -> None:
     """Every public name is there without the extras; what needs one says which to install."""
     for package in (cropi, cropi_kernels):
@@ -100,6 +107,7 @@ def check_command() -> None:
 
 if __name__ == "__main__":
     check_place()
+    check_files()
     check_names()
     check_description()
     check_kernel()

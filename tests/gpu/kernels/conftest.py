@@ -32,6 +32,27 @@ else:
     )
 
 
+@pytest.fixture(autouse=True)
+def scalar_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of one bit, also where a comparison of two numbers is a part of them.
+
+    In Triton 3.9's interpreter a comparison has the type of what it compares; one of two numbers, spread over a block,
+    is then int32, and that release's loads and stores refuse such a mask. The compiler is right.
+    """
+    if not INTERPRETER:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    spread = InterpreterBuilder.create_splat
+
+    def create_splat(self: InterpreterBuilder, ret_ty: object, arg: TensorHandle) -> TensorHandle:
+        held = TensorHandle(arg.data, tl.int1) if arg.data.dtype == bool else arg
+        return spread(self, ret_ty, held)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_splat", create_splat)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``dtype``: all that the kernels take. ``half``: those of 16 bits."""
     half = [torch.float16, torch.bfloat16] if CAPABILITY else [torch.float16]
