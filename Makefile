@@ -115,9 +115,10 @@ test-verl: build
 test-ray: build
 	$(PIP) -c $(PINS) --no-build-isolation --only-deps '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/cropi/test_ray.py $(ARGS)
-# Every Triton kernel for six generations of GPUs; `make test` compiles two of them and a sample of the others.
+# Every Triton kernel for six generations of GPUs, CUDA's for two; `make test` compiles those of sm_90, and some more.
 test-gpu-aot: build
-	CROPI_AOT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal tests/gpu/aot $(ARGS)
+	CROPI_AOT=all OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal tests/gpu/aot \
+	  tests/kernels/test_project_cuda.py::test_nvcc_compiles_within_the_limits $(ARGS)
 
 # The oldest versions that pyproject.toml allows, and the newest that there are, in environments of their own.
 test-lowest:

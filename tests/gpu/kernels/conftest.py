@@ -54,8 +54,8 @@ def scalar_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``dtype``: all that the kernels take. ``half``: those of 16 bits."""
-    half = [torch.float16, torch.bfloat16] if CAPABILITY else [torch.float16]
+    """``dtype``: all that the kernels take. ``half``: those of 16 bits, of which sm_80 has one kind of tile."""
+    half = {0: [torch.float16], 80: [torch.bfloat16], 90: [torch.float16, torch.bfloat16]}[CAPABILITY]
     for name, dtypes in (("dtype", [torch.float32, *half]), ("half", half)):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, dtypes, ids=lambda d: str(d).removeprefix("torch."))

@@ -49,8 +49,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("n, vocab, features", [(1, 1, 8), (3, 255, 64), (130, 257, 72), (5, 700, 136)])
+SIZES = [(1, 1, 8), (3, 255, 64), (130, 257, 72), (5, 700, 136)]
+
+
+# Sizes decide which tiles a program has, settings what is done to a number: every size once, every setting once.
+@pytest.mark.parametrize(
+    "settings, n, vocab, features",
+    [*(("plain", *size) for size in SIZES), *((name, *SIZES[-1]) for name in SETTINGS if name != "plain")],
+)
 def test_against_the_formula(way: str, n: int, vocab: int, features: int, settings: str) -> None:
     hidden, head, targets, grad = made(n, vocab, features)
     given = dict(SETTINGS[settings])
