@@ -11,9 +11,11 @@ import torch
 from support.stores import on_disk
 
 from cropi.errors import CropiError
+from cropi.ranking import redrawn
 from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import Pairwise, neighbours, pairwise
 from cropi.ranking.response_noise import ResponseNoise
+from cropi.ranking.rule import Rule
 from cropi.ranking.selection import select
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
 from cropi.store.shards import RowInfo
@@ -285,6 +287,44 @@ def test_the_same_seed_gives_the_same_numbers(stores: tuple[SketchStore, SketchS
     one, same, other = (uncertainty(pairs, draws=20, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.p_selected, same.p_selected)
     assert not np.array_equal(one.p_selected, other.p_selected, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", ["rrf", "max"])
+def test_numbers_do_not_depend_on_the_number_of_threads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    pairs = made_pairs(rng.normal(size=(200, 12)), rng.normal(size=(18, 12)), list("aaaaaabbbbbbcccccc"))
+    noise = ResponseNoise(
+        ["a", "b", "c"], np.abs(rng.normal(size=(200, 3))), 0.1 * rng.normal(size=(50, 3)), 0.2
+    )
+    found = []
+    monkeypatch.setattr(redrawn, "MOST_SCORES", 600 * 5)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(uncertainty(pairs, noise=noise, draws=12, method=method))
+    one, several = found
+    np.testing.assert_array_equal(one.p_selected, several.p_selected)
+    assert (one.overlap, one.overlap_of_set, one.halves) == (
+        several.overlap,
+        several.overlap_of_set,
+        several.halves,
+    )
+
+
+def test_columns_that_are_ranked_grow_with_the_sets_as_draws_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each set drawn alone stands beside the ranks of all others, which are not counted anew for each."""
+    counts, counted = list[int](), Rule.counted
+
+    def noted(rule: Rule, table: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
+        counts[-1] += table.shape[1]
+        return counted(rule, table, beside)
+
+    monkeypatch.setattr(Rule, "counted", noted)
+    rng = np.random.default_rng(6)
+    for sets in (20, 40):
+        counts.append(0)
+        names = [f"{v:02d}" for v in range(sets) for _ in range(2)]
+        uncertainty(made_pairs(rng.normal(size=(40, 8)), rng.normal(size=(2 * sets, 8)), names), draws=2)
+    assert counts[1] < 2.1 * counts[0]
 
 
 def test_a_set_of_one_prompt_has_no_estimate() -> None:

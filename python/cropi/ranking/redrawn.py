@@ -14,6 +14,8 @@ For a rule that runs in groups (files, tasks), means and variances are those wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -52,24 +54,47 @@ def redrawn(
         shares: what each set's scores count for in the columns of a table, float64 ``[sets, ranked sets]``.
         own: what other responses of their own would move scores by, of some prompts ``[m, ranked sets]``, or None.
     """
+    import torch  # not above: what a table holds of uncertainty is read without it
+
     rng, n = np.random.default_rng(seed), len(table)
-    chosen, counts, halves = _mask(rule.choose(table), n), np.zeros(n), 0.0
-    for other in _tables(sets, table, rule, shares, own, draws, rng):
-        counts[rule.choose(other)] += 1
+    chosen, counts = _mask(rule.choose(table), n), np.zeros(n)
     small, alone = max(draws // 4, 2), {}
-    for one, share in zip(sets, shares, strict=True):
-        moving = np.flatnonzero(share)
-        beside = rule.counted(np.delete(table, moving, axis=1))
-        others = _tables([one], table[:, moving], rule, share[None, moving], None, small, rng)
-        alone[one.name] = float(np.mean([chosen[rule.choose(other, beside)].mean() for other in others]))
-    for _ in range(small):
-        drawn = [one.scores(np.stack(one.halves(rng))) for one in sets]
-        sides = [rule.choose(combined([scores[side] for scores in drawn], shares)) for side in (0, 1)]
-        halves += float(_mask(sides[0], n)[sides[1]].mean()) / small
+    with ThreadPoolExecutor(torch.get_num_threads(), "cropi-draws") as pool:
+        for places in _choices(pool, sets, table, rule, shares, own, draws, rng):
+            counts[places] += 1
+        beside = list(_without_each(table, rule))
+        for one, share in zip(sets, shares, strict=True):
+            moving = np.flatnonzero(share)
+            rest = beside[moving[0]] if len(moving) < table.shape[1] else None
+            others = _choices(
+                pool, [one], table[:, moving], rule, share[None, moving], None, small, rng, rest
+            )
+            alone[one.name] = float(np.mean([chosen[places].mean() for places in others]))
+
+        def agreement(halves: Sequence[np.ndarray]) -> float:
+            scores = [one.scores(half) for one, half in zip(sets, halves, strict=True)]
+            sides = [_choice(rule, [part[side] for part in scores], shares=shares) for side in (0, 1)]
+            return float(_mask(sides[0], n)[sides[1]].mean())
+
+        drawn = [[np.stack(one.halves(rng)) for one in sets] for _ in range(small)]
+        halves = sum(agreed / small for agreed in pool.map(agreement, drawn))
     return Moved(counts / draws, float(counts[chosen].mean()) / draws, alone, halves)
 
 
-def _tables(
+def _without_each(table: np.ndarray, rule: Rule) -> Iterator[np.ndarray | None]:
+    """For every column, what :meth:`Rule.counted` gives of the others; None where there are none."""
+    columns = [table[:, v : v + 1] for v in range(table.shape[1])]
+    behind: list[np.ndarray | None] = [None]
+    for column in columns[:0:-1]:
+        behind.append(rule.counted(column, behind[-1]))
+    before = None
+    for column, after in zip(columns, reversed(behind), strict=True):
+        yield after if before is None else before if after is None else rule.joined(before, after)
+        before = rule.counted(column, before)
+
+
+def _choices(
+    pool: Executor,
     sets: Sequence[ResampledSet],
     table: np.ndarray,
     rule: Rule,
@@ -77,36 +102,71 @@ def _tables(
     own: np.ndarray | None,
     draws: int,
     rng: np.random.Generator,
+    beside: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
-    """Score tables by other prompts of the sets (and other responses of the training prompts), as the head of this
-    file has them; the arguments are those of :func:`redrawn`. A table is overwritten by the next one."""
-    n, moved = len(table), np.empty_like(table)
+    """The choices from score tables by other prompts of the sets (and other responses of the training prompts), as the
+    head of this file has them; the arguments are those of :func:`redrawn`, and ``beside`` that of
+    :meth:`Rule.choose`. The next draws are multiplied while the last ones are ranked."""
+    n = len(table)
     together = max(1, MOST_SCORES // (len(sets) * n))
-    shrunk, factor = table, np.ones(table.shape[1])
-    for start in range(0, draws, together):
+    seeds = np.zeros(draws, dtype=np.int64) if own is None else rng.integers(0, 1 << 63, draws)
+
+    def submitted(start: int) -> list[Future[np.ndarray]]:
         count = min(together, draws - start)
-        moves = [one.moves(np.stack([one.resample(rng) for _ in range(count)])) for one in sets]
+        weights = [np.stack([one.resample(rng) for _ in range(count)]) for one in sets]
+        return [pool.submit(one.moves, drawn) for one, drawn in zip(sets, weights, strict=True)]
+
+    ahead, shrunk, factor = submitted(0), table, np.ones(table.shape[1])
+    for start in range(0, draws, together):
+        moves = [part.result() for part in ahead]
+
+        drawn = [[one[i] for one in moves] for i in range(len(moves[0]))]
         if start == 0:
-            of_draws = (combined([one[i] for one in moves], shares, moved) for i in range(count))
-            noise = np.mean([_within(of_draw, rule)[1] for of_draw in of_draws], axis=0)
+            spreads = pool.map(lambda of_draw: _within(combined(of_draw, shares), rule)[1], drawn)
+            noise = np.mean(list(spreads), axis=0)
             noise += 0.0 if own is None else np.square(own).mean(axis=0)
-            centre, spread = _within(table, rule)
-            part = np.divide(noise, spread, out=np.zeros_like(noise), where=spread > 0)
+            centre, between = _within(table, rule)
+            part = np.divide(noise, between, out=np.zeros_like(noise), where=between > 0)
             kept = np.maximum(1 - part, 0.0)
-            shrunk, factor = centre + kept * (table - centre), np.sqrt(1 + kept)
-        for i in range(count):
-            combined([one[i] for one in moves], shares, moved)
-            if own is not None:
-                moved += own[rng.integers(0, len(own), n)] * rng.choice((-1.0, 1.0), n)[:, None]
-            moved *= factor
-            moved += shrunk
-            yield moved
+            shrunk, factor = np.asfortranarray(centre + kept * (table - centre)), np.sqrt(1 + kept)
+        if start + together < draws:
+            ahead = submitted(start + together)
+        choose = partial(_choice, rule, shares=shares, beside=beside, shrunk=shrunk, factor=factor, own=own)
+        yield from pool.map(choose, drawn, seeds[start : start + len(drawn)])
 
 
-def combined(of_sets: Sequence[np.ndarray], shares: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _choice(
+    rule: Rule,
+    of_sets: Sequence[np.ndarray],
+    seed: int = 0,
+    *,
+    shares: np.ndarray,
+    beside: np.ndarray | None = None,
+    shrunk: np.ndarray | None = None,
+    factor: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+) -> np.ndarray:
+    """The chosen places by the sets' scores, or by moves of the ``shrunk`` scores; one column in memory at a time. The
+    seed is that of the other responses."""
+    value, n, rng = beside, len(of_sets[0]), np.random.default_rng(seed)
+    if own is not None:
+        others, signs = rng.integers(0, len(own), n), rng.choice((-1.0, 1.0), n)
+    for v in range(shares.shape[1]):
+        column = combined(of_sets, shares[:, v : v + 1])
+        if own is not None:
+            column[:, 0] += own[others, v] * signs
+        if shrunk is not None and factor is not None:
+            column *= factor[v]
+            column += shrunk[:, v : v + 1]
+        value = rule.counted(column, value)
+    assert value is not None
+    return rule.best(value)
+
+
+def combined(of_sets: Sequence[np.ndarray], shares: np.ndarray) -> np.ndarray:
     """Every set's numbers, ``[n]`` each, by the shares ``[sets, columns]``: float64 ``[n, columns]``, a column in one
     run."""
-    table = np.empty((shares.shape[1], len(of_sets[0]))).T if out is None else out
+    table = np.empty((shares.shape[1], len(of_sets[0]))).T
     for v, column in enumerate(shares.T):
         first, *others = np.flatnonzero(column).tolist()
         np.multiply(of_sets[first], column[first], out=table[:, v])

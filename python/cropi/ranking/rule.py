@@ -175,7 +175,10 @@ class Rule:
     def choose(self, table: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
         """The chosen prompts' places, int64, in any order, by a method of
         :data:`~cropi.ranking.values.FROM_SCORES`; with ``beside`` (:meth:`counted`), by further columns, too."""
-        value = self.counted(table, beside)
+        return self.best(self.counted(table, beside))
+
+    def best(self, value: np.ndarray) -> np.ndarray:
+        """The places that are chosen by what :meth:`counted` gave, int64, in any order."""
         return np.concatenate([
             places[best_of(_of(value, places), None, _of(self.ties, places), n)] for places, n in self.groups
         ])  # fmt: skip
@@ -185,11 +188,18 @@ class Rule:
         sum of scores. Tables that have columns in common need these counted once; ``beside`` is theirs."""
         given, value = self.options, np.zeros(len(table))
         for places, n in self.groups:
-            value[places] = counted(
+            own = counted(
                 _of(table, places), _of(self.ties, places), n, given.method, given.rrf_constant,
                 None if beside is None else _of(beside, places),
             )  # fmt: skip
+            if len(own) == len(value):
+                return own
+            value[places] = own
         return value
+
+    def joined(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """What :meth:`counted` gives of the columns of both."""
+        return np.maximum(one, other) if self.options.method == "max" else one + other
 
     def near_the_cut(self, table: np.ndarray, share: float) -> np.ndarray:
         """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64."""
