@@ -22,8 +22,9 @@ from cropi.ranking.influence import Scores
 from cropi.ranking.pairwise import Neighbour, Pairwise
 from cropi.ranking.selection import select
 from cropi.ranking.uncertainty import uncertainty
+from cropi.report.browser import shown_in_full
 from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
-from cropi.report.html import ReportInput, render, shown_in_full, write_report
+from cropi.report.html import ReportInput, render, write_report
 from cropi.store.shards import RowInfo
 
 BROWSER = next(
@@ -151,7 +152,7 @@ def test_a_table_too_large_for_a_browser_lists_some(monkeypatch: pytest.MonkeyPa
     """A page of a million prompts would have 80 MB: beyond a size its table lists the prompts in equal steps."""
     given = make_input(2000)
     given.groups = []
-    monkeypatch.setattr("cropi.report.html.MOST_VALUES", 900 * (12 + 2 * 2))
+    monkeypatch.setattr("cropi.report.browser.MOST_VALUES", 900 * (12 + 2 * 2))
     page = render(given)
     columns, order = data_of(page)["columns"], given.selection.order
     full = {given.scores.rows[i].id for i in shown_in_full(given.scores, given.selection)}
@@ -169,7 +170,7 @@ def test_a_table_too_large_for_a_browser_lists_some(monkeypatch: pytest.MonkeyPa
         assert rank is None or (
             order[rank - 1] == row and score == pytest.approx(given.scores.table[row, 1], rel=1e-4)
         )
-    monkeypatch.setattr("cropi.report.html.MOST_VALUES", 2000 * (12 + 2 * 2))
+    monkeypatch.setattr("cropi.report.browser.MOST_VALUES", 2000 * (12 + 2 * 2))
     page = render(given)
     assert len(data_of(page)["columns"]["id"]) == 2000 and "of 2000 prompts:" not in page
 
@@ -177,7 +178,7 @@ def test_a_table_too_large_for_a_browser_lists_some(monkeypatch: pytest.MonkeyPa
 def test_texts_have_room_beside_a_table_that_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     given, text = make_input(1000), 1000 * "word "
     given.groups = [PromptGroup(given.selection.ids[0], text, ["a", "b"], [1.0, 0.0])]
-    monkeypatch.setattr("cropi.report.html.MOST_BYTES", 5000)
+    monkeypatch.setattr("cropi.report.browser.MOST_BYTES", 5000)
     data = data_of(render(given))
     assert len(gzip.compress(json.dumps(data["columns"]).encode())) > 5000
     assert data["details"][given.selection.ids[0]]["text"] == text

@@ -72,7 +72,7 @@ class Scores:
     @property
     def ids(self) -> list[str]:
         """The prompt ids."""
-        return values_of(self.rows, "id", np.arange(len(self.rows)))
+        return values_of(self.rows, "id")
 
     @property
     def self_influence(self) -> NDArray[np.float64]:

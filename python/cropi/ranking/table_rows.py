@@ -99,11 +99,12 @@ class TableRows(Sequence[RowInfo]):
         return [None if column is None else column[i] for i in places.tolist()]
 
 
-def values_of(rows: Sequence[RowInfo], key: str, places: np.ndarray) -> list[Any]:
-    """One attribute of some rows, or their entry in ``extra`` of that name, else None.
+def values_of(rows: Sequence[RowInfo], key: str, places: np.ndarray | None = None) -> list[Any]:
+    """One attribute of some rows (None: of all), or their entry in ``extra`` of that name, else None.
 
     Rows that are held by columns are not made for it.
     """
+    places = np.arange(len(rows)) if places is None else places
     if isinstance(rows, TableRows):
         return rows.values(key, places)
     if key not in FIELDS:

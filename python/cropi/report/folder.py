@@ -22,9 +22,10 @@ from cropi.ranking.selection import Selection
 from cropi.ranking.selection_files import selected_rows
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.uncertainty import Uncertainty
+from cropi.report.browser import shown_in_full
 from cropi.report.curriculum import curriculum_page, is_curriculum
 from cropi.report.forms import CHECK
-from cropi.report.html import ReportInput, shown_in_full, write_report
+from cropi.report.html import ReportInput, write_report
 from cropi.sealed import read_sealed
 from cropi.store.differences import first_difference
 from cropi.store.manifest import FOLDER
