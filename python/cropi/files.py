@@ -13,11 +13,12 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import CropiError, did_you_mean
+from cropi.errors import CropiError, did_you_mean, shown
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -41,8 +42,35 @@ def reason(error: OSError, otherwise: str = "give a path that can be written") -
     return f"{os.strerror(number).lower()}; {remedy}"
 
 
+# What a process may take paths in that is not UTF-8, where UTF-8 mode is switched off.
+PATHS = sys.getfilesystemencoding()
+
+
+def beyond_paths(path: object) -> CropiError:
+    """The error for a path with characters that this process has none for."""
+    return CropiError(
+        f"{shown(str(path), 500)} has characters beyond {PATHS}, in which this process takes paths: set PYTHONUTF8=1, "
+        "or a locale of UTF-8 such as LC_ALL=C.UTF-8"
+    )
+
+
+def check_characters(path: str | Path) -> None:
+    """Check that this process can name a path at all; one that it cannot, others take for a file that is not there.
+
+    Raises:
+        CropiError: UTF-8 mode is off, and the path has characters that the process has none for.
+    """
+    if PATHS != "utf-8":
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise beyond_paths(path) from error
+
+
 def in_words(error: Exception) -> Exception:
     """An error of the system that has nothing to do with the file that it names, with a remedy; others as they are."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding == PATHS != "utf-8":
+        return beyond_paths(error.object)
     if isinstance(error, OSError) and error.errno in FAILING and error.filename is not None:
         return CropiError(f"{error.filename}: {reason(error)}")
     return error
@@ -134,6 +162,7 @@ def _status(path: str | Path) -> os.stat_result | None:
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the name holds a zero byte
+        check_characters(path)
         return None
     except OSError as error:
         raise CropiError(f"cannot read {path}: {reason(error, 'give a path that can be read')}") from error

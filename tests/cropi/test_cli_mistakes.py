@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import os
+import re
+import subprocess
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -197,6 +200,41 @@ def test_a_name_that_is_not_utf_8_is_refused_before_the_work(
     out = tmp_path / os.fsdecode(b"x\xff")
     assert cropi("convert", "none.jsonl", "--out", out) == 2
     assert r"x\udcff' is not UTF-8, as what is noted of a job has to be; rename" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_names_beyond_the_characters_of_a_process_say_what_to_set(tmp_path: Path) -> None:
+    """With UTF-8 mode off, in no locale: as an argument the name comes in bytes, in a config file in characters."""
+    env = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    lines = json.dumps(
+        {"id": "ä", "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0], "task": "中"}
+    )
+    for name in ("dé.jsonl", "d.jsonl"):
+        (tmp_path / name).write_text(lines + "\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(
+        "model: m\ntrain: [dé.jsonl]\nvalid: [d.jsonl]\nout: o\n", encoding="utf-8"
+    )
+    code = (
+        "import sys, cropi; from cropi.cli import main; from cropi.data.readers import read\n"
+        "main(['convert', sys.argv[1], '--out', 'out.jsonl']); main(['run', '--config', 'c.yaml'])\n"
+        "for look in (lambda: list(read('d\\xe9.jsonl')), lambda: cropi.SketchStore.open('d\\xe9')):\n"
+        "    try: look()\n"
+        "    except cropi.CropiError as error: print(error, file=sys.stderr)\n"
+        "print([(group.id, group.task) for group in read('d.jsonl')])\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "dé.jsonl"], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8"
+    )
+    told = "has characters beyond ascii, in which this process takes paths: set PYTHONUTF8=1"
+    names = [re.search(f"'([^']*)' {told}", line) for line in ran.stderr.splitlines() if told in line]
+    assert [found and found[1] for found in names] == ["dé.jsonl", "dé.jsonl", "dé.jsonl", "dé"], ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[('ä', '中')]"
 
 
 def test_a_tokenizer_without_an_end_token_is_used_as_the_message_says(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -76,10 +77,13 @@ def _run(args: Any) -> int:
 
 def _check_words(words: Sequence[str]) -> None:
     """Check that what was given can be noted in files, before work whose results could not name it."""
+    from cropi.files import PATHS, beyond_paths
     from cropi.form import is_writable
 
     for word in words:
         if not is_writable(word):
+            if PATHS != "utf-8":
+                raise beyond_paths(os.fsencode(word).decode(errors="replace"))
             raise CropiError(
                 f"{shown(word, 500)} is not UTF-8, as what is noted of a job has to be; rename the file"
             )

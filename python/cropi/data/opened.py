@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 from cropi.data.formats import packing_of
 from cropi.errors import CropiError, optional, shortened
-from cropi.files import meant, open_to_read
+from cropi.files import check_characters, meant, open_to_read
 
 # Records of 64 responses of 32,000 tokens with log-probs have 60 MB. A line is held in memory, and its objects
 # (cropi.bulk).
@@ -39,6 +39,7 @@ def check_file(path: Path) -> None:
             "datasets' save_to_disk wrote"
         )
     if not os.path.exists(path):  # False also for a name that no file system takes
+        check_characters(path)
         raise CropiError(
             f"{shortened(str(path), 500)}: there is no such trajectory file; {meant(path)}give the path of one"
         )
