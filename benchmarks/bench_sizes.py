@@ -1,10 +1,12 @@
-"""How commands grow with the number of prompts: processor time and peak memory at n and at 10 n prompts.
+"""How commands grow with the number of prompts: processor time and peak memory at several sizes.
 
-    python -m benchmarks.bench_sizes [--prompts 100000] [--dim 512] [--only select report] [--folder /big/disk]
+    python -m benchmarks.bench_sizes [--prompts 100000 1000000] [--dim 512] [--dtype float16] [--longest 600]
+                                     [--only select report] [--folder /big/disk]
 
-Every measure is a process of its own. The exponent is log10 of the ratio of both times, each less what the same work
-takes for 1000 prompts, which is the time of starting: 1 is linear. The stores are those of
-:func:`benchmarks.bench_store.make` (float16, 8 validation sets of 8 prompts); all files are removed at the end.
+It prints the table of docs/scaling.md. Every measure is a process of its own. The exponent is that of the largest and
+the smallest size, each less the time that the same work takes for 1000 prompts, which is the time of starting: 1 is
+linear. The stores are those of :func:`benchmarks.bench_store.make` (8 validation sets of 8 prompts); all files are
+removed at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -74,28 +76,38 @@ def batches(folder: Path) -> None:
 
 SCORES, CHOSEN = "{f}/run/scores.parquet", "{f}/run/selected.jsonl"
 SELECT = f"select --scores {SCORES} --out {CHOSEN}"
+INFLUENCE = "influence --train {f}/train --valid {f}/valid"
+# In the order of the table; a command reads what those before it wrote.
 COMMANDS = {
-    "info": "info {f}/r.jsonl",
-    "influence, without draws": "influence --train {f}/train --valid {f}/valid --draws 0 --out {f}/run/plain.parquet",
-    "influence": f"influence --train {{f}}/train --valid {{f}}/valid --out {SCORES}",
-    "select --method random": f"{SELECT} --method random",
-    "select --confidence 0.9": f"{SELECT} --confidence 0.9",
-    "select --dedup 0.95": f"{SELECT} --dedup 0.95",
-    "select --plot": f"{SELECT} --plot {{f}}/scores.png",
-    "select": SELECT,
-    "report": "report {f}/run",
-    "store verify": "store verify {f}/train",
-    "store merge": "store merge {f}/merged {f}/train",
-    "store export": "store export {f}/train --out {f}/train.npy",
+    "`cropi info` of the trajectories": "info {f}/r.jsonl",
+    "`cropi influence --draws 0`": f"{INFLUENCE} --draws 0 --out {SCORES}",
+    "`cropi influence`": f"{INFLUENCE} --out {SCORES}",
+    "`cropi select`": SELECT,
+    "`cropi select --per file --fraction 0.2`": f"{SELECT} --per file --fraction 0.2",
+    "`cropi select --method random`": f"{SELECT} --method random",
+    "`cropi select --confidence 0.9`": f"{SELECT} --confidence 0.9",
+    "`cropi select --dedup 0.95`": f"{SELECT} --dedup 0.95",
+    "`cropi select --plot`": f"{SELECT} --plot {{f}}/scores.png",
+    "`cropi report`": "report {f}/run",
+    "`cropi store verify`": "store verify {f}/train",
+    "`cropi store merge` of one store": "store merge {f}/merged {f}/train",
+    "`cropi store export --to npy`": "store export {f}/train --out {f}/train.npy",
 }
-FUNCTIONS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (neighbours, selector, batches)}
+FUNCTIONS: dict[str, Callable[[Path], None]] = {
+    "`cropi.neighbours` of 64 prompts": neighbours,
+    "`Selector`: 20 steps of 64 prompts": selector,
+    "tokens cut into micro-batches": batches,
+}
 
 
-def pool(folder: Path, n: int, dim: int) -> None:
+NEEDED = ("`cropi influence`", "`cropi select`")  # write what others read
+
+
+def pool(folder: Path, n: int, dim: int, dtype: str) -> None:
     """All files of a pool of n prompts."""
     from benchmarks.bench_store import make
 
-    make(folder, n, dim, "float16")
+    make(folder, n, dim, dtype)
     (folder / "run" / "sketches").mkdir(parents=True)
     for name in ("train", "valid"):
         os.symlink(folder / name, folder / "run" / "sketches" / name)
@@ -121,33 +133,54 @@ def measured(name: str, folder: Path, *more: str) -> tuple[float, float]:
 def main() -> None:
     """Make, measure, print, remove."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument(
+        "--longest", type=float, default=math.inf, help="seconds; what would take longer is left out"
+    )
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure == "pool":
-        pool(args.folder, args.prompts, args.dim)
+        pool(args.folder, args.prompts[0], args.dim, args.dtype)
         return
     if args.measure:
         FUNCTIONS[args.measure](args.folder)
         return
-    sizes = (START, args.prompts, 10 * args.prompts)
+    sizes = sorted(args.prompts)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        for n in sizes:
-            (Path(name) / str(n)).mkdir()
+        folders = {n: Path(name) / str(n) for n in (START, *sizes)}
+        for n, folder in folders.items():
+            folder.mkdir()
             # A process of its own, too: the peak of one that is forked off begins with its parent's memory.
-            measured("pool", Path(name) / str(n), "--prompts", str(n), "--dim", str(args.dim))
-        print(f"| | {sizes[1]:,}: s | GB | {sizes[2]:,}: s | GB | exponent |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+            measured("pool", folder, "--prompts", str(n), "--dim", str(args.dim), "--dtype", args.dtype)
+        print("| |" + "".join(f" {n:,}: s | GB |" for n in sizes) + " exponent |")
+        print("| --- |" + " ---: | ---: |" * len(sizes) + " ---: |")
         for work in (*COMMANDS, *FUNCTIONS):
             asked = not args.only or any(word in work for word in args.only)
-            if not asked and work not in ("influence", "select"):  # whose files others read
-                continue
-            (start, _), (one, small), (ten, large) = (measured(work, Path(name) / str(n)) for n in sizes)
-            power = math.log10(max(ten - start, 0.01) / max(one - start, 0.01))
-            print(f"| {work} | {one:.1f} | {small:.2f} | {ten:.1f} | {large:.2f} | {power:.1f} |", flush=True)
+            if asked or work in NEEDED:
+                line = row(work, folders, sizes, args.longest)
+                if asked:
+                    print(line, flush=True)
+
+
+def row(work: str, folders: Mapping[int, Path], sizes: Sequence[int], longest: float) -> str:
+    """A line of the table."""
+    start, _ = measured(work, folders[START])
+    cells, times = [], dict[int, float]()
+    for n in sizes:
+        if times and n / max(times) * times[max(times)] > longest:
+            cells.append("not measured | ")
+            continue
+        times[n], memory = measured(work, folders[n])
+        cells.append(f"{times[n]:.1f} | {memory:.2f}")
+    few, many = min(times), max(times)
+    power = ""
+    if many > few and min(times.values()) > 1.1 * start:
+        power = f"{math.log((times[many] - start) / (times[few] - start)) / math.log(many / few):.1f}"
+    return f"| {work} | {' | '.join(cells)} | {power} |"
 
 
 if __name__ == "__main__":

@@ -46,17 +46,16 @@ def make(folder: Path, rows: int, dim: int, dtype: str) -> None:
 
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(dim, generator=generator)
-    # As many sketches as fit into 64 MiB, given out again and again: drawing a million takes longer than all the rest.
-    drawn = (1 << 24) // dim
+    drawn = (1 << 24) // dim  # 64 MiB of them
     with SketchStore.create(folder / "train", manifest(dim, dtype)) as store:
-        table = encode(torch.randn(drawn, dim, generator=generator) + 0.2 * common, dtype)
         for first in range(0, rows, drawn):
             count = min(drawn, rows - first)
+            table = encode(torch.randn(count, dim, generator=generator) + 0.2 * common, dtype)
             infos = [
                 RowInfo(f"train-{first + i:08d}", pass_rate=0.5, tokens=1000, norm=1.0, row=i)
                 for i in range(count)
             ]
-            store.append(infos, {name: tensor[:count] for name, tensor in table.items()})
+            store.append(infos, table)
         store.compact()
     with SketchStore.create(folder / "valid", manifest(dim, dtype)) as store:
         for i in range(SETS * PER_SET):
