@@ -15,6 +15,7 @@ from support.made_data import make_records, write_lines
 
 from cropi.data import rows_out
 from cropi.data.export import check_export, export
+from cropi.data.readers import read_trajectories
 from cropi.errors import CropiError
 
 
@@ -94,6 +95,29 @@ def test_rows_are_those_of_the_prompts_whichever_column_holds_the_id(
     with pytest.raises(CropiError, match=f"by its column '{other}', row . is the prompt '1', but it holds"):
         export(tmp_path / "no.jsonl", ["1", "4"], dataset=data, trajectories=[records], id_key=other)
     assert not (tmp_path / "no.jsonl").exists()
+
+
+def test_a_template_around_a_prompt_is_no_other_prompt(tmp_path: Path) -> None:
+    """Dumps of slime and verl hold prompts as they were rendered, and their datasets hold the words alone."""
+    data = write_lines(tmp_path / "data.jsonl", [{"id": i, "prompt": f"q{i}"} for i in range(3)])
+    rows = [
+        {
+            "id": i,
+            "prompt": f"<user>\nq{i}<end>",
+            "responses": ["a", "b"],
+            "rewards": [1, 0],
+            "rendered": True,
+        }
+        for i in range(3)
+    ]
+    records = write_lines(tmp_path / "records.jsonl", rows)
+    check_export("jsonl", trajectories=records, dataset=data, records=list(read_trajectories(records)))
+    export(tmp_path / "out.jsonl", ["2"], dataset=data, trajectories=records)
+    assert read_back(tmp_path / "out.jsonl") == [{"id": 2, "prompt": "q2"}]
+    for change in ({"rendered": None}, {"prompt": "<user>\nq9<end>"}):
+        write_lines(records, [row | change for row in rows])
+        with pytest.raises(CropiError, match="row 2 is the prompt '2', but it holds"):
+            export(tmp_path / "no.jsonl", ["2"], dataset=data, trajectories=records)
 
 
 def test_columns_that_agree_are_no_question(tmp_path: Path) -> None:

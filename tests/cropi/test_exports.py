@@ -27,7 +27,6 @@ from cropi.ranking.selection import read_selection, select, write_selection
 from cropi.ranking.table import write_scores
 from cropi.store.shards import RowInfo
 from cropi.trainers.dumps.nemo_rl import read_dump as read_nemo
-from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import group_rollouts
 from cropi.trainers.dumps.verl import read_dump as read_verl
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
@@ -179,7 +178,8 @@ def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
         with pytest.raises(SystemExit):
             cropi(*base, *words)
     error = capsys.readouterr().err
-    assert "--format parquet needs the prompts' rows" in error and "say what --export FILE holds" in error
+    assert "--format parquet needs the prompts' rows" in error
+    assert "what --export FILE holds is said by --format; give it too" in error
 
 
 # ----------------------------------------------------------------------------------------------------- dumps
@@ -339,8 +339,20 @@ def test_verl_text_dumps_are_read_and_called_lossy(
     convert[1:3] = dumps
     assert cropi(*convert, "--id-key", "nothing") == 2
     assert "'nothing': is missing in this row, which holds 'input', 'output'" in capsys.readouterr().err
-    with pytest.raises(CropiError, match="no row of the dataset renders"), pytest.warns(LossyTokens):
-        list(read_verl(files[0], Reading(prompts={})))
+    write_lines(tmp_path / "data.jsonl", rows[1:])
+    assert (
+        cropi(
+            "convert",
+            *dumps,
+            "--out",
+            tmp_path / "t.jsonl",
+            *dataset[:1],
+            tmp_path / "data.jsonl",
+            *dataset[2:],
+        )
+        == 2
+    )
+    assert "no row of the dataset renders to" in capsys.readouterr().err
 
 
 def slime_samples() -> list[dict[str, Any]]:
@@ -407,10 +419,8 @@ def test_nemo_rl_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (
         "'token_ids': should have one value for each of 3 rollouts, got 4 values" in capsys.readouterr().err
     )
-    assert cropi(*convert, "--dataset", source, "--model", "x") == 2
-    assert (
-        "--dataset and --model are for verl's text dumps and for chat completions" in capsys.readouterr().err
-    )
+    assert cropi(*convert, "--dataset", source) == 2
+    assert "--dataset and --model are needed together" in capsys.readouterr().err
 
 
 def test_rollouts_of_several_policies_need_logprobs() -> None:

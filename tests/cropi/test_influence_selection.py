@@ -16,7 +16,7 @@ from support.made_data import write_lines
 
 from cropi.errors import CropiError
 from cropi.ranking.influence import Scores, influence, score_rows, validation_means
-from cropi.ranking.report import best_and_worst, plot_scores
+from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts
 from cropi.ranking.selection import fuse_ranks, select, write_selected_records, write_selection
 from cropi.ranking.selection_files import CopiedPrompts
 from cropi.ranking.table import read_scores, write_scores
@@ -312,6 +312,9 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
         ["10", "j"],
     ]
     assert text[1].endswith("1+1=") and len(best_and_worst(scores, chosen, count=50).splitlines()) == 11
+    begun = [{"id": name, "prompt": f"<system>\n{'Be helpful. ' * 9}<user>\n{name} + 1"} for name in "abc"]
+    texts = prompt_texts([row | {"responses": ["2", "3"], "rewards": [1, 0]} for row in begun], ["a", "b"])
+    assert texts == {"a": "...a + 1", "b": "...b + 1"}
     long = replace(scores, rows=[replace(row, id=row.id + 4000 * "x") for row in scores.rows])
     assert max(map(len, best_and_worst(long, chosen, count=2).splitlines())) < 200
     plot_scores(tmp_path / "scores.png", scores, chosen)

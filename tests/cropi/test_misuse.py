@@ -90,6 +90,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "sketch: a token id": (
         lambda: cropi.sketch(model(), [{**record("a"), "prompt_ids": [10**6]}], **QUIET), "token id 1000000 is beyond",
     ),
+    "score: no gradient": (
+        lambda: cropi.score(model(), TRAIN, [record("v") | {"response_ids": [[8, 1]], "rewards": [1.0]}], **QUIET),
+        r"with --columns id=\); .* or leave the set out \(in Python columns= for --columns\)$",
+    ),
     "influence: paths": (lambda: cropi.influence("a", "b"), "train is a str"),  # type: ignore[arg-type]
     "influence: none": (lambda: cropi.influence(store(), []), "valid is empty"),
     "influence: other specs": (

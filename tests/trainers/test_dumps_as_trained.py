@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.made_data import make_tokenizer
+from support.made_data import make_tokenizer, write_lines
 from support.made_dumps import KINDS, MORE, ROLLOUTS, TEMPERATURE, made, write
 
 from cropi.cli import main
@@ -24,6 +24,7 @@ from cropi.gradient.tokenize import Tokenize
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.fields import BadSample
 from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.dumps.slime import read_dump as read_slime
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.openrlhf import recording
 from cropi.trainers.skyrl.record import rollout_of as of_skyrl
@@ -232,3 +233,60 @@ def test_a_folder_stands_for_its_files_without_those_of_validation(
     write(results / "aggregated_results.jsonl", [{"eval/all/avg_score": 0.5}])
     with pytest.warns(UserWarning, match=r"aggregated_results.jsonl, which by their names are of validation"):
         assert len(rewards(results)) == 2
+
+
+# ------------------------------------------------------------------------------------------- whose prompts they are
+def test_slimes_ids_are_those_of_the_metadata(tmp_path: Path) -> None:
+    """Where `cropi select --format slime` has put them; without one a prompt is named by a hash."""
+    content = made("slime")
+    path = write(tmp_path / "7.pt", content)
+    assert [rollout.id for rollout in read_slime(path)] == ["m0", "m0", "m1", "m1"]
+    for sample in content["samples"][2:]:
+        sample["metadata"] = {"name": "m1"}
+    ids = [rollout.id for rollout in read_slime(write(tmp_path / "8.pt", content))]
+    assert ids[:2] == ["m0", "m0"] and ids[2] == ids[3] and ids[2].startswith("text-")
+
+
+@pytest.mark.parametrize("held", ["text", "messages"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_prompts_that_a_dump_does_not_name_are_found_in_the_dataset(
+    tmp_path: Path, held: str, chat: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NeMo-RL writes tokens alone, verl the text without special tokens, ms-swift messages."""
+    tokenizer = make_tokenizer(chat=chat)
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [[{"role": "user", "content": f"q{i}"}] for i in range(2)]
+    rows = [{"id": f"p{i}", "prompt": turns[i] if held == "messages" else f"q{i}"} for i in range(2)]
+    texts = [
+        tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False)
+        if chat
+        else one[0]["content"]
+        for one in turns
+    ]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    tokens = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+    exact = [
+        {"content": ["..."], "rewards": [float(k)], "input_lengths": [len(ids) + 2], "token_ids": [[*ids, 5, 1]],
+         "token_loss_mask": [[0] * len(ids) + [1, 1]], "sample_loss_mask": [1.0],
+         "generation_logprobs": [[0.0] * len(ids) + [-1.0, -1.0]]} for ids in tokens for k in range(2)
+    ]  # fmt: skip
+    nemo = write_lines(tmp_path / "train_data_step1.jsonl", [row | {"idx": i} for i, row in enumerate(exact)])
+    lossy = [
+        {"input": one, "output": f"a{k}", "gts": "g", "score": k, "step": 1}
+        for one in texts
+        for k in range(2)
+    ]
+    verl = write_lines(tmp_path / "1.jsonl", lossy)
+    as_record = turns[0] if chat else "q0"
+    for source in (nemo, verl):
+        command = ["convert", str(source), "--out", str(tmp_path / "out.jsonl"), "--temperature", "1"]
+        command += ["--dataset", str(data), "--model", str(tmp_path / "model")]
+        assert main(command) == 0, capsys.readouterr().err
+        found = list(read(tmp_path / "out.jsonl"))
+        assert [group.id for group in found] == ["p0", "p1"] and found[0].prompt == as_record
+        # What is scored are the tokens that the policy read.
+        assert list(Tokenize(tokenizer, 98)(found[0]).prompt) == tokens[0]
+    write_lines(data, rows[1:])
+    assert main([*command, "--skip-bad"]) == 0
+    assert "left out      2 samples: 2 by prompt" in capsys.readouterr().out
+    assert main(command) == 2 and "no row of the dataset renders to" in capsys.readouterr().err

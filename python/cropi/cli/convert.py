@@ -35,8 +35,8 @@ def add_options(command: Parser) -> None:
     command.add_argument(
         "--id-key", metavar="KEY",
         help="which field holds the prompt's id: a column of the file (dots lead into nested ones), or a key of "
-        "slime's metadata (default: verl's extra_info.index, prime-rl's task and example_id, else a hash of the "
-        "prompt)",
+        "slime's metadata (default: verl's extra_info.index, slime's id, prime-rl's task and example_id, else a hash "
+        "of the prompt)",
     )  # fmt: skip
     command.add_argument(
         "--temperature",
@@ -81,12 +81,12 @@ def add_options(command: Parser) -> None:
     text = command.add_argument_group("dumps that lack prompts or token ids")
     text.add_argument(
         "--dataset", metavar="FILE",
-        help="for verl's text (.jsonl): the dataset of the run, to find the prompts' ids and messages; for a batch of "
-        "requests: its input file, which has the prompts",
+        help="the dataset of the run, to find the ids and messages of prompts that the dump does not name; for a batch "
+        "of requests: its input file, which has the prompts",
     )  # fmt: skip
     text.add_argument(
         "--model", metavar="PATH_OR_ID",
-        help="the model whose tokenizer rendered verl's prompts, or wrote the tokens of chat completions",
+        help="the model whose tokenizer rendered the prompts, or wrote the tokens of chat completions",
     )  # fmt: skip
     text.add_argument(
         "--trust-remote-code", action="store_true",
@@ -135,21 +135,19 @@ def _source(args: argparse.Namespace) -> str:
     """
     from cropi.errors import CropiError
     from cropi.trainers.dumps.auto import expanded
-    from cropi.trainers.dumps.recognise import WORDS, recognise
+    from cropi.trainers.dumps.recognise import RECORDS, WORDS, recognise
 
     source: str = args.source
     if source == "auto" and (args.dataset or args.model or args.reward):
         source = recognise(expanded(args.files, lambda line: None)[0]).source
-    if args.dataset or args.model:
-        if source not in ("verl", "openai"):
-            raise CropiError(
-                f"--dataset and --model are for verl's text dumps and for chat completions; {WORDS[source]} hold the "
-                "prompts"
-            )
-        if source == "verl" and not (args.dataset and args.model):
-            raise CropiError(
-                "--dataset and --model are needed together: prompts are found by their rendered text"
-            )
+    if source == RECORDS and (args.dataset or args.model):
+        raise CropiError(
+            "--dataset and --model are for dumps that do not name their prompts; records have ids"
+        )
+    if source != "openai" and bool(args.dataset) != bool(args.model):
+        raise CropiError(
+            "--dataset and --model are needed together: prompts are found by what the model's template makes of them"
+        )
     if args.reward and source not in ("vllm", "openai"):
         raise CropiError(f"--reward is for vLLM's outputs and chat completions; {WORDS[source]} hold rewards")
     return source
@@ -161,11 +159,11 @@ def _reading(args: argparse.Namespace, source: str) -> Reading:
     from cropi.trainers.dumps.auto import Reading
     from cropi.trainers.dumps.scoring import Scorer
 
-    by_text = args.dataset and source == "verl"
+    by_text = args.dataset and source != "openai"
     return Reading(
         id_key=None if by_text else args.id_key, temperature=args.temperature, steps=args.steps,
         allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
-        requests=args.dataset if source == "openai" else None, prompts=_prompts(args) if by_text else None,
+        requests=args.dataset if source == "openai" else None, prompts=_prompts(args, source) if by_text else None,
         tokenizer=(lambda: _tokenizer(args)) if args.model else None,
         scorer=Scorer(args.reward) if args.reward else None,
     )  # fmt: skip
@@ -187,13 +185,9 @@ def _tokenizer(args: argparse.Namespace) -> Any:
     return load_tokenizer(args.model, eos=False, trust_remote_code=args.trust_remote_code)
 
 
-def _prompts(args: argparse.Namespace) -> Any:
-    from cropi.data.export import read_dataset
-    from cropi.data.prompt_ids import PromptIds
-    from cropi.data.rows_out import rows_of
-    from cropi.trainers.dumps.verl import prompts_by_text
+def _prompts(args: argparse.Namespace, source: str) -> Any:
+    from cropi.trainers.dumps.named import DatasetPrompts
     from cropi.trainers.verl.selected import ID_KEY
 
-    table = read_dataset(args.dataset)
-    ids = PromptIds(table, args.id_key or ID_KEY, args.dataset, "--id-key")
-    return prompts_by_text(rows_of(table, range(len(ids))), ids.names, _tokenizer(args))
+    first = ID_KEY if source == "verl" else None
+    return DatasetPrompts.of(args.dataset, args.id_key, _tokenizer(args), first)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
 
 
+OF_EXPORT = ("format", "dataset", "id-key", "data-source")
+
+
 def add_options(command: Parser) -> None:
     """Declare the options."""
     command.add_argument("--export", metavar="FILE", help="write the chosen prompts there for a trainer")
@@ -36,9 +39,10 @@ def check(args: argparse.Namespace, groups: PromptGroups | None) -> None:
     from cropi.data.saved import check_hub_name
     from cropi.errors import CropiError
 
-    given = args.format or args.dataset or args.id_key or args.data_source
+    given = [f"--{name}" for name in OF_EXPORT if getattr(args, name.replace("-", "_"))]
     if given and not (args.export or args.push_to_hub):
-        args.parser.error("--format and --dataset say what --export FILE holds; give it too")
+        more = "; ids of a dump: `cropi convert --id-key`" if given == ["--id-key"] else ""
+        args.parser.error(f"what --export FILE holds is said by {' and '.join(given)}; give it too{more}")
     if args.private and not args.push_to_hub:
         args.parser.error("--private is for --push-to-hub; give it too")
     form = options.export_format(args)

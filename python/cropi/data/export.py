@@ -16,6 +16,7 @@ from cropi.data import coded, saved
 from cropi.data.formats import begins, ending_of
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
+from cropi.data.keys import RENDERED
 from cropi.data.lines import MARK, lines_of, values_of
 from cropi.data.opened import peek, unpacked
 from cropi.data.readers import read
@@ -350,7 +351,11 @@ def located(
     """
     table = read_dataset(dataset)
     chosen = read(trajectories, skip_bad=True).take(ids) if trajectories else ()
-    known = [PromptGroup(group.id, group.prompt, None, []) for group in chosen]  # without the rollouts
+    # Without the rollouts.
+    known = [
+        PromptGroup(group.id, group.prompt, None, [], extra={RENDERED: group.extra.get(RENDERED)})
+        for group in chosen
+    ]
     known = known or [PromptGroup(name, None, None, []) for name in ids]
     of_rows = dataset_ids(table, _called(dataset), id_key, known)
     return table, of_rows.places(ids), of_rows.names

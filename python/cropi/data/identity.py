@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.forms import HASHED
+from cropi.data.keys import RENDERED
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.data.records import PromptGroup
 from cropi.data.spilled import Rows
@@ -87,6 +88,14 @@ def _check_rows(
         row = ids.place[record.id]
         there = table[row].get(key) if isinstance(table, Rows) else table.column(key)[row].as_py()
         mine, theirs = _comparable(record.prompt), _comparable(there)
+        # A template stands around what a dump holds.
+        if (
+            record.extra.get(RENDERED)
+            and isinstance(mine, str)
+            and isinstance(theirs, str)
+            and theirs in mine
+        ):
+            continue
         if mine is not None and theirs is not None and type(mine) is type(theirs) and mine != theirs:
             raise CropiError(
                 f"dataset: {path}: by its column {ids.column!r}, row {row} is the prompt {record.id!r:.100}, but it "
@@ -99,8 +108,9 @@ def _remedy(missing: str) -> str:
     if not missing.startswith(HASHED):
         return "give the dataset that the rollouts were made from"
     return (
-        "the trajectories name no ids, so that theirs are hashes of their prompts: give them the dataset's ids (of "
-        "verl's text `cropi convert --dataset FILE --model MODEL` finds these by the prompts), or leave the dataset out"
+        "the trajectories name no ids, so that theirs are hashes of their prompts: give them the dataset's ids "
+        "(`cropi convert` takes them from a key of the dump by --id-key, or finds them by the prompts in --dataset, "
+        "with --model), or leave the dataset out"
     )
 
 

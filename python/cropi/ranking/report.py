@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 from cropi.data.chat import text_of
@@ -60,15 +61,19 @@ def _begun(name: str) -> str:
 
 
 def prompt_texts(trajectories: Any, ids: Sequence[str], width: int = 60) -> dict[str, str]:
-    """The beginning of the prompts with these ids, on one line each.
+    """The beginning of the prompts with these ids, on one line each; where all begin alike, as behind a template's
+    system message, what follows.
 
     ``trajectories`` is what :func:`cropi.data.readers.read` takes or gave.
     """
     texts = {}
     for group in read(trajectories, skip_bad=True).take(ids, missing_ok=True):
         prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
-        text = " ".join("".join(c if c.isprintable() else " " for c in prompt).split())
-        texts[group.id] = text if len(text) <= width else text[: width - 3] + "..."
+        texts[group.id] = " ".join("".join(c if c.isprintable() else " " for c in prompt).split())
+    alike = commonprefix(list(texts.values())).rfind(" ") + 1 if len(texts) > 1 else 0
+    for name, text in texts.items():
+        text = f"...{text[alike:]}" if alike > width // 2 else text
+        texts[name] = text if len(text) <= width else text[: width - 3] + "..."
     return texts
 
 

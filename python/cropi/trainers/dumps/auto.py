@@ -327,4 +327,6 @@ def groups_of(
         return read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns))
     check_copies(paths)
     rollouts = rollouts_of(paths, kind, reading, left)
+    if reading.prompts is not None:
+        rollouts = left.each(rollouts, reading.prompts.named)
     return group_rollouts(rollouts, steps=reading.steps, left=left)

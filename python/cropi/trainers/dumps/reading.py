@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cropi.trainers.dumps.pickled import LARGEST
+
+if TYPE_CHECKING:
+    from cropi.trainers.dumps.named import DatasetPrompts
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Reading:
         largest: bytes that a dump may have (:func:`cropi.trainers.dumps.pickled.check_size`).
         columns: ``{"reward": name}`` for TRL's files.
         requests: the input file of a batch of requests.
-        prompts: verl's prompts by their text.
+        prompts: of the run's dataset, where the dump does not name them.
         tokenizer: gives the model's tokenizer, for tokens that are written as text.
         scorer: a :class:`cropi.trainers.dumps.scoring.Scorer`, in place of the rewards of vLLM's and servers' files.
     """
@@ -33,7 +36,7 @@ class Reading:
     largest: int = LARGEST
     columns: Mapping[str, str] = field(default_factory=dict)
     requests: str | None = None
-    prompts: Mapping[str, Any] | None = None
+    prompts: DatasetPrompts | None = None
     tokenizer: Callable[[], Any] | None = None
     scorer: Any = None
 

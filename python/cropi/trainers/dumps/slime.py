@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.checked import is_id
 from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import (
     BadSample,
@@ -36,6 +37,7 @@ from cropi.trainers.dumps.rollout import answer as plain_answer
 from cropi.trainers.dumps.rows import named_reward
 
 WHAT = "a rollout dump of slime"
+ID_KEY = "id"  # of the metadata: where `cropi select --format slime` puts it
 
 
 def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
@@ -43,10 +45,10 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
 
     Args:
         path: the ``.pt`` file.
-        reading: its ``id_key`` is a key of a sample's ``metadata``; None: a hash of the prompt's tokens, because
-            slime's ``group_index`` counts groups over the run and is another one in the next epoch. Its temperature is
-            that of the sampling (``--rollout-temperature``). Its ``columns`` may be ``{"reward": name}``, the reward to
-            take of samples whose reward is a table.
+        reading: its ``id_key`` is a key of a sample's ``metadata``; None: ``id`` where there is one, else a hash of the
+            prompt's tokens, because slime's ``group_index`` counts groups over the run and is another one in the next
+            epoch. Its temperature is that of the sampling (``--rollout-temperature``). Its ``columns`` may be
+            ``{"reward": name}``, the reward to take of samples whose reward is a table.
         left: takes the samples that are left out; None raises at the first bad one.
 
     Raises:
@@ -198,10 +200,11 @@ def _reward(held: Any, key: str | None, where: str) -> float:
 
 def _id(sample: Mapping[str, Any], prompt: list[int], key: str | None, where: str) -> str:
     """The prompt's id: what ``key`` names in the metadata, or a hash of the prompt's tokens."""
-    if key is None:
-        return text_id(" ".join(map(str, prompt)))
     metadata = sample.get("metadata")
-    name = metadata.get(key) if isinstance(metadata, Mapping) else None
+    name = metadata.get(key or ID_KEY) if isinstance(metadata, Mapping) else None
+    if key is None and not is_id(name):
+        return text_id(" ".join(map(str, prompt)))
+    key = key or ID_KEY
     if name is None:
         raise BadSample(
             where, "metadata", f"has no {shown(key)}",

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.formats import ending_of
-from cropi.data.values import without_empty
 from cropi.errors import CropiError, optional
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
 from cropi.trainers.dumps.lines import json_lines
@@ -44,7 +43,6 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     Args:
         path: ``.jsonl``, ``.pt`` or ``.dp``.
         reading: its ``id_key`` is ``extra_info.index``, unless it is given (in text, the hash of the prompt's text);
-            its ``prompts`` are, for text, ``(id, messages)`` by the prompt's decoded text, see :func:`prompts_by_text`;
             its ``columns`` may be, for text, ``{"reward": name}``, where that is not ``score``.
         left: takes the samples that are left out; None raises at the first bad one.
 
@@ -70,33 +68,8 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
     yield from rollouts(path, saved, reading.id_key or ID_KEY, reading.temperature, left)
 
 
-def prompts_by_text(rows: Any, ids: list[str], tokenizer: Any, prompt_key: str = "prompt") -> dict[str, Any]:
-    """``(id, messages)`` of every row of a dataset by the text that verl's dump shows of its prompt.
-
-    That text is the rendered prompt, tokenised and decoded without special tokens.
-
-    Args:
-        rows: dictionaries with messages under ``prompt_key``.
-        ids: their prompt ids.
-        tokenizer: the policy's.
-    """
-    by_text: dict[str, Any] = {}
-    for name, row in zip(ids, rows, strict=True):
-        messages = without_empty(row[prompt_key])
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if text in by_text:
-            raise CropiError(
-                f"the prompts {by_text[text][0]!r} and {name!r} have the same text, so the dump does not "
-                "tell them apart; record exact rollouts instead (docs/trainers.md)"
-            )
-        by_text[text] = (name, messages)
-    return by_text
-
-
 def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
-    id_key, prompts = reading.id_key, reading.prompts
+    id_key = reading.id_key
     warn_text(path, left, "text without special tokens", "dump token ids to be exact (skip.rollout_tq)")
 
     def read(line: tuple[str, dict[str, Any]]) -> Rollout:
@@ -106,23 +79,16 @@ def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
                 raise BadSample(
                     where, key, f"is missing, so this is not a rollout dump of verl ({names(row)})"
                 )
-        shown_prompt, response = (_words(row[key], key, where) for key in ("input", "output"))
+        prompt, response = (_words(row[key], key, where) for key in ("input", "output"))
         if not response:
             raise Unused(where, "output", "is empty")
         if isinstance(row.get("uid"), str) and re.fullmatch(r".+_\d+_[1-9]\d*", row["uid"]):
             raise BadSample(where, "uid", f"{shown(row['uid'])}: {SEVERAL}")
-        name, prompt = text_id(shown_prompt), shown_prompt
+        name = text_id(prompt)
         if id_key is not None:
             if row.get(id_key) is None:
                 raise BadSample(where, shown(id_key), f"is missing in this row, which holds {names(row)}")
             name = prompt_id(row[id_key], shown(id_key), where)
-        elif prompts is not None:
-            if shown_prompt not in prompts:
-                raise BadSample(
-                    where, "input", f"no row of the dataset renders to the prompt {shown(shown_prompt)}",
-                    "give the dataset and the model that the rollouts were made with, or pass --skip-bad",
-                )  # fmt: skip
-            name, prompt = prompts[shown_prompt]
         return checked(Rollout(
             id=name, reward=_score(row, reading.columns.get("reward"), where), where=where,
             step=whole(row["step"], "step", where), prompt=prompt, response=response, answer=row.get("gts"),

@@ -1,0 +1,97 @@
+"""Prompts of a dump that names none: found in the dataset of the run, by what the policy read of each row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from cropi.data.chat import text_of
+from cropi.data.export import read_dataset
+from cropi.data.identity import PROMPT_KEYS, dataset_ids
+from cropi.data.prompt_ids import column_values
+from cropi.data.rows_out import rows_of
+from cropi.data.values import without_empty
+from cropi.errors import CropiError
+from cropi.trainers.dumps.fields import BadSample, shown
+from cropi.trainers.dumps.rollout import Rollout
+
+
+class DatasetPrompts:
+    """The ids and prompts of a dataset, by their tokens and texts.
+
+    Args:
+        rows: the dataset's, with text or messages under one of :data:`PROMPT_KEYS`.
+        ids: their prompt ids.
+        tokenizer: the policy's, whose chat template rendered the prompts.
+
+    Raises:
+        CropiError: a row without a prompt, or two prompts that no dump tells apart.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], ids: Iterable[str], tokenizer: Any) -> None:
+        self._found: dict[Any, tuple[str, Any]] = {}
+        for name, row in zip(ids, rows, strict=True):
+            prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
+            if prompt is None:
+                raise CropiError(f"dataset: the row {name!r:.100} has no prompt ({', '.join(PROMPT_KEYS)})")
+            prompt = without_empty(prompt)
+            held, keys = _read_as(prompt, tokenizer)
+            for key in keys:
+                other = self._found.setdefault(key, (name, held))[0]
+                if other != name:
+                    raise CropiError(
+                        f"the prompts {other!r} and {name!r} have the same text, so the dump does not tell them apart; "
+                        "record exact rollouts instead (docs/trainers.md)"
+                    )
+
+    @classmethod
+    def of(cls, dataset: str, id_key: str | None, tokenizer: Any, first: str | None = None) -> DatasetPrompts:
+        """Those of a file, folder or data set of the hub; its ids are in the column ``id_key``.
+
+        Args:
+            dataset, tokenizer: see there.
+            id_key: None: the column ``first``, if it is there, else as exports find it.
+        """
+        table = read_dataset(dataset)
+        if id_key is None and first is not None and column_values(table, first)[1][0] is not None:
+            id_key = first
+        ids = dataset_ids(table, dataset, id_key)
+        return cls(rows_of(table, range(len(ids.names))), ids.names, tokenizer)
+
+    def named(self, rollout: Rollout) -> Rollout:
+        """The rollout with the id and the prompt of its row.
+
+        Raises:
+            BadSample: no row is its prompt.
+        """
+        key = rollout.prompt if rollout.prompt_ids is None else tuple(rollout.prompt_ids)
+        found = self._found.get(key.strip() if isinstance(key, str) else _hashable(key))
+        if found is None:
+            read = rollout.prompt if rollout.prompt is not None else rollout.prompt_ids
+            raise BadSample(
+                rollout.where, "prompt", f"no row of the dataset renders to {shown(read)}",
+                "give the dataset and the model that the rollouts were made with, or pass --skip-bad",
+            )  # fmt: skip
+        return replace(rollout, id=found[0], prompt=found[1])
+
+
+def _read_as(prompt: Any, tokenizer: Any) -> tuple[Any, Iterable[Any]]:
+    """A prompt as a record holds it, and as dumps do: its tokens, its text with and without special tokens, and itself.
+
+    Of a dump a record's text gets no template, so that with one it is messages.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        held = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(held, add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        held = text = prompt if isinstance(prompt, str) else text_of(prompt)
+        tokens = tokenizer(text)["input_ids"]
+    texts = {text.strip(), tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+    return held, {tuple(tokens), prompt.strip() if isinstance(prompt, str) else _hashable(prompt)} | texts
+
+
+def _hashable(prompt: Any) -> Any:
+    return prompt if isinstance(prompt, tuple) else json.dumps(prompt, sort_keys=True)
