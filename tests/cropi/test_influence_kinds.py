@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer
-from support.stores import in_memory
+from support.stores import in_memory, on_disk
 
 import cropi
 from cropi.errors import CropiError
@@ -20,6 +21,7 @@ from cropi.ranking.influence import SharedPrompts, influence
 from cropi.ranking.leave_one_out import leave_one_out
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.resampled import NearestSet
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
@@ -193,6 +195,35 @@ def test_kinds_survive_the_score_table_and_the_choice(stores: Any, tmp_path: Pat
     assert sure is not None and "of the nearest prompt" in str(sure)
     assert select(back, count=3).ids == select(scores, count=3).ids
     assert np.isfinite(back.p_selected).sum() == 29  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_influence_over_checkpoints_is_the_weighted_sum(metric: str, tmp_path: Path) -> None:
+    """TracIn's formula, written out in float64; saved, read and chosen from like any other scores."""
+    rng, rates = np.random.default_rng(3), [2e-3, 5e-4]
+    made, wanted = [], np.zeros((12, 1))
+    for t, rate in enumerate(rates):
+        train, valid = rng.normal(size=(12, 16)), rng.normal(size=(4, 16)) + 1
+        train[t] = 0.0
+        stores = on_disk(tmp_path / f"t{t}", train, "t"), on_disk(tmp_path / f"v{t}", valid, "v")
+        made.append(influence(stores[0], [stores[1]], metric=metric))
+        mean = valid.mean(axis=0)
+        with np.errstate(invalid="ignore"):
+            lengths = np.linalg.norm(train, axis=1) * np.linalg.norm(mean) if metric == "cosine" else 1.0
+            wanted[:, 0] += rate * (train @ mean) / lengths
+    wanted[:2] = np.nan
+    total = Scores.summed(made, rates)
+    np.testing.assert_allclose(total.table, wanted, rtol=1e-5, atol=1e-9)
+    total.save(tmp_path / "scores.parquet")
+    chosen = Scores.open(tmp_path / "scores.parquet").select(0.25).ids
+    assert chosen == [f"t{i:03d}" for i in np.argsort(-wanted[2:, 0])[:3] + 2]
+    with pytest.raises(CropiError, match=r"weights are \[0.002\] for 2 score tables"):
+        Scores.summed(made, rates[:1])
+    with pytest.raises(CropiError, match="scores 1 are of other ids than scores 0"):
+        Scores.summed([made[0], replace(made[1], rows=[RowInfo(f"x{i:03d}") for i in range(12)])])
+    other = replace(made[1], meta=made[1].meta | {"metric": "other"})
+    with pytest.raises(CropiError, match=f"made with metric 'other', and scores 0 with '{metric}'"):
+        Scores.summed([made[0], other])
 
 
 def test_self_influence_is_the_squared_length(stores: Any) -> None:

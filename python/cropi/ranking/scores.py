@@ -118,6 +118,54 @@ class Scores:
 
         write_scores(path, self)
 
+    @classmethod
+    def summed(cls, several: Sequence[Scores], weights: Sequence[float] | None = None) -> Scores:
+        """The influence over several checkpoints: the scores by the sketches under each, times a weight, and added.
+
+            score[s, v] = sum_t weight_t score_t[s, v]
+
+        With the learning rates as weights and ``metric="dot"`` it is TracIn (Pruthi et al., *Estimating Training Data
+        Influence by Tracing Gradient Descent*, 2020), with cosines what LESS ranks by. NaN where one of the scores is;
+        ``rows`` are those of the first; standard errors and chances are not known of a sum, and are left out.
+
+        Args:
+            several: of the same prompts and validation sets, by one metric.
+            weights: one for each, finite; None: 1.
+
+        Raises:
+            CropiError: no scores, of other prompts or sets or made otherwise, or weights that are not one for each.
+
+        >>> from cropi.store.rows import RowInfo
+        >>> early, late = (Scores([RowInfo("a")], ["sums"], np.array([[x]]), {}) for x in (0.1, 0.3))
+        >>> Scores.summed([early, late], [2.0, 1.0]).top("sums", 1)
+        [('a', 0.5)]
+        """
+        given = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
+        if not several or len(given) != len(several) or not all(map(math.isfinite, given)):
+            raise CropiError(
+                f"weights are {given!r:.100} for {len(several)} score tables: give a number for each"
+            )
+        first = several[0]
+        for number, other in enumerate(several[1:], 1):
+            for what in ("sets", "ids"):
+                if getattr(other, what) != getattr(first, what):
+                    raise CropiError(
+                        f"scores {number} are of other {what} than scores 0: give scores of the same training prompts "
+                        "and validation sets"
+                    )
+            for what in ("metric", "mean", "aggregate", "minus", "minus_weight"):
+                mine, theirs = (one.meta.get(what) for one in (first, other))
+                if mine != theirs:
+                    raise CropiError(
+                        f"scores {number} were made with {what} {theirs!r}, and scores 0 with {mine!r}: make all of "
+                        "them alike"
+                    )
+        table = sum(weight * one.table for weight, one in zip(given, several, strict=True))
+        kept = {
+            name: first.meta[name] for name in ("metric", "mean", "aggregate", "minus") if name in first.meta
+        }
+        return cls(first.rows, first.sets, np.asarray(table), kept | {"weights": given})
+
     def select(self, fraction: float = 0.1, **options: Any) -> Selection:
         """The best fraction of the prompts: :func:`cropi.ranking.selection.select`, with its options."""
         from cropi.ranking.selection import select
