@@ -279,14 +279,21 @@ class Stages(Recorder):
                 self.trainer.evaluate()
         self.merge()
         folder = self.folder / folder_of(stage)
-        if live is not None:
-            begun = time.monotonic()
-            valid = self._sources("valid", folder)
-            self._check_recorded(stage, ("valid",))
-            live.refresh(self.model, self.trainer._tokenizer, valid, stage, self.seed, self.ranks)
-            chosen = self._draw(live)
-            chosen.figures["seconds"] = time.monotonic() - begun
-            return chosen
+        return self._score(stage, folder, others) if live is None else self._refresh(live, stage, folder)
+
+    def _refresh(self, live: LiveRun, stage: int, folder: Path) -> Chosen:
+        """The next prompts of a live run, by the validation gradient under the present policy."""
+        begun = time.monotonic()
+        valid = self._sources("valid", folder)
+        self._check_recorded(stage, ("valid",))
+        live.refresh(self.model, self.trainer._tokenizer, valid, stage, self.seed, self.ranks)
+        chosen = self._draw(live)
+        chosen.figures["seconds"] = time.monotonic() - begun
+        return chosen
+
+    def _score(self, stage: int, folder: Path, others: float) -> Chosen | None:
+        """The prompts with the best scores under the present policy; ``others``: seconds of a stage's other work."""
+        options = self.options
         try:
             self._check_recorded(stage)
             return choose_prompts(
