@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from .. import _gpu
 from ..reduce import reduce_sketch
 from ..spec import SketchSpec
+from .backward_passes import BackwardPasses
 from .clock import Clock
 from .engine import Operators, engine_for
 from .groups import Grouped, Groups
@@ -51,6 +52,7 @@ class Accumulator:
         self.listener: Listener | None = None
         self._needed: dict[type[Operators], int] = {}  # by the last batch of each engine
         self._deaf = self._absent = False
+        self.backwards = BackwardPasses()  # of the open batch
         # While a model is tried: the messages of the errors that taps would have raised, by module.
         self.refusals: dict[str, str] | None = None
         self.clock = Clock(torch.device("cpu"))
@@ -84,7 +86,14 @@ class Accumulator:
         """The sketches [segments, base_dim] of the open batch, of each group of parameters; without groups, of all."""
         return self.engine.settled()
 
-    def begin(self, segments: Segments, device: torch.device, groups: Groups | None = None) -> None:
+    def begin(
+        self,
+        segments: Segments,
+        device: torch.device,
+        groups: Groups | None = None,
+        trained: Iterable[torch.Tensor] = (),
+    ) -> None:
+        """Open a batch; ``trained``: as for `BackwardPasses`."""
         shape = 1 if groups is None else len(groups.names), segments.count, self.spec.base_dim
         outs = torch.zeros(shape, dtype=torch.float32, device=device).unbind()
         if groups is None:
@@ -95,6 +104,7 @@ class Accumulator:
         # Nothing above may have left a batch open: memory can run out, a backend refuse.
         self.segments, self._engine = segments, engine
         self._passes += 1
+        self.backwards = BackwardPasses(trained)
         self.clock = Clock(device, self._passes)
         self._folds.clear()
 
@@ -115,13 +125,17 @@ class Accumulator:
         """Whether a backward pass that reaches ``where`` is to be added; ``segments`` is the batch of its forward.
 
         Raises:
-            RuntimeError: that batch has ended. The graph of one that failed may still be run in the next.
+            RuntimeError: that batch has ended (the graph of one that failed may still be run in the next), or what
+                `BackwardPasses.note` raises.
         """
         if self.segments is not segments:
             raise RuntimeError(
                 f"a backward pass reached {where} after its batch had ended: run it inside the batch"
             )
-        return not self._deaf
+        if self._deaf:
+            return False
+        self.backwards.note(where)
+        return True
 
     @property
     def listens(self) -> bool:

@@ -26,6 +26,7 @@ MIXED = (
     "has a gradient of its own: give position_ids that begin anew with each sequence and no attention_mask [batch, "
     "length] (most models of transformers keep sequences apart so), or one sequence a row"
 )
+CACHES = ("past_key_values", "cache")  # before and since transformers 5.24
 NOTHING, APART, LEAKS = range(3)  # what two runs show; of several ranks, the largest counts
 
 
@@ -48,7 +49,8 @@ class Apart:
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._decoder: nn.Module | None = None
         # The ranks of a sharded model run the same passes, whatever each one's rows hold.
-        if sharded.largest(model, int(self._second is not None and bool(self._second.any()))):
+        (several,) = sharded.largest(model, int(self._second is not None and bool(self._second.any())))
+        if several:
             with contextlib.suppress(ValueError):
                 self._decoder = split_parts(model).decoder
 
@@ -70,10 +72,10 @@ class Apart:
         """Whether a segment's hidden states depend on another's tokens, on any rank of a sharded model; None: nothing
         was seen that tells."""
         given = self._given()
-        if self._decoder is None or sharded.largest(self._model, int(given is None)):
+        if self._decoder is None or any(sharded.largest(self._model, int(given is None))):
             return None
         assert given is not None
-        seen = sharded.largest(self._model, self._seen(given))
+        (seen,) = sharded.largest(self._model, self._seen(given))
         return None if seen == NOTHING else seen == LEAKS
 
     def _given(self) -> torch.Tensor | None:
@@ -87,7 +89,7 @@ class Apart:
         if self._second is not None and given.shape != self._second.shape:
             return None
         # A call adds to keys and values.
-        return given if kwargs.get("past_key_values") is None else None
+        return given if all(kwargs.get(name) is None for name in CACHES) else None
 
     def _seen(self, given: torch.Tensor) -> int:
         assert self._call is not None
@@ -125,18 +127,15 @@ class Apart:
 
 
 class Tested:
-    """Which batches are looked at: all, until one has told. Of a sharded model those of the numbers 1, 2, 4, 8, ..., in
-    which its ranks wait for each other."""
+    """Which batches are looked at: all that were given a number for each token, until one has told. The ranks of a
+    sharded model look at the same ones."""
 
     def __init__(self, model: nn.Module, acc: Accumulator) -> None:
         self._model, self._acc, self._spread = model, acc, bool(sharded.units(model))
         self.done = False
-        self._batches = 0
 
     def next(self, segments: torch.Tensor) -> Apart | None:
         """What looks at the batch that begins; None: nothing."""
-        if self.done:
+        if self.done or not (self._spread or segments.ndim == 2):
             return None
-        self._batches += 1
-        due = self._batches & (self._batches - 1) == 0 if self._spread else segments.ndim == 2
-        return Apart(self._model, self._acc, segments) if due else None
+        return Apart(self._model, self._acc, segments)

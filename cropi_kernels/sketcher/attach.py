@@ -18,9 +18,11 @@ from .exact import ExactTaps
 from .matrix import MatrixSketch
 from .parts import PartLinearTap
 from .ranks import Ranks
+from .sharded import units
 from .tap_builder import TapBuilder, owners_of
 from .taps import Hook, LinearTap, Tap
 
+Places = dict[tuple[nn.Module, str], str]  # names of parameters, by their modules and their names there
 UNCOVERED = "uncovered"  # as a pattern of `exclude`: whatever has no tap
 
 
@@ -35,8 +37,25 @@ class Attachment:
     head_bias: VectorPlan | None
     exact: ExactTaps
     wanted: dict[nn.Parameter, str]  # names of what is sketched
+    places: Places
     head_adds: tuple[bool, bool] = (True, True)  # whether this rank adds the head's weight, and its bias
     ranks: Ranks | None = None  # of a tensor-parallel group
+
+    def check_places(self, model: nn.Module) -> None:
+        """Check that the sketched parameters are those of the same modules as when the taps were planned.
+
+        Raises:
+            ValueError: names one that is not.
+        """
+        if units(model):  # FSDP2 puts other tensors in the weights' places
+            return
+        now = _places(model, set(self.wanted.values()))
+        if moved := now.keys() ^ self.places.keys() or {p for p in now if now[p] != self.places[p]}:
+            name = min({**now, **self.places}[place] for place in moved)
+            raise ValueError(
+                f"{name} belongs to other modules than when this sketcher was made: modules were replaced, tied or "
+                "parametrized since, and those that came have no tap. Make a new sketcher"
+            )
 
     def hook(self) -> Iterator[Hook]:
         """Hook every tap to its module, one by one, so that a caller has those that are on when one fails."""
@@ -108,11 +127,15 @@ def plan_model(
         uncovered=left_out,
         shapes={name: tuple(p.shape) for p, name in wanted.items()},
     )
-    return _attachment(builder, accumulator, coverage, wanted)
+    return _attachment(builder, accumulator, coverage, wanted, _places(model, set(wanted.values())))
 
 
 def _attachment(
-    builder: TapBuilder, accumulator: Accumulator, coverage: Coverage, wanted: dict[nn.Parameter, str]
+    builder: TapBuilder,
+    accumulator: Accumulator,
+    coverage: Coverage,
+    wanted: dict[nn.Parameter, str],
+    places: Places,
 ) -> Attachment:
     """What a builder has made; the head's sketches, if its head is a linear layer."""
     head = builder.taps.get(builder.head) if builder.head is not None else None
@@ -127,9 +150,21 @@ def _attachment(
         head_bias=linear.bias if linear else None,
         exact=ExactTaps(accumulator, builder.exact),
         wanted=wanted,
+        places=places,
         head_adds=(weight, bias),
         ranks=builder.ranks,
     )
+
+
+def _places(model: nn.Module, names: set[str]) -> Places:
+    first: dict[int, str] = {}
+    found = {
+        (module, key): first.setdefault(id(p), canonical_name(f"{path}.{key}" if path else key))
+        for path, module in model.named_modules()
+        for key, p in module._parameters.items()
+        if p is not None
+    }
+    return {place: name for place, name in found.items() if name in names}
 
 
 def refused_modules(

@@ -277,10 +277,12 @@ class ExactTaps:
         assert segments is not None
         names, cast = ", ".join(exact.name for exact in edges), autocast_eps(ys[0].device)
 
-        @torch.no_grad()  # a backward pass that is differentiated again records its operations
+        def heard(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
+            if acc.hears(segments, names):
+                sink(grads, saved)
+
+        @torch.no_grad()  # a backward pass with create_graph records its operations
         def sink(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
-            if not acc.hears(segments, names):
-                return
             outputs, given, used = [], [], []
             for i, y, g, view in zip(where, ys, grads, views, strict=True):
                 if g is not None and view is None:
@@ -310,7 +312,7 @@ class ExactTaps:
                             )
                     self._add(edges, gradients, s, segments, unit)
 
-        return sink
+        return heard
 
     def _refuse(
         self, edges: Iterable[Exact], module: nn.Module, shape: torch.Size, segments: Segments
@@ -364,11 +366,10 @@ class ExactTaps:
         segments, acc, matrix = self._batch, self.acc, exact.matrix
         assert segments is not None
 
-        @torch.no_grad()
         def sink(grads: Sequence[torch.Tensor | None], saved: object) -> None:
             if not acc.hears(segments, exact.name) or grads[0] is None:
                 return
-            with acc.timed():
+            with acc.timed(), torch.no_grad():
                 dy, offsets = segments.tokens_first(grads[0], exact.name)
                 if 0 <= padding < matrix.rows:  # torch gives the padding row no gradient
                     dy = dy * (ids != padding).unsqueeze(-1)

@@ -21,9 +21,9 @@ from . import sharded
 from .apart import MIXED, Tested
 from .attention import right_backward
 from .batch_sketch import BatchSketch
-from .beside import check_heard, inside_compiled, watch_weights
+from .beside import check_heard, check_passes, inside_compiled, watch_weights
 from .coverage import Coverage
-from .decoder import output_embeddings, split_model, split_parts
+from .decoder import evaluating, output_embeddings, split_model, split_parts
 from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_segments
 from .head_adapters import base_of
@@ -186,7 +186,7 @@ class GradientSketcher:
     def batch(
         self, segments: torch.Tensor, *, shape: Sequence[int] | None = None, num_segments: int | None = None
     ) -> Iterator[BatchSketch]:
-        """Sketch the backward pass that runs inside the block: of any loss of one batch, after any forward.
+        """Sketch all backward passes that run inside the block: of any loss of one batch, after any forward.
 
         Args:
             segments: int64 ids per token [batch, length], or per row [batch] with ``shape=(batch, length)``; they must
@@ -201,12 +201,15 @@ class GradientSketcher:
         the model inside is made again when the block ends.
 
         Raises:
-            RuntimeError: outside the ``with`` block. ValueError: segments do not fit; says how.
+            RuntimeError: outside the ``with`` block, or a backward pass differentiates another. ValueError: segments do
+                not fit; says how.
             SelfTestError: what a tap gives is not autograd's gradient, the block uses a weight beside its module, or
-                taps were not heard; names the parameters or modules. Or tokens attend to another segment's.
+                taps were not heard; names the parameters or modules. Or tokens attend to another segment's, no backward
+                pass ran, or one raised an error.
         """
         self._active("batch")
         self._no_batch()
+        self._tapped.plan.check_places(self.model)
         check_tensors(segments=segments)
         batch, length = sizes(segments, shape)
         where = Segments.of(segments, batch, length, num_segments)
@@ -226,6 +229,7 @@ class GradientSketcher:
             result = BatchSketch()
             try:
                 yield result
+                check_passes(self._tapped.acc)
                 sketches = self._tapped.acc.end()
             except BaseException:
                 sharded.start_over(self.model)
@@ -423,7 +427,8 @@ class GradientSketcher:
                 with calls(self._tapped.plan.taps) as called:
                     split = split_model(self.model)
                 ids = few_rows(self.model, split.head.weight.shape[0], sharded.device_of(self.model))
-                self._tapped.mend(split.hidden, ids, called, split.decoder)
+                with evaluating(self.model):  # as when it was split
+                    self._tapped.mend(split.hidden, ids, called, split.decoder)
                 if self._verify:
                     self.probe = probe_policy(self.model, split)
                     self._note(

@@ -113,12 +113,13 @@ def same(got: torch.Tensor, want: torch.Tensor, most: bool = False, terms: float
     """Whether two results [..., n] are equal up to rounding; numbers that are not finite are left out.
 
     ``most``: more than half of the tokens are enough, because in half precision rounding may change a token's expert.
-    ``terms``: how many times more terms their sums have than those of a few tokens; errors add like a random walk.
+    ``terms``: how many times more terms their sums have than those of a few tokens. Sums are formed in float32, where
+    errors add like a random walk; what is rounded to 16 bits afterwards is rounded once, however long they are.
     """
     off = (got - want).float().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
     size = want.float().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
     off = off.flatten().median() if most else off.max()
-    return bool(off <= WRONG * terms**0.5 * max(unit_roundoff(want), 2.0**-20) * size.max())
+    return bool(off <= WRONG * max(unit_roundoff(want), terms**0.5 * 2.0**-20) * size.max())
 
 
 def check_lengths(

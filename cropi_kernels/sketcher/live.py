@@ -17,7 +17,7 @@ from ..spec import SketchSpec
 from . import sharded
 from .apart import MIXED, Tested
 from .attach import Attachment
-from .beside import check_heard
+from .beside import check_heard, check_passes
 from .coverage import Coverage
 from .fused_head import HeadCall, listen
 from .gradient_sketcher import GradientSketcher
@@ -56,10 +56,11 @@ class LiveSketcher:
     >>> step.sketches.shape, live.loss
     (torch.Size([2, 1024]), 'a sum over prompts')
 
-    Gradient accumulation: a block for each micro-batch, with the step's own numbers of prompts and `num_segments`; add
-    the sketches up. Checkpointing, autocast, LoRA, DistributedDataParallel (each rank its own prompts, before gradients
-    are averaged), FSDP2 and modules that are compiled inside of the ``with`` block work as they are. Fused experts
-    run in this package's own code while they are tapped: equal but for rounding, not in the same bits.
+    Gradient accumulation: a block for each micro-batch that has a backward pass, with the step's own numbers of prompts
+    and `num_segments`; add the sketches up. Checkpointing, autocast, LoRA, DistributedDataParallel (each rank its own
+    prompts, before gradients are averaged), FSDP2 and modules that are compiled inside of the ``with`` block work as
+    they are. Fused experts run in this package's own code while they are tapped: equal but for rounding, not in the
+    same bits.
 
     Args:
         model: as for `GradientSketcher`: any module, also inside of PEFT or DistributedDataParallel; what has
@@ -160,7 +161,7 @@ class LiveSketcher:
         num_segments: int | None = None,
         scale: float | torch.Tensor | Scaler = 1.0,
     ) -> Iterator[LiveSketch]:
-        """Sketch the backward pass that runs inside the block: forward and backward of one micro-batch.
+        """Sketch all backward passes that run inside the block: forward and backward of one micro-batch.
 
         Args:
             segments: int64 number of the prompt, per row [batch] with ``shape=(batch, length)`` (the model may then be
@@ -174,10 +175,12 @@ class LiveSketcher:
         The yielded `LiveSketch` is filled when the block ends.
 
         Raises:
-            RuntimeError: outside the ``with`` block, or inside another batch.
+            RuntimeError: outside the ``with`` block, inside another batch, or a backward pass differentiates another,
+                or is one of `torch.autograd.grad` beside one of ``backward()``.
             ValueError: ``segments`` do not fit, a row that was given one number holds several sequences, or what is
                 trainable has changed.
-            SelfTestError: a tap does not give autograd's gradient; names the parameters.
+            SelfTestError: a tap does not give autograd's gradient; names the parameters. Or no backward pass ran, or
+                one raised an error.
             CoupledLossError: the loss is not a sum over prompts, or tokens attend to those of another prompt in their
                 row.
         """
@@ -191,7 +194,8 @@ class LiveSketcher:
         due = self._verify and self._audited and self._audits.due()
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
         apart = self._apart.next(segments) if self._verify and not self.coupled else None
-        self._acc.begin(runs.segments, sharded.device_of(self.model))
+        trained = self._plan.wanted if self._verify else ()
+        self._acc.begin(runs.segments, sharded.device_of(self.model), trained=trained)
         self._runs = runs
         result, started = LiveSketch(), time.perf_counter()
         try:
@@ -205,6 +209,7 @@ class LiveSketcher:
                 if apart is not None:
                     stack.enter_context(apart.watching())
                 yield result
+            check_passes(self._acc)
             if audit is not None:
                 audit.verdict(runs.segments, self._audits)
             if check is not None and check.verdict is not None:
@@ -272,6 +277,7 @@ class LiveSketcher:
             raise RuntimeError(
                 "batch under torch.inference_mode(), where nothing can be differentiated: leave it"
             )
+        self._plan.check_places(self.model)
         known = {*self._plan.coverage.names, *self._plan.coverage.excluded, *self._plan.coverage.uncovered}
         now = {canonical_name(name) for name, p in self.model.named_parameters() if p.requires_grad}
         if changed := sorted(known ^ now):

@@ -20,7 +20,7 @@ from .labels import Batch
 from .lengths import Lengths, check_lengths, lengths_of, same
 from .one_sequence import check_apart, restart
 from .precision import own_precision
-from .sharded import device_of, units
+from .sharded import device_of, largest
 from .split import SplitModel
 from .trial import few_rows
 from .untouched import untouched
@@ -112,40 +112,46 @@ def probe_longer(probe: Probe, model: nn.Module, split: SplitModel, here: Batch)
     """The probe, measured again on made-up rows as long as those of a batch, where it was measured on shorter ones
     alone and the batch needs it. Leaves no trace in the model.
 
-    Not measured again are a batch with a mask of pairs, which says itself what a token attends to, and a sharded model,
-    of which some ranks alone might have longer rows.
+    Not measured again is a batch with a mask of pairs, which says itself what a token attends to. The ranks of a
+    sharded model measure together, on rows as long as the longest that one of them has.
 
     Args:
         probe: what was measured so far.
         model, split: whose.
         here: the batch, on the host; its mask is None where there is a 4-D one.
     """
-    if here.pairs is not None or units(model):
+    left, own, packed, each = largest(model, *_longer(probe, here))
+    if not left + packed:
         return probe
+    vocabulary, device = split.head.weight.shape[0], device_of(model)
+    with own_precision(model), untouched(model), torch.no_grad():
+        model.eval()
+        if left:
+            ids = few_rows(model, vocabulary, device, (1, own))
+            found = _left_padding(split, ids, split.hidden(ids), left - own, probe.left_padding)
+            probe = dataclasses.replace(probe, left_padding=found, padded=left)
+        if packed:
+            ids = few_rows(model, vocabulary, device, (-(-packed // each), each))
+            probe = dataclasses.replace(probe, packing=_packing(split, ids, split.hidden(ids)), packed=packed)
+    return probe
+
+
+def _longer(probe: Probe, here: Batch) -> tuple[int, int, int, int]:
+    """Of a batch that needs to be measured on: its length where rows are padded on the left, and their own tokens; its
+    length where rows hold several sequences, and the tokens of each. Positions go no further than those of the batch: a
+    table of them may end there."""
     length, mask, where = here.input_ids.shape[1], here.attention_mask, here.position_ids
-    shapes: dict[str, tuple[int, int]] = {}
-    # Positions go no further than those of the batch: a table of them may end there.
+    left = own = packed = each = 0
+    if here.pairs is not None:
+        return left, own, packed, each
     if mask is not None and length > probe.padded and probe.left_padding != "wrong" and where is None:
         if bool((values(mask[:, 0]) == 0).any()):
-            shapes["left"] = 1, min(length - PAD, int(mask.sum(1).max()))
+            left, own = length, min(length - PAD, int(mask.sum(1).max()))
     if where is not None and length > probe.packed and probe.packing != "wrong":
         where = where.reshape(-1, *where.shape[-2:])[0].expand(here.input_ids.shape)
         if restart(where, mask) is not None:
-            each = min(length - 1, int(where.max()) + 1)
-            shapes["several"] = -(-length // each), each
-    if not shapes:
-        return probe
-    with own_precision(model), untouched(model), torch.no_grad():
-        model.eval()
-        for what, shape in shapes.items():
-            ids = few_rows(model, split.head.weight.shape[0], device_of(model), shape)
-            plain = split.hidden(ids)
-            if what == "left":
-                found = _left_padding(split, ids, plain, length - shape[1], probe.left_padding)
-                probe = dataclasses.replace(probe, left_padding=found, padded=length)
-            else:
-                probe = dataclasses.replace(probe, packing=_packing(split, ids, plain), packed=length)
-    return probe
+            packed, each = length, min(length - 1, int(where.max()) + 1)
+    return left, own, packed, each
 
 
 def is_causal(run: Run, ids: torch.Tensor, plain: torch.Tensor) -> bool:

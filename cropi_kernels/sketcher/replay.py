@@ -46,6 +46,7 @@ def model_self_test(
 
 def takes_ids(model: nn.Module) -> tuple[Run, torch.Tensor, torch.Tensor] | None:
     """How the model is run on token ids: the function, a few ids [batch, length], and its result [batch, length, n].
+    Every run draws the same random numbers.
 
     None: the model does not run on token ids alone.
     """
@@ -53,9 +54,11 @@ def takes_ids(model: nn.Module) -> tuple[Run, torch.Tensor, torch.Tensor] | None
         return None
     ids = few_rows(model, weight.shape[0], weight.device)
     options: dict[str, Any] = dict(use_cache=False) if hasattr(model, "config") else {}
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = float_output(model(x, **options))
+        with torch.random.fork_rng(devices=devices):
+            y = float_output(model(x, **options))
         if y is None:
             raise TypeError("no tensor of numbers comes out")
         return y

@@ -95,16 +95,16 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(units(model)) or any(is_spread(p) for p in model.parameters())
 
 
-def largest(model: nn.Module, number: int) -> int:
-    """The largest of the ranks' numbers, where FSDP2 shards the model: all of them have to come here. Else the number
-    itself."""
+def largest(model: nn.Module, *numbers: int) -> list[int]:
+    """The largest of the ranks' numbers, of each, where FSDP2 shards the model: all of them have to come here. Else the
+    numbers themselves."""
     if not units(model):
-        return number
+        return list(numbers)
     p: Any = next(p for p in model.parameters() if is_spread(p))
-    most = torch.tensor(number, device=device_of(model))
+    most = torch.tensor(numbers, device=device_of(model))
     for axis in range(p.device_mesh.ndim):
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, p.device_mesh.get_group(axis))
-    return int(most)
+    return most.tolist()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -88,6 +88,7 @@ class TappedModel:
 
     def tap(self) -> None:
         """Freeze all parameters, and hook the taps to their modules."""
+        self.plan.check_places(self.model)
         keep_gradients(self.model)
         # The model's own code runs before anything is changed: if it fails, nothing has to be undone.
         first = embeddings(self.model)

@@ -113,7 +113,8 @@ class Tap(abc.ABC):
         segments = segments or self.acc.segments
 
         def guarded(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-            if torch.is_grad_enabled():  # a backward pass that is differentiated again (create_graph)
+            # A backward pass with create_graph: `hears` takes note of it.
+            if torch.is_grad_enabled() and self.acc.hears(segments, self.where):
                 with torch.no_grad():
                     return guarded(dy, kept)
             if self.acc.hears(segments, self.where):

@@ -40,11 +40,11 @@ def calls(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, int]]:
 Owned = tuple[nn.Module, nn.Parameter]
 
 
-def _bypassed(model: nn.Module, run: Run, ids: torch.Tensor, owned: Sequence[Owned]) -> list[nn.Module]:
+def _bypassed(run: Run, ids: torch.Tensor, owned: Sequence[Owned]) -> list[nn.Module]:
     """The modules whose ``owned`` parameters have a gradient. No tap heard them, so they are used in another way."""
     if not owned:
         return []
-    with thawed([p for _, p in owned]), evaluating(model), torch.enable_grad():
+    with thawed([p for _, p in owned]), torch.enable_grad():
         y = run(ids)
         if not y.requires_grad:
             return []
@@ -110,8 +110,9 @@ def seen_wrong(
     Args:
         run: what the model, or the part of it that will run, gives for token ids.
         ids: see `trial.few_rows`.
-        called: what `calls` saw of a forward of the whole model. A parameter that is not used has no gradient, and its
-            tap is right.
+        called: what `calls` saw of a forward of the whole model, in the mode that the model is in and with the random
+            numbers that ``run`` draws: in train() some models leave layers out by chance, others modules on purpose. A
+            parameter that is not used has no gradient, and its tap is right.
     """
     taps = attachment.taps
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}
@@ -121,7 +122,7 @@ def seen_wrong(
         if module not in called and not any(id(p) in seen for p in module.parameters(recurse=False))
         for p in module.parameters(recurse=False)
     ]
-    bypassed = _bypassed(model, run, ids, silent)
+    bypassed = _bypassed(run, ids, silent)
     wrong = dict.fromkeys(bypassed, "used without calling the module, so that no tap sees it")
     refusals, segments = _tried(model, run, ids, acc)
     for module, tap in taps.items():
@@ -132,8 +133,11 @@ def seen_wrong(
     unheard = [
         (one.chain[0], one.parameter) for one in attachment.exact.parameters if one.heard is not segments
     ]
-    for module in _bypassed(model, run, ids, unheard):
-        wrong[module] = "no output of it, or of a module around it, holds every token of the batch once"
+    with evaluating(model):
+        unseen = _bypassed(run, ids, unheard)
+    wrong |= dict.fromkeys(
+        unseen, "no output of it, or of a module around it, holds every token of the batch once"
+    )
     for one in attachment.exact.parameters:
         if one.name in refusals:
             wrong[one.chain[0]] = refusals[one.name]

@@ -176,7 +176,13 @@ def optional(module: str) -> ModuleType:
 
     Raises:
         ModuleNotFoundError: naming the package and the pip command.
+        CropiError: transformers under ``python -OO``.
     """
+    if module == "transformers" and sys.flags.optimize > 1:
+        raise CropiError(
+            "transformers reads its docstrings as it is imported, and python -OO (PYTHONOPTIMIZE=2) strips them: run "
+            "without it, or with -O"
+        )
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from cropi.gradient.estimators import ESTIMATORS, sequence_behaviour
 from cropi.gradient.layout import Layout, choose_layout
 from cropi.gradient.masks import handed, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
-from cropi.sketching.passes import Passed
+from cropi.sketching.passes import fetch
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.sketcher.inputs import model_inputs
 
@@ -356,5 +356,5 @@ def test_weights_and_health_read_nothing_from_a_device(name: str, equal: bool) -
     weights = weigh(logprobs, 0, len(logprobs))
     assert weights.is_meta and weights.shape == logprobs.shape
     sketches = torch.empty(1, 8, device="meta")
-    passed = Passed(batch, there, there.behaviour, PolicyGradient(sketches, logprobs, weights, dict), 0.0)
-    assert [x.shape[0] for x in passed.fetched(estimator).wait()] == [1, 1, 1, 1]
+    fetched = fetch(estimator, there, there.behaviour, PolicyGradient(sketches, logprobs, weights, dict))
+    assert [x.shape[0] for x in fetched.wait()] == [1, 1, 1, 1]

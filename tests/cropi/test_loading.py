@@ -13,6 +13,7 @@ import torch
 from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
 import cropi
+from cropi import errors
 from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.model import load, placing
@@ -42,6 +43,12 @@ def make_adapter(folder: Path, out: Path, seed: int = 1, **changes: Any) -> Path
             torch.nn.init.normal_(parameter, std=0.2)
     made.save_pretrained(out)
     return out
+
+
+def test_without_docstrings_transformers_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with pytest.raises(CropiError, match="python -OO .* strips them: run without it"):
+        load.load_model("any")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a file whose first page cannot be read")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
+from support.versions import checkpoint_layers
 
 from cropi.errors import CropiError
 from cropi.model.fingerprint import model_fingerprint
@@ -79,7 +80,7 @@ def test_settings_that_change_no_gradient_are_left_out() -> None:
     model.config.attention_dropout = model.config.router_aux_loss_coef = model.config.initializer_range = 0.5
     model.config.output_router_logits = True
     model.set_attn_implementation("eager")
-    model.gradient_checkpointing_enable()
+    checkpoint_layers(model)
     assert model.config.to_dict() != before.to_dict() and first.fingerprint == made
     model.config.norm_topk_prob = not model.config.norm_topk_prob
     assert first.fingerprint["config"] != made["config"], "a policy notices what is changed later"

@@ -21,6 +21,7 @@ from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.layout import Layout
 from cropi.gradient.zero import Suspicion
 from cropi.model.policy import Policy
+from cropi.sketching import passes
 from cropi.sketching.job import SketchJob
 from cropi_kernels import (
     GradientSketcher,
@@ -191,6 +192,28 @@ def test_memory_that_ends_while_a_prompts_responses_are_measured_adds_nothing_tw
     monkeypatch.setattr(GradientSketcher, "policy_gradient", limited)
     got = run_job(tmp_path, "refused", layout="padded")
     assert refused == 3 and want.keys() == got.keys()
+    for name, sketch in want.items():
+        assert float((got[name] - sketch).norm()) <= 1e-5 * float(sketch.norm()), name
+
+
+@pytest.mark.long
+def test_memory_that_ends_behind_a_pass_has_it_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its numbers are made ready for the host."""
+    want = run_job(tmp_path, "whole", layout="padded")
+    sums, refused = passes.health_sums, 0
+
+    def limited(estimator: Any, batch: Any, *args: Any) -> Any:
+        nonlocal refused
+        if batch.input_ids.numel() > 60:
+            refused += 1
+            full()
+        return sums(estimator, batch, *args)
+
+    monkeypatch.setattr(passes, "health_sums", limited)
+    got = run_job(tmp_path, "halved", layout="padded")
+    assert refused and want.keys() == got.keys()
     for name, sketch in want.items():
         assert float((got[name] - sketch).norm()) <= 1e-5 * float(sketch.norm()), name
 

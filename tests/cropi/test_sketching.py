@@ -12,7 +12,7 @@ import transformers
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.oracle import stored_logprobs, with_token_ids
 from support.stores import sketches_of
-from support.versions import needs
+from support.versions import checkpoint_layers, needs
 
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS
@@ -73,7 +73,7 @@ def test_active_dropout_is_refused_before_anything_is_written(tmp_path: Path) ->
 def test_training_mode_without_dropout_is_taken_and_gradient_checkpointing_with_it(tmp_path: Path) -> None:
     expected = sketched(tmp_path / "eval", make_model())
     model = make_model().train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model, {"use_reentrant": False})
     got = sketched(tmp_path / "train", model)
     assert model.training and got.keys() == expected.keys()
     for name, vector in expected.items():

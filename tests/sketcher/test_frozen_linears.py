@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.versions import checkpoint_layers
 
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec, frozen
 
@@ -119,7 +120,7 @@ def test_checkpointed_layers_are_left_to_torch(
 ) -> None:
     """They run twice, the second time where nothing of this is on: both times must be the same."""
     want, seen = sketches(model, linears="torch"), counted(monkeypatch)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_layers(model, {"use_reentrant": reentrant})
     model.train()
     try:
         assert torch.equal(sketches(model, linears="onednn"), want) and not seen

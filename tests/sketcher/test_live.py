@@ -12,6 +12,7 @@ import transformers
 from support import live as made
 from support import odd_models, zoo
 from support.live import LOSSES, SPEC, Step, captured
+from support.versions import checkpoint_layers
 from torch import nn
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
@@ -55,7 +56,7 @@ def plain(name: str, **changes: Any) -> nn.Module:
 
 def checkpointed(name: str, reentrant: bool) -> nn.Module:
     model: Any = zoo.make(name)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_layers(model, {"use_reentrant": reentrant})
     model.enable_input_require_grads()
     return model  # type: ignore[no-any-return]
 
@@ -145,7 +146,7 @@ def test_lora_that_is_checkpointed_by_reentry() -> None:
 
     model: Any = make()
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint_layers(model, {"use_reentrant": True})
     made.assert_right(captured(model.train(), made.grpo), make, made.of_step(made.grpo, Step()))
 
 

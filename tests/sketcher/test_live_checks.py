@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import architectures, zoo
+from support import architectures, odd_models, zoo
 from support import live as made
 from support.live import LOSSES, SPEC, Step, captured
 from torch import nn
 
 from cropi_kernels import CoupledLossError, GradientSketcher, LiveSketcher
+from cropi_kernels.names import canonical_name
 from cropi_kernels.sketcher import SelfTestError
+from cropi_kernels.sketcher.accumulator import Accumulator
+from cropi_kernels.sketcher.apart import Apart
 from cropi_kernels.sketcher.live_audit import Schedule
 from cropi_kernels.sketcher.selftest import Comparison
 from cropi_kernels.testing import sketch_gradients
@@ -97,6 +100,16 @@ def test_sequences_that_attend_to_each_other_are_named(way: str) -> None:
     assert not torch.allclose(capture(masked, verify=False), capture(packed), rtol=0.1)
     if way == "live":
         assert torch.equal(capture(masked, coupled=True), capture(masked, verify=False))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_call_that_adds_to_keys_and_values_is_not_made_again(name: str) -> None:
+    """Before transformers 5.24 a model was given them by the first name."""
+    packed = zoo.packed()
+    apart = Apart(zoo.make("llama"), Accumulator(SPEC), packed.segments)
+    for cache in (None, transformers.DynamicCache()):
+        apart._call = (), {"input_ids": packed.input_ids, name: cache}
+        assert (apart._given() is None) == (cache is not None)
 
 
 @pytest.mark.long
@@ -283,6 +296,7 @@ def test_refused_in_words() -> None:
         model.lm_head.weight.requires_grad_(True)
         with live.batch(step.prompts, shape=step.shape):
             loss = made.grpo(made.logits_of(model, step), step, step.rows(None))
+            loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="after its batch had ended"):
             loss.backward()
     assert not any(m._forward_hooks for m in model.modules())
@@ -323,3 +337,41 @@ def test_images_are_no_rows_of_the_batch() -> None:
         want = sketch_gradients(model, gradient, architectures.SPEC, towers)
         # float32 passes of two layers: a few hundred roundings of 2^-24.
         assert (sketch - want).norm() <= 1e-4 * want.norm()
+
+
+def dropping_layers() -> Any:
+    config = transformers.XGLMConfig(
+        vocab_size=zoo.VOCAB, d_model=32, num_layers=3, ffn_dim=48, attention_heads=4, layerdrop=0.5,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.XGLMForCausalLM(config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["live", "batch"])
+@pytest.mark.parametrize(
+    "make", [dropping_layers, lambda: odd_models.make("gemma3n")], ids=["xglm", "gemma3n"]
+)
+def test_modules_that_are_not_called_in_training(make: Any, way: str) -> None:
+    """A layer that is left out by chance keeps its taps, and the gradient of a weight that is used without its module
+    is formed: a step's sketches add up to its gradient."""
+    model, step = make().train(), Step()
+    live = way == "live"
+    prompts = step.prompts if live else step.prompts.sort().values
+    known: set[str] = set()
+    with (LiveSketcher if live else GradientSketcher)(model, SPEC) as sketcher:
+        for number in range(6):
+            torch.manual_seed(number)
+            with sketcher.batch(prompts, shape=step.shape) as got:
+                made.cross_entropy(made.logits_of(model, step), step, step.rows(None)).backward()
+            known.add(str(sorted(sketcher.coverage.by_kind.items())))
+            if live:
+                formed = {
+                    canonical_name(name): torch.zeros_like(p) if p.grad is None else p.grad
+                    for name, p in model.named_parameters()
+                }
+                model.zero_grad()
+                want = sketch_gradients(model, formed, SPEC)
+                assert (got.sketches.sum(0) + want).norm() <= 1e-5 * want.norm()
+        assert len(known) == 1 and ("exact" in sketcher.coverage.by_kind) == (make is not dropping_layers)

@@ -87,13 +87,13 @@ def test_an_error_where_it_is_used_otherwise(case: str) -> None:
     model, ids = Positions(OTHERWISE[case]), torch.randint(11, (3, 6))
     with (
         GradientSketcher(model, SPEC, verify=False) as sketcher,
+        pytest.raises(ValueError, match="places is looked up for one row of 3, and used otherwise than"),
         sketcher.batch(torch.tensor([0, 1, 2]), shape=(3, 6)),
     ):
         plain = model.add(model.words.weight[ids], model.places.weight[None, :6]).tanh()
         y = model(ids)
         assert torch.equal(y, plain), "shapes are those that the model counts on"
-        with pytest.raises(ValueError, match="places is looked up for one row of 3, and used otherwise than"):
-            y.sum().backward()
+        y.sum().backward()
 
 
 def test_a_batch_of_one_row_may_use_it_anyhow() -> None:

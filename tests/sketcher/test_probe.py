@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from support import zoo
+from support import odd_models, zoo
 from torch import nn
 from transformers.models.falcon import modeling_falcon as falcon
 
@@ -177,36 +178,15 @@ def test_sequences_that_the_model_does_not_keep_apart_are_refused(
     assert ((got.sketches - want.sketches).norm(dim=1) <= 1e-5 * want.sketches.norm(dim=1)).all()
 
 
-def llama4() -> Any:
-    """Scales queries by the column and not by the position, from column 31 on."""
-    sizes = {
-        **zoo.SIZES,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = transformers.Llama4TextConfig(
-        **sizes, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, no_rope_layers=[0, 0], moe_layers=[],
-        attention_chunk_size=256, floor_scale=32, attn_scale=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Llama4ForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    return model
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     "make, dtype",
-    [(llama4, torch.float32), (lambda: zoo.make("llama"), torch.float32),
+    [(odd_models.llama4, torch.float32), (lambda: zoo.make("llama"), torch.float32),
      (lambda: zoo.make("llama"), torch.bfloat16)],
     ids=["llama4", "llama", "llama in bfloat16"],
 )  # fmt: skip
 def test_packed_rows_are_probed_as_long_as_they_are(make: Any, dtype: torch.dtype) -> None:
-    model, apart = make().to(dtype), make is not llama4
+    model, apart = make().to(dtype), make is not odd_models.llama4
     alone = torch.randint(3, zoo.VOCAB, (3, 40), generator=torch.Generator().manual_seed(0))
     places = torch.arange(3 * 40).view(3, 40)[:, 10:-1].flatten()
     targets = alone[:, 11:].flatten()
@@ -236,6 +216,23 @@ def test_packed_rows_are_probed_as_long_as_they_are(make: Any, dtype: torch.dtyp
     assert ((got.sketches - want.sketches).norm(dim=1) <= near * want.sketches.norm(dim=1)).all()
     found = token_logprobs(model, **row, **given)
     torch.testing.assert_close(found, want.logprobs, rtol=near, atol=near)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_long_rows_are_held_to_the_rounding_of_short_ones(dtype: torch.dtype) -> None:
+    """The second model shifts what it gives from column 512 on by a tenth: more than 16 bits round away."""
+    row = torch.randint(3, zoo.VOCAB, (1, 1024), generator=torch.Generator().manual_seed(0))
+    where = torch.arange(512).repeat(2)[None]
+    given: dict[str, Any] = dict(positions=torch.tensor([5, 1000]), targets=torch.tensor([7, 8]))
+    for shift in (0.0, 0.1):
+        model: Any = zoo.make("llama", max_position_embeddings=512).to(dtype)
+        model.model.norm.register_forward_hook(
+            lambda m, args, y, s=shift: y + s * (torch.arange(y.shape[1]) >= 512)[:, None].to(y)
+        )
+        said = pytest.raises(ValueError, match="does not keep apart") if shift else contextlib.nullcontext()
+        with said:
+            token_logprobs(model, row, position_ids=where, **given)
 
 
 @pytest.mark.long

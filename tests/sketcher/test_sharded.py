@@ -24,7 +24,7 @@ EXACT = (
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Two processes for all cases: their start takes as long as a case."""
-    return found_on_ranks(tmp_path_factory, "sharded", WORKER, *EXACT, "llama:mixed", "packing")
+    return found_on_ranks(tmp_path_factory, "sharded", WORKER, *EXACT, "llama:mixed", "packing", "longer")
 
 
 def left_as_it_was(found: dict[str, Any]) -> bool:
@@ -69,6 +69,16 @@ def test_rows_of_several_sequences_are_checked(two: list[dict[str, Any]]) -> Non
         assert found["live"][0].startswith(f"CoupledLossError: {said}") and not found["live"][1]
         assert "does not keep apart by position_ids beside an attention_mask" in found["token_logprobs"]
         assert found["logp"] == 0.0
+
+
+@pytest.mark.slow
+def test_longer_rows_are_probed_by_all_ranks(two: list[dict[str, Any]]) -> None:
+    """Where one rank alone has them too: each knows afterwards what holds of them."""
+    refused = "ValueError: row 0 holds several sequences (position_ids restart in column 60), which the model does not"
+    for found in (rank["longer"] for rank in two):
+        assert found["packed"][1::2] == [120, 120]
+        *right, wrong = found["said"]
+        assert not any(map(any, right)) and all(said.startswith(refused) for said in wrong)
 
 
 # ------------------------------------------------------------------------------------------- refused in words

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support import zoo
+from support.versions import checkpoint_layers
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -133,7 +134,7 @@ def test_inputs_that_were_made_under_inference_mode(checkpointing: bool) -> None
     """As rollouts are; autograd does not save such tensors."""
     model, batch = zoo.make("llama"), zoo.padded()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_layers(model)
         model.train()
     with torch.inference_mode():
         rolled_out = dataclasses.replace(
@@ -308,7 +309,7 @@ def test_layers_that_read_the_same_input_share_one_folded_copy() -> None:
 
 def test_checkpointing_keeps_no_folded_copies() -> None:
     model, batch = zoo.make("llama").train(), zoo.padded()
-    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    checkpoint_layers(model)
     with GradientSketcher(model, SPEC) as sketcher:
         with sketcher.batch(batch.segments, shape=tuple(batch.input_ids.shape)) as out:  # type: ignore[arg-type]
             loss = model(batch.input_ids).logits.square().sum()

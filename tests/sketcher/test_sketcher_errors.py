@@ -11,7 +11,7 @@ from support import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError
+from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, UncoveredParameterError
 from cropi_kernels.sketcher import exact
 
 SPEC = SketchSpec(width=16, vocab_width=64)
@@ -245,12 +245,13 @@ def test_a_backward_pass_after_its_batch_is_named() -> None:
     with GradientSketcher(model, SPEC) as sketcher:
         with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
             loss = model(torch.ones(2, 6, 8)).sum()
+            loss.backward(retain_graph=True)
         with pytest.raises(
             RuntimeError, match="a backward pass reached 0 after its batch had ended: run it inside"
         ):
             loss.backward()
-        with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
-            with pytest.raises(RuntimeError, match="a backward pass reached 0 after its batch had ended"):
+        with pytest.raises(RuntimeError, match="a backward pass reached 0 after its batch had ended"):
+            with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
                 model(torch.ones(2, 6, 8)).sum().add(loss).backward()
 
 
@@ -274,3 +275,55 @@ def test_a_module_that_does_not_see_every_token_is_named() -> None:
             ):
                 with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
                     model(torch.ones(shape)).sum().backward()
+
+
+def replaced(model: Any) -> None:
+    model[1] = nn.Linear(8, 8)
+
+
+def normalised(model: Any) -> None:
+    nn.utils.parametrizations.weight_norm(model[1])
+
+
+def tied(model: Any) -> None:
+    model[2].weight = model[0].weight
+
+
+@pytest.mark.parametrize("kind", [GradientSketcher, LiveSketcher])
+@pytest.mark.parametrize("change", [replaced, normalised, tied])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside of the block", "between two"])
+def test_modules_that_have_changed_since_the_taps_came_are_named(
+    kind: Any, change: Any, inside: bool
+) -> None:
+    """What came has no tap, so its gradient would be missing."""
+    model, ids = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)), torch.ones(2, 6).long()
+    sketcher = kind(model, SketchSpec(1024))
+
+    def step() -> None:
+        with sketcher.batch(torch.tensor([0, 1]), shape=(2, 6)):
+            model(ids).square().sum().backward()
+
+    with sketcher:
+        step()
+        if inside:
+            change(model)
+            with pytest.raises(ValueError, match=r"(weight|bias) belongs to other modules than when"):
+                step()
+    if not inside:
+        change(model)
+        with pytest.raises(ValueError, match=r"(weight|bias) belongs to other modules than when"):
+            with sketcher:
+                step()
+
+
+def test_a_parameter_may_be_replaced() -> None:
+    """Its module reads the new one, and so does its tap."""
+    model, ids = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)), torch.ones(2, 6).long()
+    sketches = []
+    with LiveSketcher(model, SketchSpec(1024)) as live:
+        for _ in range(2):
+            with live.batch(torch.tensor([0, 1]), shape=(2, 6)) as got:
+                model(ids).square().sum().backward()
+            sketches.append(got.sketches)
+            model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+    assert torch.equal(*sketches)

@@ -46,12 +46,12 @@ def left_by_forward(model: nn.Module, batch: zoo.Batch, sketched: bool) -> int:
     def forward() -> int:
         with live:
             hidden = decoder(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)  # type: ignore[operator]
-        assert hidden.last_hidden_state.requires_grad
-        return live.bytes()
+        left = live.bytes()
+        hidden.last_hidden_state.sum().backward()  # a batch without a backward pass is an error
+        return left
 
     if sketched:
-        # The backward pass, which does not come, would be an error.
-        sketcher = GradientSketcher(model, SPEC, verify=False)
+        sketcher = GradientSketcher(model, SPEC, verify=False)  # the head gets no gradient
         with sketcher, sketcher.batch(batch.segments, shape=shape):  # type: ignore[arg-type]
             return forward()
     model.requires_grad_(False)

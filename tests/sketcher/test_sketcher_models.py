@@ -14,12 +14,14 @@ import pytest
 import torch
 import transformers
 from support import zoo
+from support.versions import checkpoint_layers
 from support.zoo import SPEC, assert_close
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from cropi_kernels.sketcher import logprobs
 from cropi_kernels.sketcher.decoder import split_model
+from cropi_kernels.sketcher.hooks import checkpointed
 
 transformers.logging.set_verbosity_error()
 
@@ -137,8 +139,8 @@ def test_activation_checkpointing_changes_no_bit(name: str, reentrant: bool) -> 
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
-            assert model.is_gradient_checkpointing
+            checkpoint_layers(model, {"use_reentrant": reentrant})
+            assert checkpointed(model)
         with GradientSketcher(model, SPEC) as sketcher:
             results.append(zoo.padded().sketch(sketcher))
     assert torch.equal(results[0].sketches, results[1].sketches) and results[0].sketches.any(dim=1).all()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import zoo
+from support.versions import checkpoint_layers
 
 from cropi_kernels import GradientSketcher, SketchSpec
 
@@ -56,7 +57,7 @@ def test_the_head_alone() -> None:
 
 def test_checkpointed_layers() -> None:
     model: Any = zoo.make("llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, {"use_reentrant": False})
     reached: list[str] = []
     got = passed(model, LAST["llama"], reached)
     exact = zoo.sketches(model, zoo.gradients(zoo.make("llama", torch.float64)), SPEC, LAST["llama"])

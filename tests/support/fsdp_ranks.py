@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -17,9 +18,10 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, canonical_name, token_logprobs
-from support import moe, zoo
+from support import moe, odd_models, zoo
 from support.launch import as_rank
 from support.tensors import off
+from support.versions import checkpoint_layers
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 GROUPS = {"first": ["*layers.0.*"], "norms": ["*.1.*norm*"], "others": ["rest"]}
@@ -115,7 +117,7 @@ def run(model_name: str, way: str, rank: int) -> dict[str, Any]:
     checkpointed = model_name == "llama-tied"
     for m in (plain, model):
         if checkpointed:
-            m.train().gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(m.train(), {"use_reentrant": False})
     whole = gathered(model)
     with GradientSketcher(plain, SPEC) as sketcher:
         want = batch.sketch(sketcher).sketches
@@ -183,9 +185,12 @@ def packing(rank: int) -> dict[str, Any]:
     mine = alone if rank == 0 else mixed
     found: dict[str, Any] = {}
     with GradientSketcher(model, SPEC) as sketcher:
-        found["batch"] = [
-            raised(lambda b=b: b.through(sketcher, model, use_cache=False)) for b in (mine, packed)
+        # The first two say nothing, so that the third is looked at.
+        first, second, *found["batch"] = [
+            raised(lambda b=b: b.through(sketcher, model, use_cache=False))
+            for b in (padded, padded, mine, packed)
         ]
+        assert not first and not second
     for p in model.parameters():
         p.requires_grad_(True)
     with LiveSketcher(model, SPEC) as live:
@@ -205,10 +210,40 @@ def packing(rank: int) -> dict[str, Any]:
     return found
 
 
+def longer(rank: int) -> dict[str, Any]:
+    """Packed rows that are longer than those that every model is measured on: of one rank, and of both where the model
+    scales queries of long rows by the column."""
+    ids = torch.randint(3, zoo.VOCAB, (1, 120), generator=torch.Generator().manual_seed(rank))
+    found: dict[str, Any] = {"packed": [], "said": []}
+    for model, lengths in ((zoo.make("llama"), (24, 120 if rank else 24)), (odd_models.llama4(), (24, 120))):
+        layers_and_root(model)
+        for length in lengths:
+            half = length // 2
+            last = torch.tensor([half - 2, length - 2])
+            row: dict[str, Any] = dict(
+                input_ids=ids[:, :length], position_ids=torch.arange(half).repeat(2)[None]
+            )
+            row |= dict(positions=last, targets=ids[0, last + 1])
+            rest: dict[str, Any] = dict(
+                segments=torch.arange(2).repeat_interleave(half)[None], weights=torch.ones(2)
+            )
+            with GradientSketcher(model, SPEC) as sketcher:
+                acts = (
+                    partial(sketcher.policy_gradient, **row, **rest),
+                    partial(token_logprobs, model, **row),
+                )
+                found["said"].append([raised(act) for act in (*acts, *acts)])
+            assert sketcher.probe is not None
+            found["packed"].append(sketcher.probe.packed)
+    return found
+
+
+CASES = {"packing": packing, "longer": longer}
+
 if __name__ == "__main__":
     as_rank(
         lambda: {
-            case: packing(dist.get_rank()) if case == "packing" else run(*case.split(":"), dist.get_rank())
+            case: CASES[case](dist.get_rank()) if case in CASES else run(*case.split(":"), dist.get_rank())
             for case in sys.argv[1:]
         }
     )

@@ -155,3 +155,24 @@ def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Mo
 
 def _config_class(family: str) -> str:
     return "Gemma3nTextConfig" if family == "Gemma3n" else f"{family}Config"
+
+
+def llama4() -> Any:
+    """Scales queries by the column and not by the position, from column 31 on."""
+    sizes = {
+        **SIZES,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = transformers.Llama4TextConfig(
+        **sizes, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, no_rope_layers=[0, 0], moe_layers=[],
+        attention_chunk_size=256, floor_scale=32, attn_scale=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model

@@ -23,5 +23,11 @@ def needs(package: str, release: str, why: str) -> Any:
     return pytest.mark.skipif(before(package, release), reason=f"{package} before {release}: {why}")
 
 
+def checkpoint_layers(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Turn on checkpointing in a model of transformers: its method has another name in new releases."""
+    method = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    method(options)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])

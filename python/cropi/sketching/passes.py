@@ -6,6 +6,7 @@ adds up sketches, writes rows and cuts the next micro-batch.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,25 +50,30 @@ class Sums:
 
 @dataclass(frozen=True)
 class Passed:
-    """A micro-batch that went through the model: ``batch`` on the host, ``there`` on the device, the log-probs of the
-    behaviour, and when it was begun, by the clock."""
+    """A micro-batch that went through the model: ``batch`` and what is fetched of it, on the host, the pass's times,
+    and when it was begun, by the clock."""
 
     batch: MicroBatch
-    there: MicroBatch
-    behaviour: torch.Tensor | None
+    fetched: Fetched
     result: PolicyGradient
     begun: float
 
-    def fetched(self, estimator: Estimator) -> Fetched:
-        """Of each prompt its sketch, the numbers of its health, and the sum of its tokens' absolute weights; and the
-        sketches by other specs, ``[S, specs, dim]``."""
-        result, there = self.result, self.there
-        ratios = estimator.ratio_behaviour(result.logprobs, self.behaviour, there.responses)
-        health = health_sums(estimator, there, result.logprobs, ratios)
-        weights = health.new_zeros(len(there.groups))
-        add_rows(weights, there.token_segments, result.weights.double().abs())
-        more = result.more or (result.sketches[:, :0],)
-        return Fetched(result.sketches, health, weights, torch.stack(more, dim=1))
+
+# What is fetched of a pass over a micro-batch on the device, with the log-probs of the behaviour.
+Fetch = Callable[[MicroBatch, torch.Tensor | None, PolicyGradient], Fetched]
+
+
+def fetch(
+    estimator: Estimator, there: MicroBatch, behaviour: torch.Tensor | None, result: PolicyGradient
+) -> Fetched:
+    """Of each prompt its sketch, the numbers of its health, and the sum of its tokens' absolute weights; and the
+    sketches by other specs, ``[S, specs, dim]``."""
+    ratios = estimator.ratio_behaviour(result.logprobs, behaviour, there.responses)
+    health = health_sums(estimator, there, result.logprobs, ratios)
+    weights = health.new_zeros(len(there.groups))
+    add_rows(weights, there.token_segments, result.weights.double().abs())
+    more = result.more or (result.sketches[:, :0],)
+    return Fetched(result.sketches, health, weights, torch.stack(more, dim=1))
 
 
 @dataclass
@@ -126,7 +132,7 @@ class Passes:
         self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
         # Processes that share a model decide on their prompts together, between their passes.
         self.ahead = self.device.type in AHEAD and not self.participant.linked
-        self._waiting: tuple[Passed, Fetched] | None = None
+        self._waiting: Passed | None = None
         self._looked = 0.0  # when the results of a pass had been looked at, by the clock
 
     def run(self, batch: MicroBatch) -> Iterator[Finished]:
@@ -139,10 +145,10 @@ class Passes:
             Prompts that are finished: of this batch, or, where passes run ahead, of those before its last pass.
         """
         try:
-            for passed in self._passes(batch):
-                before, self._waiting = self._waiting, (passed, passed.fetched(self.estimator))
+            for passed in self._passes(batch, functools.partial(fetch, self.estimator)):
+                before, self._waiting = self._waiting, passed
                 if before is not None:
-                    yield from self._rows(*before)
+                    yield from self._rows(before)
                 if not self.ahead:
                     yield from self.rest()
         except Exception:
@@ -153,16 +159,16 @@ class Passes:
         """The finished prompts of the last pass, if they have not been given out."""
         before, self._waiting = self._waiting, None
         if before is not None:
-            yield from self._rows(*before)
+            yield from self._rows(before)
 
     def end(self) -> Iterator[Finished]:
         """The rest; the sums of prompts that began are dropped: the batches that come next hold all of theirs."""
         yield from self.rest()
         self.sums = {}
 
-    def _rows(self, passed: Passed, fetched: Fetched) -> Iterator[Finished]:
+    def _rows(self, passed: Passed) -> Iterator[Finished]:
         batch = passed.batch
-        sketches, health, weights, more = fetched.wait()
+        sketches, health, weights, more = passed.fetched.wait()
         if self.others is not None:
             self.others.add(batch, more)
         for group, sketch, numbers, weight in zip(
@@ -180,7 +186,7 @@ class Passes:
             if last:
                 yield self._finished(group, self.sums.pop(group.id), batch)
 
-    def _passes(self, batch: MicroBatch) -> Iterator[Passed]:
+    def _passes(self, batch: MicroBatch, fetch: Fetch) -> Iterator[Passed]:
         """The passes over a micro-batch: one, or those over its parts, where the device's memory does not hold it."""
         waiting = [batch]
         while waiting:
@@ -193,7 +199,8 @@ class Passes:
             try:
                 there = piece.to(self.device)
                 behaviour = self._behaviour_of(there)
-                passed = Passed(piece, there, behaviour, self._gradient(there, behaviour), begun)
+                result = self._gradient(there, behaviour)
+                passed = Passed(piece, fetch(there, behaviour, result), result, begun)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -291,6 +298,7 @@ class Passes:
                 finished=[False] * count,
                 segments=torch.arange(count, device="cpu"),
             )
-            for passed in self._passes(rows):
-                total += float(passed.result.sketches.double().square().sum())
+            for passed in self._passes(rows, lambda there, behaviour, result: Fetched(result.sketches)):
+                (sketches,) = passed.fetched.wait()
+                total += float(sketches.double().square().sum())
         return math.sqrt(total)
