@@ -82,9 +82,12 @@ def read_sealed(
     return dict(left)
 
 
+SUMS = ".sha256"
+
+
 def sums_path(path: Path) -> Path:
     """The file of an export's checksums."""
-    return path.with_name(f"{path.name}.sha256")
+    return path.with_name(f"{path.name}{SUMS}")
 
 
 @contextlib.contextmanager

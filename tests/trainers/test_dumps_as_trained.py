@@ -24,6 +24,7 @@ from cropi.gradient.tokenize import Tokenize
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.fields import BadSample
 from cropi.trainers.dumps.reading import Reading
+from cropi.trainers.dumps.rollout import write_groups
 from cropi.trainers.dumps.slime import read_dump as read_slime
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.openrlhf import recording
@@ -290,3 +291,49 @@ def test_prompts_that_a_dump_does_not_name_are_found_in_the_dataset(
     assert main([*command, "--skip-bad"]) == 0
     assert "left out      2 samples: 2 by prompt" in capsys.readouterr().out
     assert main(command) == 2 and "no row of the dataset renders to" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- what the adapters record
+def step(folder: Path, number: int, names: str, response: int) -> None:
+    """What `record_step` writes: records, and their checksums beside them."""
+    held = [
+        {"id": name, "prompt_ids": [5, 6], "response_ids": [[response, 1], [8, 1]], "rewards": [1, 0]}
+        for name in names
+    ]
+    write_groups(folder / f"{number}.jsonl", read(held))
+
+
+def test_of_recorded_steps_the_newest_responses_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt of two epochs stands in two files; by number, ``10`` is newer than ``9``."""
+    for number, names, response in ((9, "abc", 20), (10, "cd", 21)):
+        step(tmp_path, number, names, response)
+    said: list[str] = []
+    [source] = opened(str(tmp_path), say=said.append)
+    found = {group.id: group.response_ids for group in read(source)}
+    assert {name: ids[0][0] for name, ids in found.items() if ids} == {"a": 20, "b": 20, "c": 21, "d": 21}
+    assert "4 prompts, of each the responses of its newest step; 1 earlier ones are left out" in said[0]
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path.with_suffix(".jsonl"))]) == 0
+    assert "trajectories" in capsys.readouterr().out
+    assert {group.id: group.response_ids for group in read(tmp_path.with_suffix(".jsonl"))} == found
+    # Other names are no steps: one id twice stays an error.
+    (tmp_path / "9.jsonl").rename(tmp_path / "more.jsonl")
+    (tmp_path / "9.jsonl.sha256").unlink()
+    with pytest.raises(CropiError, match="the prompt id 'c' was used before"):
+        list(read(opened(str(tmp_path))))
+
+
+def test_steps_without_a_common_prompt_are_read_as_they_are(tmp_path: Path) -> None:
+    step(tmp_path, 1, "ab", 20)
+    step(tmp_path, 2, "c", 21)
+    assert opened(str(tmp_path)) == [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+
+
+def test_of_trls_folder_the_merged_rollouts_are_read(tmp_path: Path) -> None:
+    for name in ("train", "valid", "train-rank00000", "valid-rank00000"):
+        step(tmp_path, 1, "ab" if name.startswith("train") else "v", 20)
+        (tmp_path / "1.jsonl").rename(tmp_path / f"{name}.jsonl")
+    said: list[str] = []
+    assert opened(str(tmp_path), say=said.append) == [tmp_path / "train.jsonl"]
+    assert "train-rank00000.jsonl, valid-rank00000.jsonl, valid.jsonl, which by their names" in said[0]

@@ -19,12 +19,13 @@ from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, printable, warn
 from cropi.files import entries, is_file, is_folder, size_of
-from cropi.sealed import sum_of
+from cropi.sealed import SUMS, sum_of
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
 from cropi.trainers.dumps.rollout import Rollout, Written, group_rollouts, write_groups
+from cropi.trainers.dumps.steps import newest_of_steps
 
 AUTO = "auto"
 # The modules whose ``read_dump`` reads a source; the other sources are rows of text.
@@ -202,8 +203,12 @@ def opened(
     made: list[Any] = []
     runs: dict[str, dict[str, list[str | Path]]] = {}
     for one in paths:
-        for path in expanded([one], say):
-            kind = _kind(path, source, columns)
+        found = expanded([one], say)
+        kinds = [_kind(path, source, columns) for path in found]
+        if set(kinds) == {RECORDS} and not columns:
+            made += _of_steps(found, str(one), skip_bad, say)
+            continue
+        for path, kind in zip(found, kinds, strict=True):
             if kind == RECORDS:
                 made.append(path)
             else:
@@ -228,6 +233,14 @@ def opened(
     return made
 
 
+def _of_steps(
+    files: Sequence[str | Path], name: str, skip_bad: bool, say: Callable[[str], None] | None
+) -> list[Any]:
+    """The files, or one source of what they hold, where they are the steps of a run that share prompts."""
+    held = newest_of_steps(files, skip_bad, say)
+    return list(files) if held is None else [DumpSource(held[0], name, Left(skip_bad), held[1])]
+
+
 def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = None) -> list[str | Path]:
     """The paths, with the files of a folder in its place, steps in order of their numbers.
 
@@ -245,25 +258,29 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
                 f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"
             )
         beside = [file for file in files if any(map(_is_beside, file.parts))]
+        # What the TRL adapter records: logs of the ranks, and the newest of them, which counts.
+        if {"train.jsonl", "train-rank00000.jsonl"} <= {str(file) for file in files}:
+            beside = [file for file in files if str(file) != "train.jsonl"]
         kept = [file for file in files if file not in beside] or files
         if len(kept) < len(files):
             shown = ", ".join(sorted(map(str, beside))[:3]) + (", ..." if len(beside) > 3 else "")
             (say or warn)(
-                f"left out      {printable(f'{path}: {shown}')}, which by their names are of validation, or no rollouts"
+                f"left out      {printable(f'{path}: {shown}')}, which by their names are of validation, or do not "
+                "count"
             )
         found += [Path(path, file) for file in sorted(kept, key=_numbered)]
     return found
 
 
 def files_of(folder: str | Path, depth: int = DEPTH) -> list[Path]:
-    """The files of a folder but hidden ones and a README; where there is none, those of the folders in it, down to
-    ``depth``.
+    """The files of a folder but hidden ones, checksums and a README; where there is none, those of the folders in it,
+    down to ``depth``.
 
     Raises:
         CropiError: it holds folders that are not the steps of one run.
     """
     held = [path for path in entries(folder) if not path.name.startswith((".", "README."))]
-    files = [path for path in held if is_file(path)]
+    files = [path for path in held if is_file(path) and path.suffix != SUMS]
     if files or depth == 0:
         return files
     folders = [path for path in held if is_folder(path)]
@@ -324,7 +341,8 @@ def groups_of(
     if kind == RECORDS:
         from cropi.data.readers import read
 
-        return read(paths, skip_bad=left.skip_bad, columns=dict(reading.columns))
+        made = paths if reading.columns else _of_steps(paths, str(given[0]), left.skip_bad, say)
+        return read(made, skip_bad=left.skip_bad, columns=dict(reading.columns))
     check_copies(paths)
     rollouts = rollouts_of(paths, kind, reading, left)
     if reading.prompts is not None:
