@@ -96,7 +96,7 @@ class Math:
         """Formulas in plain text of which the package takes a number; others, as a unit's ``m*s``, it leaves. Where the
         answer has variables itself, all."""
         for place in plain_formulas(response, symbolic=symbolic):
-            if symbolic or self._parse(response[place]):
+            if symbolic or not re.search("[A-Za-z]", response[place]) or self._parse(response[place]):
                 yield place
 
     def _parsed(self, text: str) -> Any:
