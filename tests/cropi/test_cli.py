@@ -473,3 +473,28 @@ def test_help_is_quick() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_info_of_a_curriculum_inside_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"stage": 0, "step": 0, "dataset": 40, "selected": 40},
+        {
+            "stage": 1,
+            "step": 200,
+            "dataset": 40,
+            "pool": 32,
+            "usable": 30,
+            "unknown": 0,
+            "selected": 3,
+            "seconds": 5.1,
+        },
+    ]
+    (tmp_path / "cropi").mkdir()
+    stages = write_lines(tmp_path / "cropi" / "stages.jsonl", rows)
+    for path in (tmp_path, tmp_path / "cropi", stages):
+        assert main(["info", str(path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"curriculum    {stages}: 2 stages begun, inside TRL"
+        assert lines[2].endswith("from step 200: 3 prompts of 32, 30 with a gradient")
+    write_lines(stages, [rows[0], {"stage": None}])
+    assert main(["info", str(stages)]) == 0

@@ -18,6 +18,7 @@ from cropi.sealed import check_sums
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
 CHECK = {"error", "theory", "findings", "method"}
+STAGES = "stages.jsonl"  # of the curriculum inside TRL
 ANEW = {"for", "tokens", "spent", "ids", "drift"}
 
 
@@ -41,6 +42,9 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
         return _curriculum(path, path / NAME)
     if any(is_there(path / name) for name in (SCORES, "selected.jsonl", "sketches")):
         return _run(path)
+    for stages in (path / STAGES, path / "cropi" / STAGES):
+        if is_file(stages) and (described := describe_rows(stages)) is not None:
+            return described
     return None
 
 
@@ -92,6 +96,8 @@ def describe_rows(path: str | Path) -> dict[str, Any] | None:
     keys = {key for key, value in row.items() if value is not None}
     if {"id", "rank"} <= keys and keys & {"fused", "value"}:
         return _selection(path, row, rows_without_checks(path))
+    if {"stage", "step", "dataset", "selected"} <= keys:
+        return _stages(path, list(rows_without_checks(path)))
     if {"id", "row", "norm"} <= keys and not keys & {"prompt", "responses"}:
         count = sum(1 for _ in rows_without_checks(path))
         return told([f"rows          {path}: the prompts of {count} rows of a matrix"], "rows", prompts=count)
@@ -187,6 +193,19 @@ def _curriculum(path: Path, state: Path) -> dict[str, Any]:
     return told(
         lines, "curriculum", done=[{"stage": a, "step": b, "seconds": c} for a, b, c in done], started=started
     )
+
+
+def _stages(path: str | Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    lines = [f"curriculum    {path}: {len(rows)} stages begun, inside TRL"]
+    for row in rows:
+        pool = (
+            f" of {row['pool']}, {row.get('usable')} with a gradient"
+            if "pool" in row
+            else ", all of the dataset"
+        )
+        number = str(row.get("stage"))
+        lines.append(f"  stage {number:<5} from step {row.get('step')}: {row.get('selected')} prompts{pool}")
+    return told(lines, "curriculum", stages=rows)
 
 
 def _matrix(path: Path) -> dict[str, Any]:
