@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.made_data import make_model, make_records, make_tokenizer
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 
 import cropi
 from cropi.data.readers import read
 from cropi.data.scan import scan
 from cropi.gradient.kept import KeptTokens
 from cropi.gradient.tokenize import Tokenize
+from cropi.model.policy import Policy
 from cropi.pipeline import Part, one_date
 from cropi.sketching import job as jobs
+from cropi.sketching import run
 from cropi.sketching.job import SketchJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -51,6 +54,19 @@ def test_tokens_are_kept_whole(tmp_path: Path) -> None:
     kept.put(made)
     assert kept.get(group, tokens) == made and kept.get(group, Tokenize(tokens.tokenizer, 97)) == made
     assert kept.get(group, Tokenize(tokens.tokenizer, 97, eos=False)) is None  # by other rules
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_first_pass_is_shown_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    save_policy(tmp_path / "model")
+    path, real = write_lines(tmp_path / "t.jsonl", make_records(12)), run.bar_of
+    monkeypatch.setattr(run, "bar_of", lambda *given, **options: real(*given, **(options | {"delay": 0.0})))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    policy = Policy(str(tmp_path / "model"), progress=progress)
+    assert run.scan_groups(policy, SketchJob([path], None)).prompts == 12 and not policy.loaded
+    assert ("reading: 0prompt" in capsys.readouterr().err) == progress
 
 
 class Days(datetime.date):

@@ -59,7 +59,7 @@ class Policy:
         trust_remote_code: for a name: let the model bring code of its own, which is run.
         quantize, adapter, revision, attn_implementation, distributed_config: for a name: see
             :class:`cropi.model.load.Variant`.
-        progress: for a name: show transformers' progress bars while it is loaded.
+        progress: for a name: show bars while trajectories are read for it, and transformers' own while it is loaded.
         name: what messages and manifests call it; default: the name, or the module's own ``name_or_path``.
 
     Raises:
@@ -141,6 +141,11 @@ class Policy:
                 f"{beside[0]} is given beside a Policy, which has its own: leave it out, or give it to Policy(...)"
             )
         return model
+
+    @property
+    def progress(self) -> bool:
+        """Whether work before a name is loaded is shown, as its loading is; False of a module."""
+        return self._source is not None and bool(self._load["progress"])
 
     # ------------------------------------------------------------------------------------ what it is made of
     @property

@@ -112,7 +112,7 @@ def sketch_groups(
         left = None if total is None or participant else max(total - len(store), 0)
         participant = participant or EveryChunk()
         done = frozenset(row.id for row in store.rows()) | participant.done
-        with Interrupt() as interrupt, _bar(left, Path(store.path).name, progress) as bar:
+        with Interrupt() as interrupt, bar_of(left, Path(store.path).name, progress) as bar:
             if plan.note:
                 bar.write(plan.note)
             chunks = make_chunks(
@@ -264,7 +264,9 @@ def _without_sketch(
     return ZERO_GRADIENT if zero_check and cancels(group, estimator, source) else None
 
 
-def _bar(total: int | None, name: str, progress: bool) -> Any:
+def bar_of(total: int | None, name: str, progress: bool, **options: Any) -> Any:
+    """A progress bar of prompts; ``options`` as tqdm takes them."""
     bar = optional("tqdm.auto").tqdm
     # None: no bar where standard error is not a terminal
-    return bar(total=total, desc=name, unit="prompt", disable=None if progress else True, smoothing=0.1)
+    disable = None if progress else True
+    return bar(total=total, desc=name, unit="prompt", disable=disable, smoothing=0.1, **options)

@@ -28,7 +28,7 @@ from cropi.model.moments import SecondMoments, read_moments
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.chunks import BATCHES, Dealt, Participant
-from cropi.sketching.groups import sketch_groups
+from cropi.sketching.groups import bar_of, sketch_groups
 from cropi.sketching.job import ManifestOf, SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
@@ -211,6 +211,7 @@ def scan_groups(
     def take(group: PromptGroup) -> None:
         nonlocal tokens, at_hand, count
         count += 1
+        bar.update(1)
         wanted = (on_group is None or on_group(group)) and (job.limit is None or count <= job.limit)
         exact = group.prompt_ids is not None and group.response_ids is not None
         if not (wanted and at_hand) or exact or no_gradient_reason(group.rewards) is not None:
@@ -234,7 +235,9 @@ def scan_groups(
 
     if on_group is None and isinstance(groups.scan, Scan):
         return groups.scan
-    scan = scan_trajectories(groups, on_group=take)
+    # Of millions of prompts this takes minutes.
+    with bar_of(None, "reading", policy.progress, leave=False, delay=2.0) as bar:
+        scan = scan_trajectories(groups, on_group=take)
     scan.texts_checked = _checked_for(policy, job) if at_hand else None
     scan.texts_kept = kept[0] if kept else None
     return scan
