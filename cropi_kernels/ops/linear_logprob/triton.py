@@ -108,7 +108,10 @@ def forward_kernel(
         e = tl.where(inside & (v != y), tl.exp(x), 0.0)
         if ENTROPY:  # every x moves by (best - anchor) * scale as the anchor moves
             moved = tl.where(rest > 0, (best - anchor) * scale, 0.0)
-            weighted = (weighted + rest * moved) * shrink + tl.sum(e * tl.maximum(x, -1000.0), 0)
+            terms = e * tl.maximum(x, -1000.0)
+            if BLOCK <= 256:  # a lane may have one term: as in `rms_kernel`
+                terms = tl.where(inside & (v != y), terms, 0.0)
+            weighted = (weighted + rest * moved) * shrink + tl.sum(terms, 0)
         rest = rest * shrink + tl.sum(e, 0)
         best = higher
     exists = (y >= 0) & (y < vocabulary)

@@ -65,7 +65,10 @@ def norm_kernel(
                 b += tl.sum(g, 0)
             if CENTERED:
                 v = tl.where(mask, v - (tl.sum(v, 1) / n)[:, None], 0.0)
-            scale = 1.0 / tl.sqrt(tl.sum(v * v, 1) / n + eps)
+            squares = v * v
+            if BN <= 128:  # as in `rms_kernel`
+                squares = tl.where(mask, squares, 0.0)
+            scale = 1.0 / tl.sqrt(tl.sum(squares, 1) / n + eps)
             # Rows past the end have g = 0; their scale is finite wherever eps > 0, and made so where it is not.
             w += tl.sum(tl.where(mask, g * (v * scale[:, None]), 0.0), 0)
         target = tl.where(slot < 0, weight + segment * n, partial + weight_at + slot * n)

@@ -37,8 +37,9 @@ def rms_kernel(
     w = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
     v = tl.load(x + t[:, None] * stride_x + i[None, :], mask=mask, other=0.0).to(tl.float32)
     squares = v * v
-    if BN <= 32:
-        # A lane may have one square, which the compiler would fuse with the other lane's, rounded: each its own sum.
+    if BN <= 128:
+        # A lane may have one square of a row, which the compiler would fuse with another lane's, rounded: each lane
+        # would have its own sum, and Triton 3.9 lets all lanes write theirs to one place. A choice is not fused.
         squares = tl.where(mask, squares, 0.0)
     r = 1.0 / tl.sqrt(tl.sum(squares, 1) / n + eps)
     out = w[None, :] * (v * r[:, None])
@@ -96,7 +97,10 @@ def rms_backward_kernel(
             if SUMS:
                 sums += tl.sum(g * v, 0)
             g = g * w[None, :]
-            d = r * (g - v * (tl.sum(g * v, 1) / n)[:, None])
+            products = g * v
+            if BN <= 128:  # as in `rms_kernel`
+                products = tl.where(mask, products, 0.0)
+            d = r * (g - v * (tl.sum(products, 1) / n)[:, None])
             tl.store(dx + row[:, None] * n + i[None, :], d.to(dx.dtype.element_ty), mask=mask)
         if SUMS:
             target = tl.where(slot < 0, out + segment * n, partial + sums_at + slot * n)
