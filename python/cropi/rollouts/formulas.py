@@ -8,6 +8,7 @@ such a formula they would take the 2, and of ``5x+3`` the 5. What is written as 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 
 # Names that a plain text may have where LaTeX has a command: of a function before its bracket, of a number.
@@ -50,21 +51,11 @@ _VARIABLE = re.compile(r"[xyzn][ \t]*[-+*/^]|[-+*/^][ \t]*\d*[xyzn]")
 # Of numbers alone; digits and a sign or a decimal point are read as they are.
 _OPERATION = re.compile(r"\d[ \t]*[-+*/^]|\d[eE]|\d[ \t]+\d")
 _BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])(.{1,500}?)(?<![\s*])\*\*(?![\w(*])")
-_SIGNS = str.maketrans(
-    {
-        "√": "sqrt",
-        "π": "pi",
-        "×": "*",
-        "·": "*",
-        "÷": "/",
-        "−": "-",
-        "²": "^2",
-        "³": "^3",
-        "½": "1/2",
-        "¼": "1/4",
-    }
-    | {"¾": "3/4", "∞": r"\infty", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup "}
-)
+_SIGNS = str.maketrans({
+    "√": "sqrt", "π": r"\pi ", "×": "*", "·": "*", "÷": "/", "−": "-", "½": "1/2", "¼": "1/4", "¾": "3/4",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ",
+})  # fmt: skip
+_ARTICLE = re.compile(r"[aAI][ \t]+[A-Za-z]{2}")
 _CLOSING = {"{": "}", "(": ")"}
 
 
@@ -98,7 +89,7 @@ def _formulas(text: str) -> Iterator[tuple[slice, bool]]:
         latex |= kind == "group" and piece == "{" and place > 0 and text[place - 1] in "^_"
         if kind == "blank" and last:
             kind = f"{last} "
-        elif _continues(last, kind):
+        elif _continues(last, kind) and not (last == "command " and _ARTICLE.match(text, place)):
             formula |= latex
             if kind != "join":
                 end = after
@@ -141,10 +132,12 @@ def plain_formulas(text: str, *, symbolic: bool = False) -> Iterator[slice]:
 def plain(text: str) -> str:
     """A text without the signs beyond ASCII that stand for formulas, and without the ``**`` around bold words.
 
-    >>> plain("**Answer:** **2√3 × x²** and 2**n, π/√(x+1)")
-    'Answer: 2sqrt(3) * x^2 and 2**n, pi/sqrt(x+1)'
+    >>> plain("**Answer:** **2√3 × x⁻¹⁰** and 2**n, 3½/√(x+1)")
+    'Answer: 2sqrt(3) * x^-10 and 2**n, 3 1/2/sqrt(x+1)'
     """
     text = _BOLD.sub(r"\1", text)
+    text = re.sub(r"(?<=\d)(?=[½¼¾])", " ", text)
+    text = re.sub(r"[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda found: f"^{unicodedata.normalize('NFKC', found[0])}", text)
     return re.sub(r"√[ \t]*(\d+(?:\.\d+)?|[A-Za-z])", r"sqrt(\1)", text).translate(_SIGNS)
 
 
@@ -174,7 +167,13 @@ def _continues(last: str, kind: str) -> bool:
         return False
     if last == "join" or kind in ("join", "tail") or not last.endswith(" "):
         return True
-    return kind == "command" and last != "letter "
+    # In LaTeX a blank ends a command's name: \pi r, \sin x.
+    return (
+        kind == "command"
+        and last != "letter "
+        or last == "command "
+        and kind in ("letter", "number", "group")
+    )
 
 
 def _closed(text: str, start: int) -> int:
