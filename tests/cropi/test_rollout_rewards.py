@@ -213,7 +213,7 @@ def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> 
         ("7/3", "**7/3**", 1.0), ("2", "2e-5", 0.0),
         ("2√3", r"\boxed{\sqrt{12}}", 1.0), ("2", "so it is 2√3", 0.0), ("x²", "x*x", 1.0), ("90°", "90", 1.0),
         (r"\pi r^2", r"the area is \pi r^2.", 1.0), ("πr²", r"$\pi r^2$", 1.0), (r"\pi", r"it is \pi r^2", 0.0),
-        (r"\sin x + 1", r"so \sin x + 1", 1.0), ("3", r"it is \log_2 8", 1.0), (r"\pi", r"\pi a day", 1.0),
+        (r"\sin x + 1", r"so \sin x + 1", 1.0), (r"\log 8", r"it is \log 8", 1.0), (r"\pi", r"\pi a day", 1.0),
         ("3½", "$3.5$", 1.0), ("7", "it is 3½, or 7", 1.0), ("10⁻⁵", "0.00001", 1.0), ("12", "12 m²", 1.0),
         ("100 000", "100,000", 1.0), ("2**-x", "$2^{-x}$", 1.0), ("3", "pages 3 and (5-x)", 1.0),
     ],
