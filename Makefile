@@ -144,7 +144,8 @@ notebooks: $(STAMPS)/docs model
 	OMP_WAIT_POLICY=passive $(BIN)/python scripts/run_notebooks.py examples/notebooks
 
 # Workflows, issue forms and the citation against their schemas; needs the network once.
-check-ci: $(STAMPS)/docs
+check-ci: $(STAMPS)/deps
+	if [ -z "$(OFFLINE)" ]; then $(PIP) -c $(PINS) check-jsonschema; fi
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $$(ls .github/ISSUE_TEMPLATE/*.yml | grep -v config)

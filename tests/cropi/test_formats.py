@@ -317,6 +317,16 @@ def test_without_a_network_the_error_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert "the network" in str(caught.value) and len(str(caught.value)) < 1000
 
 
+def test_a_path_that_is_not_there_is_told_from_a_data_set_without_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CropiError, match=r"^me/rollouts: there is no such file here; .*cropi-kernels\[trl\]"):
+        made("me/rollouts")
+    with pytest.raises(ModuleNotFoundError, match=r"^the package 'datasets' .*cropi-kernels\[trl\]"):
+        made("hf://datasets/me/rollouts")
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_a_run_on_tables_with_other_columns_selects_what_a_run_on_records_selects(tmp_path: Path) -> None:

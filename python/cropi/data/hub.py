@@ -64,8 +64,12 @@ def from_hub(name: str, of_path: Callable[[Path, str], Any], of_object: Callable
         held = optional("datasets").load_dataset(
             repository, options.get("config"), split=options.get("split"), revision=revision or None
         )
-    except ModuleNotFoundError:
-        raise
+    except ModuleNotFoundError as error:
+        if name.startswith(PREFIX):
+            raise
+        raise CropiError(
+            f"{name}: there is no such file here; if a data set of the hub is meant: {error}"
+        ) from error
     except Exception as error:  # the libraries raise what requests, fsspec and their own code raise
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise CropiError(
