@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import MethodType
+from types import CellType, MethodType
 from typing import Any
 
 import torch
@@ -100,19 +100,43 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bare_forward(model: nn.Module) -> Iterator[None]:
-    bare = without_autocast(model.forward)
-    if bare is None:
+    with contextlib.ExitStack() as stack:
+        here = model.forward
+        if (bare := _bound(without_autocast(here), model)) is not None:
+            before = model.__dict__.get("forward")
+            model.forward = here = bare
+            stack.callback(_put_back, model, before)
+        # What a trainer put there may call what an earlier one had put there: TRL's, of a model that TRL has trained.
+        seen: list[CellType] = []
+        while (cell := _holding(here, model)) is not None and cell not in seen:
+            seen.append(cell)
+            here = inside = cell.cell_contents
+            if (bare := _bound(without_autocast(inside), model)) is not None:
+                cell.cell_contents = here = bare
+                stack.callback(setattr, cell, "cell_contents", inside)
         yield
-        return
-    before = model.__dict__.get("forward")
-    model.forward = bare if hasattr(bare, "__self__") else MethodType(bare, model)
-    try:
-        yield
-    finally:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before
+
+
+def _put_back(model: nn.Module, before: Callable[..., Any] | None) -> None:
+    if before is None:
+        del model.forward
+    else:
+        model.forward = before
+
+
+def _bound(forward: Callable[..., Any] | None, model: nn.Module) -> Callable[..., Any] | None:
+    return forward if forward is None or hasattr(forward, "__self__") else MethodType(forward, model)
+
+
+def _holding(forward: Callable[..., Any], model: nn.Module) -> CellType | None:
+    """The variable of a function's, if there is one, that holds another method of the model: what it calls."""
+    for cell in getattr(getattr(forward, "__func__", forward), "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # a variable without a value
+            held = cell.cell_contents
+            if isinstance(held, MethodType) and held.__self__ is model:
+                found: CellType = cell
+                return found
+    return None
 
 
 def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -50,6 +50,20 @@ def by_autocast_of_the_function(model: nn.Module) -> nn.Module:
     return model
 
 
+def by_two_trainers(model: nn.Module) -> nn.Module:
+    """TRL's own forward calls the one that it found, behind which stands an earlier trainer's autocast."""
+    for _ in range(2):
+        model.forward = MethodType(_calling(by_accelerate(model).forward), model)
+    return model
+
+
+def _calling(found: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return found(*args, **kwargs)
+
+    return forward
+
+
 def by_compile(model: nn.Module) -> nn.Module:
     compiled: nn.Module = torch.compile(model, backend="eager")
     return compiled
@@ -63,7 +77,9 @@ def by_all(model: nn.Module) -> nn.Module:
     return by_data_parallel(by_compile(by_accelerate(model)))
 
 
-WRAPPERS = [by_accelerate, by_autocast, by_autocast_of_the_function, by_compile, by_data_parallel, by_all]
+WRAPPERS = [
+    by_accelerate, by_autocast, by_autocast_of_the_function, by_two_trainers, by_compile, by_data_parallel, by_all,
+]  # fmt: skip
 
 
 @pytest.mark.long
