@@ -225,7 +225,8 @@ def time_peers(size: int, dim: int, rounds: int) -> Race:
     for _ in range(rounds):
         for row in table:
             if not row["slow"]:
-                time.sleep(0.05)  # threads of the peer before spin on, and would be timed with this one
+                # The threads of the last peer still spin, and would share the cores with this one.
+                time.sleep(0.05)
                 row["times"].append(seconds(runs[row["what"]], x))
     fastest = 0.0
     for row in table:

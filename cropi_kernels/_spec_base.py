@@ -69,7 +69,7 @@ def as_int(value: Any, low: int, high: int | None = None) -> int | None:
     Integers of NumPy and torch, also as arrays without dimensions, are integers; True and False, of any library, are
     not.
     """
-    if type(value) is int:  # the rule, and all that a traced call can ask
+    if type(value) is int:  # nearly every call; a traced one can ask for no more
         return value if low <= value and (high is None or value <= high) else None
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or _dimensions(value):
         return None

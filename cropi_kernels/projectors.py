@@ -143,7 +143,7 @@ class BasicProjector(nn.Module):
         self.seed = check_int("seed", seed, 0)
         self.proj_type, self.device, self.dtype, self.model_id = proj_type, device, dtype, model_id
         self.block_size, self.nnz, self.normalize = min(proj_dim, block_size), nnz, normalize
-        self.spec(model_id)  # refuses bad sizes now
+        self.spec(model_id)  # raises for sizes that no projection has
 
     def spec(self, model_id: int) -> ProjectionSpec:
         """The projection of one checkpoint."""

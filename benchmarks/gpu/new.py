@@ -314,7 +314,7 @@ def main() -> None:
         results.attempt(f"norms of {n}", lambda n=n: narrow(n))
     results.attempt("a bias of millions", wide_bias)
     results.attempt("streams", streams)
-    for given in JOBS:  # which compile most
+    for given in JOBS:  # last: they compile most
         results.attempt(f"passes launched ahead: {', '.join(given)}", lambda g=given: ahead(*g))
     results.finish()
 

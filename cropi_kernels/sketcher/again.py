@@ -25,7 +25,7 @@ class Replay:
     segments: Segments
     leaves: list[Any]
     tree: Any
-    places: list[int]  # of tensors among the leaves
+    places: list[int]  # where the tensors stand among the leaves
 
     @classmethod
     def of(

@@ -27,7 +27,7 @@ MIXED = (
     "length] (most models of transformers keep sequences apart so), or one sequence a row"
 )
 CACHES = ("past_key_values", "cache")  # before and since transformers 5.24
-NOTHING, APART, LEAKS = range(3)  # what two runs show; of several ranks, the largest counts
+NOTHING, APART, LEAKS = range(3)  # what two runs show; ranks take the largest of their answers
 
 
 class Apart:

@@ -58,7 +58,8 @@ class Operators:
 
     def __init__(self, segments: Segments, out: torch.Tensor) -> None:
         self.segments, self.out = segments, out
-        self.needed = 0  # of memory, in the engine's own measure: the next batch's is told
+        # Memory that this batch needed, in the engine's own unit; the next batch's engine is told.
+        self.needed = 0
 
     def settle(self) -> torch.Tensor:
         """``out``, after the sums that an engine has not added yet are added to it."""

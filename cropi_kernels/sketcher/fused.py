@@ -51,7 +51,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
         dx = None if ctx.tap is None else ctx.tap.ride(dy, x, weight, scale, ctx.segments)
-        if dx is None:  # nothing is to be added
+        if dx is None:  # no gradient of the weight is sketched
             n = x.shape[-1]
             dx = rms_norm_backward(dy.reshape(-1, n), x.reshape(-1, n), weight, scale)[0].view(x.shape)
         return dx, None, None, None, None
@@ -82,7 +82,7 @@ class Fusion:
     """The modules of a model that are computed by fused kernels, and candidates that are not, with the reason."""
 
     acc: Accumulator
-    norms: dict[nn.Module, str] = dataclasses.field(default_factory=dict)  # with their names
+    norms: dict[nn.Module, str] = dataclasses.field(default_factory=dict)  # each with its name
     gates: dict[nn.Module, str] = dataclasses.field(default_factory=dict)
     unfused: dict[str, str] = dataclasses.field(default_factory=dict)
 

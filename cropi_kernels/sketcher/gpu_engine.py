@@ -59,7 +59,7 @@ class Tail:
     plans: list[VectorPlan]
     sums: torch.Tensor
     used: int = 0
-    left: torch.Tensor | None = None  # what earlier launches have added up
+    left: torch.Tensor | None = None  # the sums of earlier launches
 
 
 class GpuEngine(Operators):
@@ -179,7 +179,7 @@ class GpuEngine(Operators):
     def add_bias(self, dy: torch.Tensor, plan: VectorPlan, site: Site) -> None:
         if self._plain(dy, plan.size, site) != 1:
             return super().add_bias(dy, plan, site)
-        if self._latest is None or self._latest() is not dy:  # else it waits with its matrix
+        if self._latest is None or self._latest() is not dy:  # else the bias waits with its matrix
             self._launch()
         self._biases.append(Waiting(dy, plan, site.where, dy._version))
         if len(self._biases) == self._members:

@@ -124,7 +124,7 @@ class GradientSketcher:
         self.model, self.spec = self._tapped.model, spec
         self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
         self._split: SplitModel | None = None
-        self._head = base_of(output_embeddings(self.model))  # of which the taps know
+        self._head = base_of(output_embeddings(self.model))  # the taps were planned with it
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
         self._batch_tested, self._apart = False, Tested(self.model, self._tapped.acc)

@@ -88,7 +88,8 @@ def head_pass(
                 if plan.head_matrix is not None and plan.head_adds[0]:
                     matrix = plan.head_matrix
                     inputs = matrix.fold(picked[begin:end])
-                    if factor is not None:  # a sketch is linear in its inputs too, which have fewer numbers
+                    if factor is not None:
+                        # A sketch is linear in its inputs, which have fewer numbers than dz.
                         inputs = (inputs * factor[:, None]).to(inputs.dtype)
                     matrix.add(dz, inputs, offsets, acc.engine.sums(matrix.name))
                 if plan.head_bias is not None and plan.head_adds[1]:

@@ -58,7 +58,7 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
     """
     if not torch.is_grad_enabled():
         return y
-    if not y.requires_grad:  # frozen weights on inputs without a graph: it starts here
+    if not y.requires_grad:  # frozen weights on inputs without a graph: the graph starts here
         y = y.detach().requires_grad_(True)
     # A leaf has no node: `widened_input` could not follow the graph's edges to it. A view (a product with a bias, of
     # three axes) gets another node when it is changed in place, and the hook of the old one is never called.
@@ -130,4 +130,5 @@ def _is_cast_of(kept: torch.Tensor, x: torch.Tensor) -> bool:
 def packed() -> bool:
     """Whether something packs what autograd saves now: checkpointing, offloading."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(False) is not None  # an older torch does not say: keep the input, then
+    # True where an older torch does not say: the input is kept then.
+    return top is None or top(False) is not None

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor | None
     attention_mask: torch.Tensor | None  # [batch, length]
     position_ids: torch.Tensor | None
-    pairs: torch.Tensor | None = None  # an attention_mask of four axes, which stays where it is
+    pairs: torch.Tensor | None = None  # an attention_mask of four axes, which is not copied to the host
 
     @classmethod
     def of(

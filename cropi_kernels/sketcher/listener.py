@@ -45,7 +45,8 @@ class Listener:
         unit = unit_roundoff(d)
         if isinstance(tap, Exact):  # autograd formed the gradient, of sums that are not known here
             terms = max(terms, 16.0)
-            unit = max(unit, coarse / terms)  # of 16-bit operands, as under autocast: their sums are float32
+            # The operands have 16 bits, as under autocast, and their sums 32.
+            unit = max(unit, coarse / terms)
         if kept is not None and kept.is_floating_point():
             unit = max(unit, unit_roundoff(kept))
             # A norm's input is normalised: its rows have norm sqrt(n).

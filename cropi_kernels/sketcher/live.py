@@ -102,7 +102,7 @@ class LiveSketcher:
         self._shape: object = None
         self._audits = Schedule()
         self._ready, self._apart = False, Tested(self.model, self._acc)
-        self._runs: Runs | None = None  # of the open batch
+        self._runs: Runs | None = None  # those of the open batch
         self.loss: str | None = None
 
     def __repr__(self) -> str:

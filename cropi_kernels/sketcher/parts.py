@@ -87,7 +87,8 @@ class PartMatrix(MatrixSketch):
             self.matrix.add_rows(self.share.placed(self._here(x, "output"), 1), rows, offsets, out)
 
     def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        self.matrix.add_formed(gradient, out)  # it is in the whole's shape (`Tap.whole`)
+        # The gradient has the shape of the whole parameter (`Tap.whole`).
+        self.matrix.add_formed(gradient, out)
 
     def _here(self, x: torch.Tensor, what: str) -> torch.Tensor:
         part = self.share.part(x, 1)

@@ -210,7 +210,8 @@ def _packing(split: SplitModel, ids: torch.Tensor, plain: torch.Tensor) -> str:
     for better, mask in (("without a mask", {}), ("as it is", {"attention_mask": torch.ones_like(row)})):
         try:
             got = split.hidden(row, position_ids=where, **mask)
-        except (IndexError, TypeError, ValueError, RuntimeError) as error:  # takes no positions, or no mask
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            # The model takes no positions, or no mask.
             if is_out_of_memory(error):
                 raise
             break

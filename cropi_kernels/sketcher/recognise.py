@@ -122,7 +122,7 @@ def _rows_apart(module: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Te
     """
     try:
         got = _call(module, tensors, x)
-    except Exception:  # not a function of one tensor; the code is not ours and may raise anything
+    except Exception:  # the module needs more than one tensor; its code may raise anything
         return None
     if not isinstance(got, torch.Tensor):
         return None
@@ -149,7 +149,7 @@ def embedding_scale(module: nn.Embedding) -> float | None:
     try:  # on a weight of our own, expanded and so without memory: the model's may be zero where we look
         got = _call(module, {"weight": row.expand(weight.shape)}, ids)
         scale = _call(module, {"weight": torch.ones_like(row).expand(weight.shape)}, ids)
-    except Exception:  # not a function of ids alone: OPT's positions raise an IndexError
+    except Exception:  # the module needs more than ids: OPT's positions raise an IndexError
         return None
     if not isinstance(got, torch.Tensor) or got.shape != (len(ids), len(row)):
         return None

@@ -68,7 +68,7 @@ class SlabMatrix(MatrixSketch):
         return self.plan.fold_key if self.plan.col_fold is not None else None
 
     def fold(self, a: torch.Tensor) -> torch.Tensor:
-        return fold_inputs(a, self.plan)  # the folded copy is small: this is what keeps the memory promise
+        return fold_inputs(a, self.plan)  # all that is kept of a layer's inputs
 
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         sketch_linear(d, kept, offsets, self.plan, out)

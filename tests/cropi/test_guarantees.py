@@ -87,7 +87,7 @@ def test_checksums_of_a_file_with_an_odd_name(name: str, tmp_path: Path) -> None
         check_sums(out)
 
 
-READ = (".jsonl", ".parquet", "")  # what cropi reads again
+READ = (".jsonl", ".parquet", "")  # endings of files that cropi itself reads
 
 
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")

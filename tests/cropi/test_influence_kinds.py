@@ -136,7 +136,7 @@ def test_prompts_on_both_sides_are_warned_of(stores: Any) -> None:
         influence(train, [valid, in_memory(rows[2:7], [f"t{i:03d}" for i in range(2, 7)], ["z"] * 5)])
     with warnings.catch_warnings():
         warnings.simplefilter("error", SharedPrompts)
-        influence(train, [in_memory(others, "t", ["x"] * 15)])  # of the same names, and other gradients
+        influence(train, [in_memory(others, "t", ["x"] * 15)])  # the same names, but other gradients
         short = MemoryStore({"spec": {"dim": 24}})
         # As long a gradient, of other responses.
         short.add(RowInfo("t002", set="z", norm=float(rows[2].norm()), tokens=9), rows[2])

@@ -75,7 +75,7 @@ def blank(n: int, plan: MatrixPlan) -> torch.Tensor:
 def poison(poisoned: None) -> Iterator[None]:
     """Every buffer starts as NaN in torch and as 3.4e38 in C++: an element that nobody wrote, or a stray one, shows."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    # Which has its own malloc.
+    # Sanitizers bring a malloc of their own.
     if libc is None or not hasattr(libc, "mallopt") or "CROPI_SANITIZED" in os.environ:
         yield
         return

@@ -49,7 +49,7 @@ COMBINED_TILES, COMBINED_ROWS = 64, 16
 RESCALED_TILES = 16
 SCALED = 1024  # features of a program of `scale_kernel`
 LOG2_E = 1.4426950408889634
-LIFT = 2.0**15  # of e in float16, whose small numbers lose their digits
+LIFT = 2.0**15  # factor of e in float16, whose small numbers lose their digits
 
 
 def by_row(dtype: torch.dtype) -> bool:
@@ -152,7 +152,7 @@ class Tiles:
         with _gpu.on(target):
             combine_kernel[(_triton.ceil_div(n, COMBINED_ROWS),)](
                 self.own, self.sums[0], self.sums[1], self.sums[-1], target, stats.logp, stats.top, stats.log_sum,
-                stats.logp if stats.entropy is None else stats.entropy,  # not written where it is not wanted
+                stats.logp if stats.entropy is None else stats.entropy,  # without ENTROPY nothing is written there
                 n, self.call.head.shape[0], self.tiles, self.scale,
                 ENTROPY=stats.entropy is not None, TILES=COMBINED_TILES, ROWS=COMBINED_ROWS, num_warps=4, **OPTIONS,
             )  # fmt: skip

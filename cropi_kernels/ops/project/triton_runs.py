@@ -89,7 +89,7 @@ def gather_runs_kernel(
         place = next_place
         next_place = tl.load(place_of + tl.minimum(t + 1, tiles - 1))
         low, shift = place & 15, place >> 4
-        # What is 64 bits wide is the tile's; within the tile 32 bits do.
+        # Where a tile begins takes 64 bits; places within it take 32.
         start, byte = column + t * width, (phase + t * width) >> 3
         source = (run ^ (low // RUN)) - shift * (16 // RUN)
         source = tl.where(source < 0, source + runs, source)

@@ -131,7 +131,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor,
     if x.numel():
         forward(x, weight, eps, y, scale, n_tokens, x.stride(0))
     elif n_tokens:
-        scale.fill_(float("nan"))  # the mean of no numbers
+        scale.fill_(float("nan"))  # a row of no features has no mean
 
 
 def forward(

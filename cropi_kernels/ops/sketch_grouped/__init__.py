@@ -55,6 +55,7 @@ def sketch_grouped(
         RuntimeError: the backend that was named cannot serve the call; says why.
     """
     step = ops.step_of(d, row_step if row_step is None else check_int("row_step", row_step, -_MOST, _MOST))
-    first_row = check_int("first_row", first_row, -_MOST, _MOST)  # what does not fit is found beside the plan
+    # Whether it fits the plan, the operator checks.
+    first_row = check_int("first_row", first_row, -_MOST, _MOST)
     ops.SKETCH(plain(d), plain(a), offsets, out, recipe_of(plan), first_row, step, backend)
     return out

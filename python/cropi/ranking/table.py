@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -169,16 +169,7 @@ def _scores(
 ) -> Scores:
     """The table, read by batches: the whole of it as Arrow's takes as much memory again."""
     schema, count = file.schema_arrow, file.metadata.num_rows
-    sets = [name[6:-1] for name in schema.names if name.startswith("score[")]
-    if not sets or not count:
-        raise ValueError("it holds no scores")
-    told = {one["name"] for one in meta["uncertainty"]["sets"]} if "uncertainty" in meta else set(sets)
-    if lacking := set(sets) - told:
-        raise ValueError(f"its uncertainty leaves out the set {min(lacking)!r}")
-    # Of equal values a small file may name any number.
-    size = 8 * count * len(schema)
-    if size > max(LARGEST, 4 * os.path.getsize(path)):
-        raise ValueError(f"its {count} rows would take {size / 1e9:.3g} GB")
+    sets = _sets(path, schema, count, meta)
     wanted = {name: key for name, key in FIELDS.items() if only is None or key in ("id", *only)}
     rows = TableRows(schema, count, wanted, [name for name in EXTRA if only is None or name in only])
     kinds = ["score", *(["stderr"] if errors and sets and f"stderr[{sets[0]}]" in schema.names else [])]
@@ -208,6 +199,25 @@ def _scores(
     return Scores(
         rows, sets, numbers["score"], meta, numbers.get("stderr"), drawn, groups=groups, contributions=parts
     )
+
+
+def _sets(path: Path, schema: Any, count: int, meta: Mapping[str, Any]) -> list[str]:
+    """The validation sets of a table of ``count`` rows.
+
+    Raises:
+        ValueError: it holds no scores, or more than the file can stand for; or its uncertainty is of other sets.
+    """
+    sets = [name[6:-1] for name in schema.names if name.startswith("score[")]
+    if not sets or not count:
+        raise ValueError("it holds no scores")
+    told = {one["name"] for one in meta["uncertainty"]["sets"]} if "uncertainty" in meta else set(sets)
+    if lacking := set(sets) - told:
+        raise ValueError(f"its uncertainty leaves out the set {min(lacking)!r}")
+    # Of equal values a small file may name any number.
+    size = 8 * count * len(schema)
+    if size > max(LARGEST, 4 * os.path.getsize(path)):
+        raise ValueError(f"its {count} rows would take {size / 1e9:.3g} GB")
+    return sets
 
 
 def _parts(sets: Sequence[str], groups: Sequence[str]) -> list[str]:

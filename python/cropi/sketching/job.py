@@ -292,32 +292,43 @@ def make_manifest(
             EqualModels,
             stacklevel=3,
         )
-    if groups is not None:
-        manifest[GROUPS] = [{"name": name, "patterns": list(own)} for name, own in groups.items()]
-    if moments is not None:
-        manifest["preconditioner"] = moments.fingerprint()
-    for name in ("responses", "token_share"):
-        if getattr(job, name) is not None:
-            manifest[name] = getattr(job, name)
-    if job.noise:
-        manifest[NOISE] = True
-    if not job.zero_check:
-        manifest["zero_check"] = False
-    if scan is not None:
-        manifest["prompts"] = min(scan.prompts, job.limit or scan.prompts)
-    if job.shard is not None:
-        number, count = job.shard
-        manifest["share"] = {
-            "number": number, "count": count, "prompts": manifest.get("prompts"), "layout": job.layout,
-            "tokens_per_batch": job.tokens_per_batch,
-        }  # fmt: skip
     notes = {
         "trajectories": job.names,
         FOLDER: os.getcwd(),
         PRODUCTS: frozen.choices(policy.model),
         **job.notes,
     }
-    return manifest | {"notes": notes}
+    return manifest | _of_some_jobs(job, scan, moments, groups) | {"notes": notes}
+
+
+def _of_some_jobs(
+    job: SketchJob,
+    scan: Scan | None,
+    moments: SecondMoments | None,
+    groups: Mapping[str, Sequence[str]] | None,
+) -> dict[str, Any]:
+    """What a manifest holds where a job differs from the defaults."""
+    made: dict[str, Any] = {}
+    if groups is not None:
+        made[GROUPS] = [{"name": name, "patterns": list(own)} for name, own in groups.items()]
+    if moments is not None:
+        made["preconditioner"] = moments.fingerprint()
+    made |= {
+        name: value for name in ("responses", "token_share") if (value := getattr(job, name)) is not None
+    }
+    if job.noise:
+        made[NOISE] = True
+    if not job.zero_check:
+        made["zero_check"] = False
+    if scan is not None:
+        made["prompts"] = min(scan.prompts, job.limit or scan.prompts)
+    if job.shard is not None:
+        number, count = job.shard
+        made["share"] = {
+            "number": number, "count": count, "prompts": made.get("prompts"), "layout": job.layout,
+            "tokens_per_batch": job.tokens_per_batch,
+        }  # fmt: skip
+    return made
 
 
 def open_store(

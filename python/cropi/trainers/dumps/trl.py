@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -126,9 +126,8 @@ def _reward_columns(
             f"{path} is not a completions file of TRL, which has {', '.join(KEYS)}, but holds {held}"
         )
     keys: dict[str, _Seen] = {}
-    numbers: list[
-        dict[str | None, Any]
-    ] = []  # and under None, which no column is called, what names the prompt
+    # By column; under None, which is no column's name, what names the prompt.
+    numbers: list[dict[str | None, Any]] = []
     for row in chain([first], rows):
         for key, value in row.items():
             seen = keys.setdefault(key, _Seen())
@@ -138,14 +137,28 @@ def _reward_columns(
             {None: _group(row)}
             | {key: _float(value) for key, value in row.items() if isinstance(value, (float, int))}
         )
-    if named is not None:
-        columns = [named] if named in keys else named.split("+")
-        for name in columns:
-            if name not in keys:
-                raise CropiError(
-                    f"{path}: there is no column {name!r}, which --columns reward= names; it has {names(keys)}"
-                )
-        return columns, _cut(numbers)
+    columns = _of_numbers(keys, path, id_key) if named is None else _of_names(keys, path, named)
+    if named is None and "advantage" in keys and not _agree(numbers, columns):
+        raise CropiError(
+            f"{path}: the advantages do not follow the sum of the columns {names(columns)}, so these are not the "
+            "rewards, or have weights; name the column with the reward with --columns reward=NAME"
+        )
+    return columns, _cut(numbers)
+
+
+def _of_names(keys: Mapping[str, _Seen], path: Path, named: str) -> list[str]:
+    """The columns that the user named, by ``+`` where there are several."""
+    columns = [named] if named in keys else named.split("+")
+    for name in columns:
+        if name not in keys:
+            raise CropiError(
+                f"{path}: there is no column {name!r}, which --columns reward= names; it has {names(keys)}"
+            )
+    return columns
+
+
+def _of_numbers(keys: Mapping[str, _Seen], path: Path, id_key: str | None) -> list[str]:
+    """The columns of numbers that TRL itself does not write."""
     columns = [
         key
         for key, seen in keys.items()
@@ -155,12 +168,7 @@ def _reward_columns(
         raise CropiError(
             f"{path} has no column of rewards (numbers); it has {names(keys)}; name it with --columns reward=NAME"
         )
-    if "advantage" in keys and not _agree(numbers, columns):
-        raise CropiError(
-            f"{path}: the advantages do not follow the sum of the columns {names(columns)}, so these are not the "
-            "rewards, or have weights; name the column with the reward with --columns reward=NAME"
-        )
-    return columns, _cut(numbers)
+    return columns
 
 
 def _cut(rows: list[dict[str | None, Any]]) -> set[str]:
