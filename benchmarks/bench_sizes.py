@@ -83,7 +83,6 @@ COMMANDS = {
     "`cropi influence --draws 0`": f"{INFLUENCE} --draws 0 --out {SCORES}",
     "`cropi influence`": f"{INFLUENCE} --out {SCORES}",
     "`cropi select`": SELECT,
-    "`cropi select --per file --fraction 0.2`": f"{SELECT} --per file --fraction 0.2",
     "`cropi select --method random`": f"{SELECT} --method random",
     "`cropi select --confidence 0.9`": f"{SELECT} --confidence 0.9",
     "`cropi select --dedup 0.95`": f"{SELECT} --dedup 0.95",
