@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -33,6 +34,39 @@ def test_command_lines_are_understood(line: str) -> None:
     from cropi.cli import make_parser
 
     assert make_parser().parse_args(shlex.split(line)[1:]).command in line
+
+
+def unknown_words(line: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a command line of `cropi` that it does not have, or the command itself."""
+    words, depth = shlex.split(line, comments=True)[1:], 0
+    while choices := next(
+        (a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None
+    ):
+        if depth == len(words) or words[depth] not in choices:
+            return words[depth : depth + 1] if depth == 0 else []
+        parser, depth = choices[words[depth]], depth + 1
+    options = [word.strip("[]").partition("=")[0] for word in words if word.startswith(("-", "[-"))]
+    return [option for option in options if option not in parser._option_string_actions]
+
+
+def test_commands_of_all_pages_have_their_options() -> None:
+    """In blocks and in prose, also where the rest of a command is left out."""
+    from cropi.cli import make_parser
+
+    parser = make_parser()
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
+    found = []
+    for page in (*pages, *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        shown = [line for block in re.findall(r"(?ms)^```\n(.*?)^```", text) for line in block.splitlines()]
+        inline = re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```", "", text))
+        found += [
+            (page.name, line)
+            for line in map(str.strip, shown + inline)
+            if re.match(r"cropi [a-z-]", line) and "COMMAND" not in line
+        ]
+    assert len(found) > 80
+    assert not [(page, line, bad) for page, line in found if (bad := unknown_words(line, parser))]
 
 
 @pytest.mark.parametrize("line", sorted(set(commands("make"))))
