@@ -94,8 +94,20 @@ def own_precision(model: nn.Module) -> Iterator[None]:
         for kind in sorted({"cpu", "cuda", "xpu", first} - {"meta"}):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(_bare_forward(model))
+        for part in _called(model):
+            stack.enter_context(_bare_forward(part))
         yield
+
+
+def _called(model: nn.Module) -> list[nn.Module]:
+    """The model, and the ones inside of a PEFT model, whose own forward an earlier trainer may have wrapped."""
+    parts = [model]
+    for name in ("base_model", "model"):
+        if isinstance(inside := parts[-1]._modules.get(name), nn.Module):
+            parts.append(inside)
+        else:
+            break
+    return parts
 
 
 @contextlib.contextmanager

@@ -124,6 +124,11 @@ def test_lora_under_accelerate_and_autocast_of_the_caller() -> None:
 
     expected = sketches(adapted())
     assert torch.equal(sketches(by_accelerate(adapted())), expected)
+    # Adapters on a model that an earlier trainer has trained.
+    trained = adapted()
+    by_accelerate(trained.base_model.model)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(sketches(trained), expected)
+    assert torch.equal(sketches(by_autocast(trained)), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(sketches(adapted()), expected)
         assert torch.is_autocast_enabled("cpu")
