@@ -50,7 +50,9 @@ class BackwardPasses:
             )
         self._seen.add(number)
         self._again = torch.is_grad_enabled()
-        if number < 0:  # no pass of autograd's engine
+        if (
+            number < 0 or torch.compiler.is_compiling()
+        ):  # no pass of autograd's engine, or one of compiled autograd
             return
         if not self._running:  # else a part of that pass: checkpointing may ask for a part's gradients itself
             leave, before = self._leaves_gradients(), self._leave
