@@ -153,7 +153,7 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
     A single response always fits: it cannot be split.
     """
     prompt, sizes = len(group.prompt), [len(group.responses[k]) - 1 for k, *_ in group.equal]
-    share = 1
+    chunks = _chunks(len(sizes), 1)
     if layout.shares(prompt + min(sizes) + 1, prompt + max(sizes) + 1, group.id):
         ends = [0, *accumulate(sizes)]
         cost: dict[int, float] = {}
@@ -163,8 +163,8 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
             attend = layout.attention_cost * (0.5 if m == 1 else 1.0)
             if m == 1 or max(rows) <= budget:
                 cost[m] = sum(length * (1 + attend * length) for length in rows)
-        share = min(cost, key=lambda m: cost[m])
-    best = [range(first, last) for first, last in _chunks(len(sizes), share)]
+        chunks = _chunks(len(sizes), min(cost, key=lambda m: cost[m]))
+    best = [range(first, last) for first, last in chunks]
     if not layout.lengths.together(prompt + min(sizes), prompt + max(sizes)):
         best.sort(key=lambda row: -sizes[row[0]])  # those that may be in one batch follow each other
     # One response a row needs no mask of its own.

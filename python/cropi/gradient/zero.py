@@ -22,8 +22,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from cropi.data.rewards import no_gradient_reason
+from cropi.errors import CropiError
 from cropi.gradient.equal import all_cancel
 from cropi.gradient.estimators import Estimator
+from cropi.gradient.noise import FEWEST, TOO_FEW
 from cropi.gradient.tokenize import TokenGroup
 from cropi_kernels.sketcher.precision import product_eps
 
@@ -39,6 +42,31 @@ def rounding(model: Any) -> float:
     layers = int(getattr(text, "num_hidden_layers", None) or 32)
     eps = max((product_eps(p) for p in model.parameters() if p.is_floating_point()), default=2**-23)
     return math.sqrt(ROUNDINGS * layers) * eps / 2
+
+
+def no_sketch_reason(
+    group: TokenGroup, estimator: Estimator, source: str, *, zero_check: bool, noise: bool
+) -> str | None:
+    """Why a prompt gets no sketch, as far as it is known before any compute; or None.
+
+    Args:
+        group, estimator, source: as for :func:`cancels`.
+        zero_check: whether gradients that cancel count as zero.
+        noise: whether the noise of the gradient is sketched, which takes several responses.
+
+    Raises:
+        CropiError: the log-probs of the behaviour policy are needed, and the group has none.
+    """
+    if reason := no_gradient_reason(group.group.rewards):
+        return reason
+    if source == "file" and estimator.ratio and group.logprobs is None:
+        raise CropiError(
+            f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is 'file'; "
+            "give them, or behaviour='current' (ratio 1)"
+        )
+    if noise and len(group.responses) < FEWEST:
+        return TOO_FEW
+    return ZERO_GRADIENT if zero_check and cancels(group, estimator, source) else None
 
 
 def cancels(group: TokenGroup, estimator: Estimator, source: str) -> bool:

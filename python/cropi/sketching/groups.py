@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 
-from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, optional
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
-from cropi.gradient.noise import FEWEST, TOO_FEW
 from cropi.gradient.subset import Subset
 from cropi.gradient.tokenize import TokenGroup
-from cropi.gradient.zero import ZERO_GRADIENT, cancels
+from cropi.gradient.zero import no_sketch_reason
 from cropi.model.moments import SecondMoments
 from cropi.model.policy import Policy
 from cropi.sketching.behind import Behind
@@ -242,26 +240,11 @@ def _checked(
             raise CropiError(
                 f"groups holds a {type(group).__name__}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"
             )
-        if reason := _without_sketch(group, estimator, source, zero_check, subset):
+        noise = subset is not None and subset.noise
+        if reason := no_sketch_reason(group, estimator, source, zero_check=zero_check, noise=noise):
             yield row_of(group.group, SKIPPED, reason, default_set)
         else:
             yield group if subset is None else subset.of(group, estimator)
-
-
-def _without_sketch(
-    group: TokenGroup, estimator: Estimator, source: str, zero_check: bool, subset: Subset | None
-) -> str | None:
-    """Why a prompt gets no sketch, or None."""
-    if reason := no_gradient_reason(group.group.rewards):
-        return reason
-    if source == "file" and estimator.ratio and group.logprobs is None:
-        raise CropiError(
-            f"prompt {group.id!r} has no log-probs of the policy that made its responses, and behaviour is 'file'; "
-            "give them, or behaviour='current' (ratio 1)"
-        )
-    if subset is not None and subset.noise and len(group.responses) < FEWEST:
-        return TOO_FEW
-    return ZERO_GRADIENT if zero_check and cancels(group, estimator, source) else None
 
 
 def bar_of(total: int | None, name: str, progress: bool, **options: Any) -> Any:
