@@ -30,8 +30,8 @@ class BackwardPasses:
         self._nodes: list[Any] | None = None
         self._seen: set[int] = set()
         self._running: set[int] = set()
-        self._again = False  # whether one of them can be differentiated
-        self._leave: bool | None = None  # whether they leave gradients in the parameters
+        # Whether one of them can be differentiated, and whether they leave gradients in the parameters.
+        self._again, self._leave = False, None  # type: bool, bool | None
 
     def note(self, where: str) -> None:
         """A pass has come to ``where``.
@@ -50,11 +50,11 @@ class BackwardPasses:
             )
         self._seen.add(number)
         self._again = torch.is_grad_enabled()
-        if (
-            number < 0 or torch.compiler.is_compiling()
-        ):  # no pass of autograd's engine, or one of compiled autograd
+        # No pass of autograd's engine, or one of compiled autograd.
+        if number < 0 or torch.compiler.is_compiling():
             return
-        if not self._running:  # else a part of that pass: checkpointing may ask for a part's gradients itself
+        # Else it is a part of the pass that runs: checkpointing may ask for a part's gradients itself.
+        if not self._running:
             leave, before = self._leaves_gradients(), self._leave
             if before is not None and leave != before:
                 raise RuntimeError(
