@@ -7,6 +7,7 @@ and sizes that are multiples of 16, integers of 32 bits) go straight to what was
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,10 @@ STRAIGHT = (3, 6) <= release(triton.__version__)[:2] <= (3, 7) and os.environ.ge
 OPTIONS = {"enable_fp_fusion": True}
 # False: by tensors, for what runs compiled kernels where there is no GPU, and must know where an operand ends.
 BY_ADDRESS = True
+
+
+# By map, they cost no call of a function in Python.
+_address, _dtype = torch.Tensor.data_ptr, operator.attrgetter("dtype")
 
 
 def padded(operands: list[T]) -> list[T]:
@@ -61,10 +66,11 @@ class Launch:
     ) -> None:
         """Launch on the device of the first tensor, on its current stream."""
         device = pointers[0].device.index
-        addresses = [x.data_ptr() for x in pointers]
-        key = (device, *[x.dtype for x in pointers]) if usual(addresses, sizes, counts) else None
+        addresses = [*map(_address, pointers)]
+        key = (device, *map(_dtype, pointers)) if usual(addresses, sizes, counts) else None
         compiled = self._compiled.get(key)
-        if compiled is not None and _current(device) and not _hooked():
+        current = device is None or torch._C._cuda_getDevice() == device
+        if compiled is not None and current and not _hooked():
             x, y, z = (*grid, 1, 1)[:3]
             stream = driver.active.get_current_stream(device)
             compiled.run(
@@ -89,10 +95,6 @@ def usual(addresses: Sequence[int], sizes: Sequence[int], counts: Sequence[int])
     for n in counts:
         wide |= n if n >= 0 else ~n  # the bits that a signed number needs
     return low & 15 == 0 and wide < 1 << 31
-
-
-def _current(device: int | None) -> bool:
-    return device is None or torch.cuda.current_device() == device
 
 
 def _hooked() -> bool:

@@ -70,6 +70,8 @@ def choose(
     on_host = not tensors or tensors[0].device.type == "cpu"
     if named is None and on_host and not (without or {}).get("cpu") and _native.unsupported(*tensors) is None:
         return "cpu"  # what nearly every call on a CPU comes to; the others' reasons would cost more than its kernel
+    if named is None and not on_host and not without and _triton.unsupported(*tensors) is None:
+        return "triton"  # and on a device; an op with other kernels names them in `without`
     against = reasons_against(*tensors, without=without)
     if named is not None:
         if against[named] is not None:

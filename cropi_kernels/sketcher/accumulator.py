@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -55,7 +55,7 @@ class Accumulator:
         self.backwards = BackwardPasses()  # of the open batch
         # While a model is tried: the messages of the errors that taps would have raised, by module.
         self.refusals: dict[str, str] | None = None
-        self.clock = Clock(torch.device("cpu"))
+        self._set_clock(Clock(torch.device("cpu")))
         self._device, self._stream = torch.device("cpu"), None  # type: torch.device, int | None
         self._passes = 0  # so far
         # What gives the share of its time that the latest timed pass spent on sketching.
@@ -105,7 +105,7 @@ class Accumulator:
         self.segments, self._engine = segments, engine
         self._passes += 1
         self.backwards = BackwardPasses(trained)
-        self.clock = Clock(device, self._passes)
+        self._set_clock(Clock(device, self._passes))
         self._folds.clear()
 
     def end(self) -> torch.Tensor:
@@ -142,15 +142,19 @@ class Accumulator:
         """Whether taps are to be attached to the outputs of the modules that are called now."""
         return self.segments is not None and not self._absent and torch.is_grad_enabled()
 
-    def check_stream(self, where: str) -> None:
-        """Refuse a module of the open batch that runs on another stream than the batch began on. Autograd runs the
-        module's backward on that stream as well, and two streams would add to the same sums at once.
+    def listens_to(self, where: str) -> bool:
+        """`listens`, of a module whose call begins now.
 
         Raises:
-            RuntimeError: names the module.
+            RuntimeError: it is to be tapped, and runs on another stream than the batch began on. Autograd runs its
+                backward on that stream as well, and two streams would add to the same sums at once.
         """
-        if torch.compiler.is_compiling() or _gpu.stream(self._device) == self._stream:
-            return
+        if self.segments is None or self._absent or not torch.is_grad_enabled():
+            return False
+        if self._stream is None or torch.compiler.is_dynamo_compiling():
+            return True
+        if _gpu.stream(self._device) == self._stream:
+            return True
         raise RuntimeError(
             f"{where} runs on another CUDA stream than the one on which its batch began, and sums are added on one "
             "stream alone: begin the batch inside of `with torch.cuda.stream(...)`, and run all sketched modules on "
@@ -179,8 +183,9 @@ class Accumulator:
         finally:
             self._deaf = before
 
-    def timed(self) -> AbstractContextManager[None]:
-        return self.clock.timed()
+    def _set_clock(self, clock: Clock) -> None:
+        """Of one pass: taps ask for its ``timed`` hundreds of times."""
+        self.clock, self.timed = clock, clock.timed
 
     def sketch_share(self, clock: Clock, whole: Callable[[], float]) -> Callable[[], float]:
         """What gives the share of sketching in the pass that has ended, which took ``whole()`` seconds.

@@ -201,7 +201,7 @@ class CpuEngine(Operators):
 
     def plain(self, x: torch.Tensor) -> Matrix | None:
         """``x`` [batch, length, n] as the kernels take [tokens, n], or None: it is not the common case."""
-        if type(x) is not torch.Tensor or torch.compiler.is_compiling():  # no memory of its own, maybe
+        if type(x) is not torch.Tensor or torch.compiler.is_dynamo_compiling():  # no memory of its own, maybe
             return None
         code = _native.DTYPES.get(x.dtype)
         if code is None or x.ndim != 3 or not x.is_cpu or not x.is_contiguous():

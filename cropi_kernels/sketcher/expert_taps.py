@@ -53,7 +53,7 @@ class ExpertsTap(Tap):
         return Replaced(module, self._forward)
 
     def _forward(self, module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.listens:
+        if self.acc.listens_to(self.where):
             given = tuple(self._signature.bind(*args, **kwargs).arguments.values())
             if self._fits(module, given):
                 return self.run(module, given)
@@ -142,7 +142,7 @@ class RouterTap(LinearTap):
         return Replaced(module, self._forward)
 
     def _forward(self, module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.listens:
+        if not self.acc.listens_to(self.where):
             return original(*args, **kwargs)
         with _Products(self, module) as products:
             out = original(*args, **kwargs)

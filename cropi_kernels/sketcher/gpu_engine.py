@@ -15,6 +15,7 @@ the same bits on every run, and whatever else is in the batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from typing import Any
 
@@ -43,12 +44,23 @@ class Waiting:
     where: str
     version: int
 
-    def check(self) -> None:
-        if self.dy._version != self.version:
+
+def _read(waiting: list[Waiting]) -> tuple[list[torch.Tensor], list[Any]]:
+    """The gradients, and their plans.
+
+    Raises:
+        RuntimeError: one was changed in place meanwhile; names its module.
+    """
+    dys, plans = [], []
+    for one in waiting:
+        if one.dy._version != one.version:
             raise RuntimeError(
-                f"the gradient of the outputs of {self.where} was changed in place in the backward pass, before the "
+                f"the gradient of the outputs of {one.where} was changed in place in the backward pass, before the "
                 "sketcher had read it: let the hook or function that does so return a new tensor"
             )
+        dys.append(one.dy)
+        plans.append(one.plan)
+    return dys, plans
 
 
 @dataclasses.dataclass
@@ -62,6 +74,20 @@ class Tail:
     left: torch.Tensor | None = None  # the sums of earlier launches
 
 
+@functools.cache
+def _kernels() -> tuple[Any, ...]:
+    """What needs Triton, which is imported when there is a use for it."""
+    from .._launch import MEMBERS
+    from ..ops import _triton_segments
+    from ..ops.norm_grad import triton as norms
+    from ..ops.rms_norm import triton as rms
+    from ..ops.sketch_linear import triton as slabs
+    from ..ops.sketch_vector import triton as vectors
+    from ..ops.swiglu import triton as gates
+
+    return norms, slabs, vectors, rms, gates, _triton_segments, MEMBERS
+
+
 class GpuEngine(Operators):
     """Dense tensors of one device as models have them; everything else goes through `Operators`, to the same sums.
 
@@ -71,17 +97,8 @@ class GpuEngine(Operators):
 
     def __init__(self, segments: Segments, out: torch.Tensor, expected: int = 0) -> None:
         super().__init__(segments, out)
-        from .. import _launch
-        from ..ops import _triton_segments
-        from ..ops.norm_grad import triton as norms
-        from ..ops.rms_norm import triton as rms
-        from ..ops.sketch_linear import triton as slabs
-        from ..ops.sketch_vector import triton as vectors
-        from ..ops.swiglu import triton as gates
-
-        self._norms, self._slabs, self._vectors, self._rms, self._gates = norms, slabs, vectors, rms, gates
-        self._cut, self._reduce = _triton_segments.cut, _triton_segments.reduce_partials
-        self._members = _launch.MEMBERS
+        self._norms, self._slabs, self._vectors, self._rms, self._gates, parts, self._members = _kernels()
+        self._cut, self._reduce = parts.cut, parts.reduce_partials
         check_offset_values(segments.offsets, segments.batch * segments.length)
         self._tokens = segments.batch, segments.length
         self.needed = expected
@@ -103,7 +120,7 @@ class GpuEngine(Operators):
     # ------------------------------------------------------------------------------------------ tensors
     def _plain(self, x: torch.Tensor, n: int, site: Site) -> int | None:
         """How often each token is a row of ``x`` [batch, length, (heads,) n]; None: it is not the common case."""
-        if type(x) is not torch.Tensor or site.heads_first or torch.compiler.is_compiling():
+        if type(x) is not torch.Tensor or site.heads_first or torch.compiler.is_dynamo_compiling():
             return None
         shape = x.shape
         usual = len(shape) in (3, 4) and shape[:2] == self._tokens and shape[-1] == n and x.is_contiguous()
@@ -144,18 +161,14 @@ class GpuEngine(Operators):
         self._matrices, self._kept = [], None
         if not waiting or kept is None:
             return
-        for one in waiting:
-            one.check()
-        plans: tuple[MatrixPlan, ...] = tuple(one.plan for one in waiting)
-        stack = self._slabs.stack_of(plans, kept.device, kept.dtype)
+        ds, plans = _read(waiting)
+        stack = self._slabs.stack_of(tuple(plans), kept.device, kept.dtype)
         if self._chunks is None:
             offsets = self.segments.offsets_on(self.out.device)
             self._chunks = self._cut(offsets, self._tokens[0] * self._tokens[1], stack.chunk, True)
         # A tile that wide cannot add to sums: its own are written, and added up at once.
         sums, into = (self._own(stack.groups), "slots") if stack.wide else (self._room(stack.groups), "sums")
-        ds, strides = [one.dy for one in waiting], [plan.rows for plan in plans]
-        cols = plans[0].folded_cols
-        self._slabs.add_slabs(stack, ds, strides, kept, cols, self.out, sums, self._chunks, into)
+        self._slabs.add_slabs(stack, ds, None, kept, stack.cols, self.out, sums, self._chunks, into)
         if stack.wide:
             self._reduce(sums, self.out, self._chunks, stack.groups)
 
@@ -189,12 +202,9 @@ class GpuEngine(Operators):
         waiting, self._biases = self._biases, []
         if not waiting:
             return
-        for one in waiting:
-            one.check()
-        plans = [one.plan for one in waiting]
+        dys, plans = _read(waiting)
         tail, places = self._places(1, plans)
-        dys, sizes = [one.dy for one in waiting], [plan.size for plan in plans]
-        self._norms.add_sums(dys, sizes, self.out, tail.sums, places, tail.chunks)
+        self._norms.add_sums(dys, [plan.size for plan in plans], self.out, tail.sums, places, tail.chunks)
 
     def add_norm(self, dy: torch.Tensor, x: torch.Tensor, norm: Norm, site: Site) -> None:
         plan, n = norm.weight, dy.shape[-1]
@@ -277,7 +287,7 @@ class GpuEngine(Operators):
             chunks = self._cut(offsets, n_tokens, self._norms.CHUNK_TOKENS, True)
             tail = self._tails[repeats] = Tail(chunks, [], self.out.new_empty(0))
         slots = tail.chunks.n_slots
-        need = slots * sum(plan.size for plan in plans)
+        need = slots * sum([plan.size for plan in plans])
         if tail.used + need > tail.sums.numel():
             self._launch_tail(tail, last=False)
         if need > tail.sums.numel():
@@ -299,8 +309,10 @@ class GpuEngine(Operators):
     # ------------------------------------------------------------------------------------------ the end
     def _launch(self) -> None:
         """What waits for company goes now."""
-        self._launch_matrices()
-        self._launch_biases()
+        if self._matrices:
+            self._launch_matrices()
+        if self._biases:
+            self._launch_biases()
 
     def settle(self) -> torch.Tensor:
         self._launch()

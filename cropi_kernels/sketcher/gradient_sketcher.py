@@ -225,7 +225,7 @@ class GradientSketcher:
             apart = self._apart.next(segments) if self._verify else None
             if apart is not None:
                 watching.enter_context(apart.watching())
-            self._begin(where)
+            self._begin(where, sharded.device_of(self.model))
             result = BatchSketch()
             try:
                 yield result
@@ -334,8 +334,8 @@ class GradientSketcher:
         plan, acc, more = self._tapped.plan, self._tapped.acc, self._tapped.more
         device = sharded.device_of(self.model)
         attention = right_backward(device, length)
-        with explained, own_precision(self.model), self._linears.around(self.model), attention:
-            self._begin(where)
+        with explained, own_precision(self.model, device), self._linears.around(self.model), attention:
+            self._begin(where, device)
             try:
                 more.begin(where, device)
                 # Before the forward: see `head_pass`.
@@ -391,7 +391,8 @@ class GradientSketcher:
         """The model's decoder and head, and the batch's tokens checked against them."""
         input_ids, positions, targets = here.input_ids, here.positions, here.targets
         assert positions is not None and targets is not None
-        check_positions(input_ids, positions, targets)
+        if here.labels is None:
+            check_positions(input_ids, positions, targets)
         split = self._taken_apart()
         # Not `out_features`: PEFT's copy of a tied head has it the wrong way round.
         check_vocabulary(input_ids, targets, split.head.weight.shape[0], known_ids(self.model))
@@ -414,14 +415,15 @@ class GradientSketcher:
     def _taken_apart(self) -> SplitModel:
         """The model's decoder and head; the first call checks them, and everything that `policy_gradient` relies on."""
         self._no_batch()
-        if base_of(output_embeddings(self.model)) is not self._head:
+        head = output_embeddings(self.model)
+        if base_of(head) is not self._head:
             raise ValueError(
                 "another module is the model's head than when this GradientSketcher was made (another adapter is "
                 "active?): make a new one"
             )
         # Adapters of the head may have been switched, or their scale changed.
-        if self._split is not None and (now := split_parts(self.model).adapters) != self._split.adapters:
-            self._split = dataclasses.replace(self._split, adapters=now)
+        if self._split is not None and (head is not self._head or self._split.adapters):
+            self._split = dataclasses.replace(self._split, adapters=split_parts(self.model).adapters)
         if self._split is None:
             with own_precision(self.model), torch.enable_grad():
                 with calls(self._tapped.plan.taps) as called:
@@ -479,6 +481,6 @@ class GradientSketcher:
         self._tapped.acc.close()
         self._tapped.more.close()
 
-    def _begin(self, segments: Segments) -> None:
+    def _begin(self, segments: Segments, device: torch.device) -> None:
         self._no_batch()
-        self._tapped.acc.begin(segments, sharded.device_of(self.model), self._tapped.groups)
+        self._tapped.acc.begin(segments, device, self._tapped.groups)

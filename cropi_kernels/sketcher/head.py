@@ -145,7 +145,8 @@ def scored_segments(where: Segments, positions: torch.Tensor) -> tuple[torch.Ten
         ValueError: the scored tokens are not sorted by segment.
     """
     # Of every token.
-    owner = np.repeat(np.arange(where.count, dtype=np.int64), np.diff(where.offsets.numpy()))
+    bounds = where.offsets.numpy()
+    owner = np.arange(where.count, dtype=np.int64).repeat(bounds[1:] - bounds[:-1])
     segment = owner.take(positions.numpy(force=True))
     if (segment[1:] < segment[:-1]).any():
         raise ValueError("positions jump back to an earlier segment: sort the scored tokens by segment")

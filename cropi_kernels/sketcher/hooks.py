@@ -62,10 +62,10 @@ def capture(y: torch.Tensor, sink: Sink, *saved: torch.Tensor) -> torch.Tensor:
         y = y.detach().requires_grad_(True)
     # A leaf has no node: `widened_input` could not follow the graph's edges to it. A view (a product with a bias, of
     # three axes) gets another node when it is changed in place, and the hook of the old one is never called.
-    if y.is_leaf or packed() or torch.compiler.is_compiling() or y._is_view():
+    if y.is_leaf or y._is_view() or packed() or torch.compiler.is_compiling():
         out: torch.Tensor = _Capture.apply(y, sink, *saved)
         return out
-    y.register_hook(unless_none(lambda dy: sink(dy, *saved)))
+    y.register_hook(lambda dy: None if dy is None else sink(dy, *saved))  # as `unless_none`, at one call less
     return y
 
 

@@ -25,8 +25,11 @@ def values(x: torch.Tensor) -> np.ndarray:
 def on_host(*given: torch.Tensor | None) -> tuple[Any, ...]:
     """The tensors in the host's memory: equal values, shapes and dtypes. The integers of a device come in one copy, for
     which the host waits once; tensors of the host are given back as they are, and so are those that `sent` copied."""
-    known = {id(x): here for x in given if x is not None and (here := _before_sent(x)) is not None}
-    away = [x for x in given if x is not None and _away(x.device) and id(x) not in known]
+    away = [x for x in given if x is not None and _away(x.device)]
+    if not away:
+        return given
+    known = {id(x): here for x in away if (here := _before_sent(x)) is not None}
+    away = [x for x in away if id(x) not in known]
     numbers = [x for x in away if x.is_floating_point() or x.is_complex()]
     copies = known | {id(x): x.cpu() for x in numbers}
     for device in dict.fromkeys(x.device for x in away):

@@ -129,8 +129,7 @@ def model_inputs(
     _check_more(model, more)
     inputs = dict(more or {})
     if attention_mask is not None:
-        kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        if attention_mask.ndim == 4 and attention_mask.dtype == torch.bool and kind == "eager":
+        if attention_mask.ndim == 4 and attention_mask.dtype == torch.bool and _eager(model):
             dtype = next(model.parameters()).dtype
             zeros = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
             attention_mask = zeros.masked_fill_(~attention_mask, torch.finfo(dtype).min)
@@ -138,6 +137,10 @@ def model_inputs(
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     return {name: ordinary(value) for name, value in inputs.items()}
+
+
+def _eager(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
 
 
 def _check_more(model: nn.Module, more: Any) -> None:

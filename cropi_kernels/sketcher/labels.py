@@ -101,7 +101,7 @@ def _check_places(
     """A scored token and the one that predicts it belong together, and neither is padding."""
     if attention_mask is not None:
         kept = values(attention_mask).reshape(-1) != 0
-        for place, what in ((positions + 1, "is"), (positions, "is predicted from")):
+        for place, what in ((positions + 1, "is"), (positions, "is predicted from")) if not kept.all() else ():
             if not kept[place].all():
                 row, column = divmod(int((positions + 1)[~kept[place]][0]), length)
                 raise ValueError(
@@ -144,18 +144,18 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
         ValueError: a negative label other than -100, one that is not the token in its place (labels that were shifted
             before), or a row without a scored token.
     """
-    tokens, ids, length = values(labels), values(input_ids).reshape(-1), labels.shape[1]
+    tokens, ids = values(labels), values(input_ids)
     scored = tokens != IGNORED
-    if ((tokens < 0) & scored).any():
-        raise ValueError(f"labels holds {tokens[scored].min()}: only -100 marks a token that is not scored")
+    first = tokens[:, 0][scored[:, 0]]
     scored[:, 0] = False
-    places = np.flatnonzero(scored)
-    targets = tokens.reshape(-1)[places]
-    if (other := targets != ids[places]).any():
-        place = int(places[other][0])
-        row, column = divmod(place, length)
+    places = scored.reshape(-1).nonzero()[0]
+    targets = tokens[scored]
+    if (low := min(first.min(initial=0), targets.min(initial=0))) < 0:
+        raise ValueError(f"labels holds {low}: only -100 marks a token that is not scored")
+    if (other := (tokens != ids) & scored).any():
+        row, column = (int(at[0]) for at in other.nonzero())
         raise ValueError(
-            f"labels[{row}, {column}] is {tokens[row, column]}, and the token there {ids[place]}: labels are the "
+            f"labels[{row}, {column}] is {tokens[row, column]}, and the token there {ids[row, column]}: labels are the "
             "tokens in their own places (not shifted), or -100; other tokens are scored by positions and targets"
         )
     if (none := ~scored.any(axis=1)).any():
@@ -164,7 +164,8 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
             "leave the row out, or mend its labels; a pass that is to score nothing is asked for by positions and "
             "targets of no numbers"
         )
-    return torch.from_numpy(places.astype(np.int64) - 1), torch.from_numpy(targets.astype(np.int64))
+    places -= 1
+    return torch.from_numpy(places), torch.from_numpy(targets.astype(np.int64, copy=False))
 
 
 def weigher(

@@ -86,12 +86,16 @@ def autocast_eps(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def own_precision(model: nn.Module) -> Iterator[None]:
-    """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``."""
+def own_precision(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Everything inside runs in the dtypes of the weights: no autocast of the caller's, and none around ``model``.
+
+    ``device``: of the weights; None: it is looked up.
+    """
     # Not of every parameter: a walk takes a millisecond in which a GPU has nothing to do.
-    first = next((p.device.type for p in model.parameters()), "cpu")
+    device = device or next((p.device for p in model.parameters()), None)
+    kinds = {"cpu", "cuda", "xpu"} | ({device.type} if device else set()) - {"meta"}
     with contextlib.ExitStack() as stack:
-        for kind in sorted({"cpu", "cuda", "xpu", first} - {"meta"}):
+        for kind in sorted(kinds):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         for part in _called(model):

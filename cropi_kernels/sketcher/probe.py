@@ -145,7 +145,7 @@ def _longer(probe: Probe, here: Batch) -> tuple[int, int, int, int]:
     if here.pairs is not None:
         return left, own, packed, each
     if mask is not None and length > probe.padded and probe.left_padding != "wrong" and where is None:
-        if bool((values(mask[:, 0]) == 0).any()):
+        if (values(mask)[:, 0] == 0).any():
             left, own = length, min(length - PAD, int(mask.sum(1).max()))
     if where is not None and length > probe.packed and probe.packing != "wrong":
         where = where.reshape(-1, *where.shape[-2:])[0].expand(here.input_ids.shape)
@@ -258,7 +258,7 @@ def checked_rows(probe: Probe | None, here: Batch, attention_mask: torch.Tensor 
     check_lengths(lengths, here.input_ids.shape, here.attention_mask, here.position_ids)
     if attention_mask is None or here.attention_mask is None or here.position_ids is not None:
         return {}
-    if bool((values(here.attention_mask[:, 0]) != 0).all()) or probe.left_padding == "as it is":
+    if (values(here.attention_mask)[:, 0] != 0).all() or probe.left_padding == "as it is":
         return {}
     if probe.left_padding == "wrong":
         raise ValueError(

@@ -67,7 +67,7 @@ class Segments:
                 f"[{batch}, {length}]"
             )
         ids = segments.to("cpu", torch.int64).numpy().reshape(-1)
-        if ids.size and (ids.min() < 0 or (ids[1:] < ids[:-1]).any()):
+        if ids.size and (ids[0] < 0 or (ids[1:] < ids[:-1]).any()):
             raise ValueError("segments must be >= 0 and must not decrease: sort the batch's rows by prompt")
         highest = int(ids[-1]) + 1 if ids.size else 0
         if n_segments is None and highest > batch * length:

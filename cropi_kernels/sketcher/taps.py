@@ -49,9 +49,10 @@ class Tap(abc.ABC):
         return module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-        if not self.listens or self.acc.segments is None:
+        segments = self.acc.segments
+        if segments is None or not self.acc.listens_to(self.where):
             return y
-        if count_tensors(args, kwargs) > 1:
+        if (kwargs or len(args) > 1) and count_tensors(args, kwargs) > 1:
             self.refuse(
                 f"{self.where} is called with a second tensor (a gate?), of which its tap does not know: exclude its "
                 "parameters"
@@ -61,21 +62,9 @@ class Tap(abc.ABC):
         if self.acc.listener is not None:
             self.acc.listener.attached(self, y)
         try:
-            return self.attach(x, y, self._sites[self.acc.segments.heads_first(x)])
+            return self.attach(x, y, self._sites[x.ndim == 4 and segments.heads_first(x)])
         except NotTokensError as error:
             return capture(y, self._refusal(str(error)))
-
-    @property
-    def listens(self) -> bool:
-        """Whether the call of the module that begins now is to be tapped.
-
-        Raises:
-            RuntimeError: it is, and runs on another stream than the batch.
-        """
-        if not self.acc.listens:
-            return False
-        self.acc.check_stream(self.where)
-        return True
 
     def refuse(self, message: str) -> None:
         """The module's call cannot be sketched: raise an error or, while a model is tried, note it."""

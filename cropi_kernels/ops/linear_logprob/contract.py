@@ -82,7 +82,7 @@ class Kernels(Protocol):
 
 def check_temperature(temperature: object) -> None:
     """Log-probs are those of softmax(logits / temperature)."""
-    if not (isinstance(temperature, Real) and 0 < float(temperature) < math.inf):
+    if not (isinstance(temperature, (float, Real)) and 0 < float(temperature) < math.inf):
         raise ValueError(
             f"temperature={temperature!r}: give a finite number above 0 (greedy decoding has no log-probs)"
         )

@@ -71,8 +71,11 @@ def fold_kernel(
 
 
 @functools.cache
-def fold_launch(block: int) -> Launch:
-    return Launch(fold_kernel, BT=FOLD_TOKENS, BW=block, num_warps=FOLD_WARPS)
+def fold_launch(width: int) -> tuple[Launch, int]:
+    """The launch of a fold to ``width`` features, and the programs that share a token's."""
+    block = min(128, max(16, _triton.next_power_of_two(width)))
+    launch = Launch(fold_kernel, BT=FOLD_TOKENS, BW=block, num_warps=FOLD_WARPS)
+    return launch, _triton.ceil_div(width, block)
 
 
 def fold_columns(x: torch.Tensor, sign: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
@@ -87,9 +90,9 @@ def fold_rows(
     """`fold_columns` of ``x`` with any number of axes, whose rows lie ``stride`` apart."""
     out = torch.empty(n_tokens, width, dtype=x.dtype, device=x.device)
     if n_tokens:
-        block = min(128, max(16, _triton.next_power_of_two(width)))
-        grid = (_triton.ceil_div(n_tokens, FOLD_TOKENS) * _triton.ceil_div(width, block),)
-        fold_launch(block)(grid, (x, out, sign, offset), (x.shape[-1], width, stride), (n_tokens,))
+        launch, parts = fold_launch(width)
+        grid = (_triton.ceil_div(n_tokens, FOLD_TOKENS) * parts,)
+        launch(grid, (x, out, sign, offset), (x.shape[-1], width, stride), (n_tokens,))
     return out
 
 
@@ -382,7 +385,7 @@ class Stack:
     row_sign: torch.Tensor
     flips: torch.Tensor
     begins: tuple[int, ...]  # first row block of the second and of the third matrix
-    rows: list[int]
+    rows: list[int]  # as many as a kernel has parameters for
     cols: int
     n_slabs: int
     groups: int
@@ -430,7 +433,7 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
         row_sign=slab_row_signs(plans, device, dtype),
         flips=upload(column_flips(plans)[order], np.int32, device) if signs else first,
         begins=(*map(int, begins[1:-1]), *none),
-        rows=[p.folded_rows for p in plans],
+        rows=padded([p.folded_rows for p in plans]),
         cols=plan.folded_cols,
         n_slabs=plan.n_slabs,
         groups=groups,
@@ -452,7 +455,7 @@ def chunk_tokens(n_slabs: int) -> int:
 def add_slabs(
     stack: Stack,
     ds: list[torch.Tensor],
-    strides: list[int],
+    strides: list[int] | None,
     a: torch.Tensor,
     stride_a: int,
     out: torch.Tensor,
@@ -460,16 +463,18 @@ def add_slabs(
     chunks: Chunks,
     into: str,
 ) -> None:
-    """One launch: what the matrices' output gradients ``ds`` and their inputs ``a`` give, as `slab_kernel` says."""
-    launch, programs = stack.launches[into], stack.programs
+    """One launch: what the matrices' output gradients ``ds`` and their inputs ``a`` give, as `slab_kernel` says.
+
+    ``strides``: of the rows of ``ds``; None: they are dense."""
+    launch, programs, ds = stack.launches[into], stack.programs, padded(ds)
     # Their copies of 16 bytes want rows that begin, and end, at multiples of 16 bytes.
-    sizes = (*stack.rows, *strides, stack.cols, stride_a)
-    if stack.turns and usual([x.data_ptr() for x in (*ds, a)], sizes, ()):
+    sizes = (*stack.rows, *(stack.rows if strides is None else padded(strides)), stack.cols, stride_a)
+    if stack.turns and usual([*map(torch.Tensor.data_ptr, (*ds, a))], sizes, ()):
         launch, programs = stack.turns[into], stack.turns_programs
     launch(
         (chunks.n_items * programs,),
-        (*padded(ds), a, out, partial, chunks.table, stack.pairs, stack.first, stack.row_sign, stack.flips),
-        (*padded(stack.rows), *padded(strides), stack.cols, stride_a, stack.row_sign.shape[1]),
+        (*ds, a, out, partial, chunks.table, stack.pairs, stack.first, stack.row_sign, stack.flips),
+        (*sizes, stack.row_sign.shape[1]),
         (*stack.begins, chunks.n_segments, stack.n_slabs, stack.groups, stack.group_pairs, partial.shape[1]),
     )
 

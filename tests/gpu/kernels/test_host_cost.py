@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +32,8 @@ transformers = pytest.importorskip("transformers")
 LAYERS, VOCAB = 28, 260
 OF_A_LAYER = 11  # 4 folds, 4 slabs, 2 norms, the biases; before there was an engine, 33
 OF_A_PASS = 350
+BEFORE, CALLS = 125, 325  # of functions of the package: before the model, and within it a layer
+PACKAGE = os.path.dirname(_launch.__file__)
 SHAPES = ((1, 40, 1), (2, 32, 2), (3, 27, 3), (4, 16, 4))  # rows, tokens of a row, segments
 
 
@@ -188,6 +192,31 @@ def test_the_hosts_time_in_taps(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     both = [(least(True), least(False)) for _ in range(2)]  # in turns: other work on the machine slows both
     engine, operators = map(min, zip(*both))
     assert engine <= 0.5 * operators, f"{engine / 1e6:.1f} ms, and {operators / 1e6:.1f} ms by operators"
+
+
+def test_calls_of_python_functions(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this package, in a pass that measures no spans: before the model's first module, and in a layer. Before they
+    were made fewer, 483 and 488."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        calls[at] += event == "call" and PACKAGE in frame.f_code.co_filename
+
+    def begin(*args: Any) -> None:
+        nonlocal at
+        at = "within"
+
+    monkeypatch.setattr(Clock, "timed", lambda clock: contextlib.nullcontext())
+    with active(model) as step, model.model.register_forward_pre_hook(begin):
+        step(2, 32, 2)
+        at = "before"
+        sys.setprofile(count)
+        try:
+            step(2, 32, 2)
+        finally:
+            sys.setprofile(None)
+    assert 0 < calls["before"] <= BEFORE, calls
+    assert 0 < calls["within"] <= LAYERS * CALLS, calls["within"] / LAYERS
 
 
 def test_spans_are_measured_in_some_passes(monkeypatch: pytest.MonkeyPatch) -> None:
