@@ -15,7 +15,7 @@ from . import _gpu
 
 FENCED = (3, 7, 1)  # the first release whose products wait for the copies' writes
 # The first and the last release whose Gluon is known to compile what is written in it here.
-TURNS = ((3, 6), (3, 7))
+TURNS = ((3, 6), (3, 9))
 _INSTALL = "a CUDA build of torch brings it; otherwise `pip install 'triton>=3.6'` (Linux)"
 
 
@@ -66,11 +66,16 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
 
 
 @functools.cache
-def gluon_is_known() -> bool:
-    """Gluon, the part of Triton in which warps are given different work, may change with every release."""
+def installed() -> tuple[int, ...]:
+    """Triton's release: (3, 7), say, of 3.7.1."""
     import triton
 
-    return TURNS[0] <= release(triton.__version__)[:2] <= TURNS[1]
+    return release(triton.__version__)[:2]
+
+
+def gluon_is_known() -> bool:
+    """Gluon, the part of Triton in which warps are given different work, may change with every release."""
+    return TURNS[0] <= installed() <= TURNS[1]
 
 
 def takes_turns(device: torch.device) -> bool:

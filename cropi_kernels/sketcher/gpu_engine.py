@@ -24,7 +24,7 @@ import torch
 from .. import dispatch
 from ..ops._checks import check_offset_values
 from ..ops.norm_grad.ops import WIDEST
-from ..plan import MatrixPlan, VectorPlan
+from ..plan import VectorPlan
 from ..spec import SLAB_SIZE
 from .engine import Norm, Operators, Site
 from .segments import Segments

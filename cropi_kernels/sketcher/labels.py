@@ -101,7 +101,9 @@ def _check_places(
     """A scored token and the one that predicts it belong together, and neither is padding."""
     if attention_mask is not None:
         kept = values(attention_mask).reshape(-1) != 0
-        for place, what in ((positions + 1, "is"), (positions, "is predicted from")) if not kept.all() else ():
+        for place, what in (
+            ((positions + 1, "is"), (positions, "is predicted from")) if not kept.all() else ()
+        ):
             if not kept[place].all():
                 row, column = divmod(int((positions + 1)[~kept[place]][0]), length)
                 raise ValueError(

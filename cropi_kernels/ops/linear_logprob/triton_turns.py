@@ -30,14 +30,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..._triton import installed
+from .._gluon import load_tile, store_tile
 from .triton_tile_kernels import finish_tile
 
 _finish_tile = gluon.jit(finish_tile)
 GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group: as many as share a product
 # Of a thread of the second group, and of the warp that brings operands. The first group has the rest of 168 for each of
-# 12 warps: 248. A group needs 128 for its product and some 60 more.
-REGISTERS = gl.constexpr((232, 24))
+# 12 warps: 248, or 232 from Triton 3.8 on, where the warp spills with 24. A group needs 128 for its product and some 60
+# more.
+REGISTERS = gl.constexpr((232, 24 if installed() < (3, 8) else 40))
 # Of a group's words that are kept; in shared memory at a time.
 PIECES, BUFFERS = gl.constexpr(4), gl.constexpr(2)
 
@@ -68,8 +71,8 @@ def _bring(
             mbarrier.expect(bar, (GROUPS * ROWS + WORDS) * FEATURES * 2)
             for group in gl.static_range(GROUPS):
                 at = (tile % across * GROUPS + group) * ROWS
-                tma.async_copy_global_to_shared(hidden, [at, k], bar, h.index(stage * GROUPS + group))
-            tma.async_copy_global_to_shared(head, [tile // across * WORDS, k], bar, w.index(stage))
+                load_tile(hidden, [at, k], bar, h.index(stage * GROUPS + group))
+            load_tile(head, [tile // across * WORDS, k], bar, w.index(stage))
             step += 1
 
 
@@ -139,7 +142,7 @@ def _multiply(
                 tma.store_wait(BUFFERS - 1)
                 buffer.store(gl.convert_layout(pieces[piece], stored, assert_trivial=True))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(e, [start, t * WORDS + piece * PIECE], buffer)
+                store_tile(e, [start, t * WORDS + piece * PIECE], buffer)
     if KEEP:
         tma.store_wait(0)
 

@@ -348,8 +348,9 @@ def turns_options(slab_cols: int, groups: int) -> dict[str, int]:
     if slab_cols == 64:  # 80 registers for each of 12 warps: two programs a multiprocessor
         return {"PARTS": 4, "STAGES": 4, "OF_SECOND": 88, "OF_COPIES": 64, "maxnreg": 80}
     parts = 2 if slab_cols == 128 and groups <= 2 else 1
-    # 168 for each; up to 128 hold a group's sums.
-    return {"PARTS": parts, "STAGES": 6 if parts == 2 else 4, "OF_SECOND": 208, "OF_COPIES": 88}
+    # 168 for each; up to 128 hold a group's sums. From Triton 3.8 on, warps that copy for 256 columns spill with 88.
+    copies = 88 if _triton.installed() < (3, 8) else 96
+    return {"PARTS": parts, "STAGES": 6 if parts == 2 else 4, "OF_SECOND": 208, "OF_COPIES": copies}
 
 
 @functools.cache

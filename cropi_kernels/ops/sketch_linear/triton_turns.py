@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .._gluon import load_by_threads
 from .._triton_segments import chunk_of
 from .triton import SIGN_BIT, row_signs
 
@@ -108,12 +109,12 @@ def _bring(
             for group in gl.static_range(GROUPS):
                 r = first_row + (((part * GROUPS + group) * ROWS + i) ^ (word & 0xFFFF).to(gl.int32))
                 r = gl.max_contiguous(gl.multiple_of(r, 8), 8)
-                async_copy.async_copy_global_to_shared(
+                load_by_threads(
                     d_tiles.index(stage * GROUPS + group),
                     d + (t0 + t) * stride_d + (d_place + r[None, :]),
                     mask=(d_token < length - t)[:, None] & (r < rows)[None, :],
                 )
-            async_copy.async_copy_global_to_shared(
+            load_by_threads(
                 a_tiles.index(stage),
                 a + (t0 + t) * stride_a + (a_place + c[None, :]),
                 mask=(a_token < length - t)[:, None] & (c < cols)[None, :],
