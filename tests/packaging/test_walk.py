@@ -82,5 +82,6 @@ def test_the_way_of_a_prompt_seldom_leads_back(tmp_path: Path) -> None:
     stays = [file for n, (file, _) in enumerate(way) if n == 0 or way[n - 1][0] != file]
     shown = "\n".join(f"{Path(file).relative_to(CODE)} {name}" for file, name in way)
     assert 30 < len(way) < 80 and len(set(stays)) > 15, shown
-    # Three of these: what a pass gave is looked at when the next one has been launched.
-    assert len(stays) - len(set(stays)) <= 14, shown
+    # Three of these: what a pass gave is looked at when the next one has been launched. One: a prompt's weights are
+    # computed once, before its rows are filled.
+    assert len(stays) - len(set(stays)) <= 15, shown
