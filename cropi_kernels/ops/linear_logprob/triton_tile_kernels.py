@@ -254,10 +254,12 @@ def combine_kernel(
         shift = (tl.load(anchors + at, mask=mask, other=float("-inf")) - anchor[None, :]) * scale
         share = tl.exp(shift)
         part = tl.load(rests + at, mask=mask, other=0.0)
-        rest += tl.sum(part * share, 0)
+        # A lane may have one tile of a row: chosen as in `rms_kernel`, so that lanes that share the row have one sum.
+        rest += tl.sum(tl.where(mask, part * share, 0.0), 0)
         if ENTROPY:  # every x of a tile moves by its shift
             moved = tl.where(part > 0, tl.maximum(shift, -1000.0), 0.0)
-            sums += tl.sum((tl.load(weighted + at, mask=mask, other=0.0) + part * moved) * share, 0)
+            terms = (tl.load(weighted + at, mask=mask, other=0.0) + part * moved) * share
+            sums += tl.sum(tl.where(mask, terms, 0.0), 0)
     y = tl.load(target + row, mask=there, other=-1)
     exists = (y >= 0) & (y < vocabulary)
     own_z = tl.load(own + row, mask=there & exists, other=float("-inf"))
