@@ -310,6 +310,25 @@ def test_numbers_do_not_depend_on_the_number_of_threads(method: str, monkeypatch
     )
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "nearest"])
+def test_numbers_do_not_depend_on_the_number_of_draws_in_memory(
+    aggregate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large pool, a draw or two are in memory together; the noise is that of many all the same."""
+    rng = np.random.default_rng(7)
+    # Noise in one direction: a single draw tells little of it.
+    train, valid = (
+        rng.normal(size=(90, 4)),
+        np.array([1.0, 0.5, 0, 0]) + rng.normal(size=(18, 1)) * [0, 0, 2, 0],
+    )
+    pairs, found = made_pairs(train, valid, list("aaaaaabbbbbbcccccc")), []
+    for together in (redrawn.TELLING, 1, 5):
+        monkeypatch.setattr(redrawn, "MOST_SCORES", 3 * 90 * together)
+        made = uncertainty(pairs, aggregate=aggregate, draws=redrawn.TELLING, fraction=0.2)
+        found.append((made.p_selected.tolist(), made.overlap_of_set))
+    assert found[1] == found[0] and found[2] == found[0]
+
+
 def test_columns_that_are_ranked_grow_with_the_sets_as_draws_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each set drawn alone stands beside the ranks of all others, which are not counted anew for each."""
     counts, counted = list[int](), Rule.counted

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ from cropi.ranking.resampled import ResampledSet
 from cropi.ranking.rule import Rule
 
 MOST_SCORES = 1 << 24  # of some draws together: 64 MB
+# The noise is the mean over so many draws at least, of all where there are fewer. The spread of a single draw may be
+# off by its own size, where most of the noise lies in one direction.
+TELLING = 32
 
 
 class Moved(NamedTuple):
@@ -111,28 +115,47 @@ def _choices(
     together = max(1, MOST_SCORES // (len(sets) * n))
     seeds = np.zeros(draws, dtype=np.int64) if own is None else rng.integers(0, 1 << 63, draws)
 
-    def submitted(start: int) -> list[Future[np.ndarray]]:
-        count = min(together, draws - start)
-        weights = [np.stack([one.resample(rng) for _ in range(count)]) for one in sets]
+    def resampled() -> Iterator[list[np.ndarray]]:
+        """Each set's weights of so many draws as are multiplied together."""
+        block = max(together, TELLING)
+        for start in range(0, draws, block):
+            count = min(block, draws - start)
+            weights = [np.stack([one.resample(rng) for _ in range(count)]) for one in sets]
+            for i in range(0, count, together):
+                yield [of_set[i : i + together] for of_set in weights]
+
+    def submitted(weights: Sequence[np.ndarray]) -> list[Future[np.ndarray]]:
         return [pool.submit(one.moves, drawn) for one, drawn in zip(sets, weights, strict=True)]
 
-    ahead, shrunk, factor = submitted(0), table, np.ones(table.shape[1])
-    for start in range(0, draws, together):
-        moves = [part.result() for part in ahead]
+    def moved(parts: Sequence[Future[np.ndarray]]) -> list[list[np.ndarray]]:
+        moves = [part.result() for part in parts]
+        return [[one[i] for one in moves] for i in range(len(moves[0]))]
 
-        drawn = [[one[i] for one in moves] for i in range(len(moves[0]))]
-        if start == 0:
-            spreads = pool.map(lambda of_draw: _within(combined(of_draw, shares), rule)[1], drawn)
-            noise = np.mean(list(spreads), axis=0)
+    def spreads(drawn: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        return list(pool.map(lambda of_draw: _within(combined(of_draw, shares), rule)[1], drawn))
+
+    every = resampled()
+    telling = list(islice(every, -(-TELLING // together)))
+    every, done = chain(telling, every), 0
+    ahead, shrunk, factor = submitted(next(every)), table, np.ones(table.shape[1])
+    while ahead:
+        drawn = moved(ahead)
+        if done == 0:
+            found = spreads(drawn)
+            # Where a draw is large, few are in memory together: those that tell the noise are multiplied twice.
+            for weights in telling[1:]:
+                found += spreads(moved(submitted(weights)))
+            noise = np.mean(found, axis=0)
             noise += 0.0 if own is None else np.square(own).mean(axis=0)
             centre, between = _within(table, rule)
             part = np.divide(noise, between, out=np.zeros_like(noise), where=between > 0)
             kept = np.maximum(1 - part, 0.0)
             shrunk, factor = np.asfortranarray(centre + kept * (table - centre)), np.sqrt(1 + kept)
-        if start + together < draws:
-            ahead = submitted(start + together)
+        following = next(every, None)
+        ahead = [] if following is None else submitted(following)
         choose = partial(_choice, rule, shares=shares, beside=beside, shrunk=shrunk, factor=factor, own=own)
-        yield from pool.map(choose, drawn, seeds[start : start + len(drawn)])
+        yield from pool.map(choose, drawn, seeds[done : done + len(drawn)])
+        done += len(drawn)
 
 
 def _choice(
