@@ -29,6 +29,7 @@ from cropi.trainers.dumps.slime import read_dump as read_slime
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.openrlhf import recording
 from cropi.trainers.skyrl.record import rollout_of as of_skyrl
+from cropi.trainers.trl.rollout_log import RolloutLog
 
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 PIXELS = {"pixel_values": torch.zeros(2, 3)}
@@ -294,13 +295,13 @@ def test_prompts_that_a_dump_does_not_name_are_found_in_the_dataset(
 
 
 # ------------------------------------------------------------------------------------- what the adapters record
+def recorded(name: str, response: int) -> dict[str, Any]:
+    return {"id": name, "prompt_ids": [5, 6], "response_ids": [[response, 1], [8, 1]], "rewards": [1, 0]}
+
+
 def step(folder: Path, number: int, names: str, response: int) -> None:
     """What `record_step` writes: records, and their checksums beside them."""
-    held = [
-        {"id": name, "prompt_ids": [5, 6], "response_ids": [[response, 1], [8, 1]], "rewards": [1, 0]}
-        for name in names
-    ]
-    write_groups(folder / f"{number}.jsonl", read(held))
+    write_groups(folder / f"{number}.jsonl", read([recorded(name, response) for name in names]))
 
 
 def test_of_recorded_steps_the_newest_responses_count(
@@ -337,3 +338,34 @@ def test_of_trls_folder_the_merged_rollouts_are_read(tmp_path: Path) -> None:
     said: list[str] = []
     assert opened(str(tmp_path), say=said.append) == [tmp_path / "train.jsonl"]
     assert "train-rank00000.jsonl, valid-rank00000.jsonl, valid.jsonl, which by their names" in said[0]
+
+
+def test_of_a_killed_runs_logs_the_newest_responses_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL's adapter merges the logs of its ranks before a selection: a run killed before the first has them alone."""
+    folder = tmp_path / "rollouts"
+    for rank, visits in enumerate(((("ab", 1, 20), ("c", 2, 21)), (("a", 2, 22), ("c", 1, 23)))):
+        log = RolloutLog(folder, rank)
+        for names, at, response in visits:
+            log.append("train", [recorded(name, response) | {"step": at} for name in names])
+        log.append("valid", [recorded("v", 20) | {"step": 1}])
+        log.close()
+    with open(folder / "train-rank00001.jsonl", "a") as file:
+        file.write('{"id": "d", "prompt_ids"')  # where the kill came
+    said: list[str] = []
+    [source] = opened(str(folder), say=said.append)
+    found = {group.id: group.response_ids for group in read(source)}
+    assert {name: ids[0][0] for name, ids in found.items() if ids} == {"a": 22, "b": 20, "c": 21}
+    assert (
+        "valid-rank00000.jsonl" in said[0]
+        and "3 prompts" in said[1]
+        and "; 2 earlier ones are left" in said[1]
+    )
+    assert said[2] == "  left out    the last line of a log, which was not written to its end"
+    assert main(["convert", str(folder), "--out", str(tmp_path / "made.jsonl")]) == 0
+    assert {group.id: group.response_ids for group in read(tmp_path / "made.jsonl")} == found
+    # One log by its name is read alike; one in which no prompt stands twice is read as it is.
+    (one,) = opened(str(folder / "train-rank00001.jsonl"), say=said.append)
+    assert [group.id for group in read(one)] == ["a", "c"] and one != folder / "train-rank00001.jsonl"
+    assert opened(str(folder / "train-rank00000.jsonl")) == str(folder / "train-rank00000.jsonl")

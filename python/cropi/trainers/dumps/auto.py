@@ -258,9 +258,10 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
                 f"{path} is a folder without files; give trajectories, or a folder of a trainer's dumps"
             )
         beside = [file for file in files if any(map(_is_beside, file.parts))]
-        # What the TRL adapter records: logs of the ranks, and the newest of them, which counts.
-        if {"train.jsonl", "train-rank00000.jsonl"} <= {str(file) for file in files}:
-            beside = [file for file in files if str(file) != "train.jsonl"]
+        # What the TRL adapter records: logs of the ranks, and the newest of them, which counts where it was made.
+        if logs := [file for file in files if fnmatch.fnmatch(str(file), "train-rank*.jsonl")]:
+            count = [file for file in files if str(file) == "train.jsonl"] or logs
+            beside = [file for file in files if file not in count]
         kept = [file for file in files if file not in beside] or files
         if len(kept) < len(files):
             shown = ", ".join(sorted(map(str, beside))[:3]) + (", ..." if len(beside) > 3 else "")

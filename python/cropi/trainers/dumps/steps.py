@@ -1,4 +1,5 @@
-"""A folder in which every step of a run wrote its records, ``{step}.jsonl``: of a prompt the newest responses count."""
+"""A folder in which every step of a run wrote its records, ``{step}.jsonl``, or every rank its log of all steps,
+``train-rank00000.jsonl``: of a prompt the newest responses count."""
 
 from __future__ import annotations
 
@@ -9,16 +10,19 @@ from pathlib import Path
 
 from cropi.data.readers import read
 from cropi.errors import RecordError, printable
+from cropi.files import size_of
 from cropi.trainers.dumps.rollout import write_groups
 
 STEP_FILE = re.compile(r"\d+\.jsonl")
+# As :class:`cropi.trainers.trl.rollout_log.RolloutLog` names its files.
+RANK_LOG = re.compile(r"(train|valid)-rank\d+\.jsonl")
 
 
 def newest_of_steps(
     files: Sequence[str | Path], skip_bad: bool, say: Callable[[str], None] | None
 ) -> tuple[Path, tempfile.TemporaryDirectory[str]] | None:
     """The records of all steps in one file, a prompt once, and the folder that it lives in; None: the files are no
-    steps, or no prompt is in two of them.
+    steps and no logs of ranks, or no prompt is in them twice.
 
     Args:
         files: records, in the order of their steps.
@@ -27,8 +31,12 @@ def newest_of_steps(
 
     Raises:
         RecordError: a record is bad, or a step names a prompt twice.
+        CropiError: a line of a rank's log is no record.
     """
-    if len(files) < 2 or not all(STEP_FILE.fullmatch(Path(file).name) for file in files):
+    names = [Path(file).name for file in files]
+    if all(RANK_LOG.fullmatch(name) for name in names) and len({name.split("-")[0] for name in names}) == 1:
+        return _newest_of_logs(files, say)
+    if len(files) < 2 or not all(STEP_FILE.fullmatch(name) for name in names):
         return None
     bad: list[RecordError] = []
     last: dict[str, int] = {}
@@ -39,8 +47,7 @@ def newest_of_steps(
             count += 1
     if count == len(last):
         return None
-    folder = tempfile.TemporaryDirectory(prefix="cropi-steps-")
-    path = Path(folder.name) / "records.jsonl"
+    path, folder = _made()
     write_groups(
         path,
         (
@@ -51,10 +58,39 @@ def newest_of_steps(
         ),
     )
     if say is not None:
-        say(
-            f"read as       records of {len(files)} steps: {printable(str(Path(files[0]).parent))} ({len(last)} "
-            f"prompts, of each the responses of its newest step; {count - len(last)} earlier ones are left out)"
-        )
+        say(_line(f"{len(files)} steps", files, len(last), count))
         if bad:
             say(f"  left out    {len(bad)} bad records, the first {printable(str(bad[0]))}")
     return path, folder
+
+
+def _newest_of_logs(
+    files: Sequence[str | Path], say: Callable[[str], None] | None
+) -> tuple[Path, tempfile.TemporaryDirectory[str]] | None:
+    from cropi.trainers.trl.rollout_log import Newest, merge_rollouts
+
+    newest = Newest()
+    for file in files:
+        newest.read(Path(file))
+    unfinished = sum(map(size_of, files)) > newest.size
+    if newest.count == len(newest) and not unfinished:
+        return None
+    path, folder = _made()
+    merge_rollouts(files, path, newest)
+    if say is not None:
+        say(_line("the rollouts of a run", files, len(newest), newest.count))
+        if unfinished:
+            say("  left out    the last line of a log, which was not written to its end")
+    return path, folder
+
+
+def _made() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    folder = tempfile.TemporaryDirectory(prefix="cropi-steps-")
+    return Path(folder.name) / "records.jsonl", folder
+
+
+def _line(what: str, files: Sequence[str | Path], prompts: int, records: int) -> str:
+    return (
+        f"read as       records of {what}: {printable(str(Path(files[0]).parent))} ({prompts} prompts, of each the "
+        f"responses of its newest step; {records - prompts} earlier ones are left out)"
+    )

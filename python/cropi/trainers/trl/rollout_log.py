@@ -132,6 +132,7 @@ class Newest:
     def __init__(self) -> None:
         self._places: dict[str, tuple[int, Path, int]] = {}  # by prompt: step, file, offset
         self._read: dict[Path, int] = {}  # the bytes of each file that have been read
+        self.count = 0  # of the lines that have been read
 
     def read(self, path: Path) -> None:
         """Read on in a log, to its last whole line: another rank may be in the middle of one.
@@ -154,6 +155,7 @@ class Newest:
                 place = step, path, offset
                 self._places[name] = max(self._places.get(name, place), place)
                 offset += len(line)
+                self.count += 1
             self._read[path] = offset
 
     def lines(self) -> Iterator[bytes]:
@@ -172,6 +174,11 @@ class Newest:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def size(self) -> int:
+        """The bytes that have been read of all logs."""
+        return sum(self._read.values())
 
 
 def merge_rollouts(logs: Sequence[str | Path], out: str | Path, newest: Newest | None = None) -> int:
