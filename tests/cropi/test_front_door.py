@@ -328,6 +328,19 @@ def test_influence_of_sketches_that_no_store_holds(kind: Any) -> None:
     assert (int(near[0].id), int(far[0].id)) == (int(cosines.argmax()), int(cosines.argmin()))
 
 
+def test_arrays_are_taken_whatever_memory_they_stand_in() -> None:
+    """Rows of one length under equal numbers are no sign of one prompt on both sides: no warning."""
+    rows = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    want = cropi.influence(torch.as_tensor(rows), torch.as_tensor(rows[:2]), draws=0).table
+    fixed = rows.copy()
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in (rows[::-1].copy()[::-1], fixed, rows.astype(">f4"), rows.astype(np.longdouble)):
+            assert np.array_equal(cropi.influence(same, same[:2], draws=0).table, want)
+
+
 def test_influence_of_sketched_batches() -> None:
     model = make_model()
     rows = torch.randint(3, 30, (6, 5), generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.made_data import make_model, make_tokenizer
@@ -96,6 +97,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "influence: paths": (lambda: cropi.influence("a", "b"), "train is a str"),  # type: ignore[arg-type]
     "influence: none": (lambda: cropi.influence(store(), []), "valid is empty"),
+    "influence: objects": (lambda: cropi.influence(np.array([[None]]), store()), r"train is object \[1, 1\]: give f"),
+    "influence: one number": (lambda: cropi.influence(torch.tensor(1.0), store()), r"train is torch.float32 \[\]"),
+    "influence: sparse": (lambda: cropi.influence(torch.eye(2).to_sparse(), store()), r"\[2, 2\], sparse: give f"),
+    "influence: a set's name": (lambda: cropi.influence(store(), {1: torch.eye(2)}), "valid names a set 1: give"),
     "influence: other specs": (
         lambda: cropi.influence(store(), cropi.sketch(model(), VALID, dim=2048, progress=False)), "dim = 1024",
     ),

@@ -15,6 +15,7 @@ from test_rollout import prompts, rolled
 
 import cropi
 from cropi.errors import CropiError, RecordError
+from cropi.rollouts.formulas import latex, plain_formulas
 from cropi.rollouts.job import ChangedReward, RolloutReport
 from cropi.rollouts.rewards import _function, _version
 from cropi.rollouts.scorer_files import files_of
@@ -216,6 +217,7 @@ def test_rewards_that_cannot_be_had(tmp_path: Path, name: str, problem: str) -> 
         (r"\sin x + 1", r"so \sin x + 1", 1.0), (r"\log 8", r"it is \log 8", 1.0), (r"\pi", r"\pi a day", 1.0),
         ("3½", "$3.5$", 1.0), ("7", "it is 3½, or 7", 1.0), ("10⁻⁵", "0.00001", 1.0), ("12", "12 m²", 1.0),
         ("100 000", "100,000", 1.0), ("2**-x", "$2^{-x}$", 1.0), ("3", "pages 3 and (5-x)", 1.0),
+        ("2**3**2", "512", 1.0), ("2**3**2", "64", 0.0),
     ],
 )  # fmt: skip
 def test_answers_are_verified(answer: Any, response: str, reward: float) -> None:
@@ -225,6 +227,12 @@ def test_answers_are_verified(answer: Any, response: str, reward: float) -> None
     from cropi.rollouts.verifiers import Math
 
     assert Math()("question", response, answer=answer) == reward
+
+
+def test_formulas_of_long_texts_take_time_in_proportion() -> None:
+    """Blanks, and brackets that nothing closes: the square of their number would be minutes."""
+    assert latex(" " * 10**5 + "2**n") == " " * 10**5 + "2^{n}"
+    assert not list(plain_formulas("\\sqrt[" * 10**4))
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,16 @@ def test_of_recorded_steps_the_newest_responses_count(
     assert main(["convert", str(tmp_path), "--out", str(tmp_path.with_suffix(".jsonl"))]) == 0
     assert "trajectories" in capsys.readouterr().out
     assert {group.id: group.response_ids for group in read(tmp_path.with_suffix(".jsonl"))} == found
+    # Named one by one, in the order of a shell (10, 9), or in two folders, they have no order.
+    one, other = tmp_path / "9.jsonl", tmp_path / "10.jsonl"
+    assert main(["convert", str(other), str(one), "--out", str(tmp_path.with_suffix(".json"))]) == 2
+    assert "the prompt id 'c' was used before" in capsys.readouterr().err
+    (tmp_path / "run" / "step_1").mkdir(parents=True)
+    (tmp_path / "run" / "step_2").mkdir()
+    step(tmp_path / "run" / "step_1", 1, "ab", 20)
+    step(tmp_path / "run" / "step_2", 0, "bc", 21)
+    with pytest.raises(CropiError, match="the prompt id 'b' was used before"):
+        list(read(opened(str(tmp_path / "run"))))
     # Other names are no steps: one id twice stays an error.
     (tmp_path / "9.jsonl").rename(tmp_path / "more.jsonl")
     (tmp_path / "9.jsonl.sha256").unlink()

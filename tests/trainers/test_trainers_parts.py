@@ -176,6 +176,10 @@ def test_a_log_that_grows_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
             assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
     merge_rollouts(logs, out, newest)
     assert sorted(parsed) == sorted(line.encode() for line in lines)
+    kept = logs[1].read_text()
+    logs[1].write_text(kept.replace('"rewards": [', '"rewards":[ ') + lines[0])
+    with pytest.raises(CropiError, match=r"r1\.jsonl has changed where it had been read"):
+        merge_rollouts(logs, out, newest)
     logs[1].write_text(lines[0])
     with pytest.raises(CropiError, match=r"r1\.jsonl has become shorter"):
         merge_rollouts(logs, out, newest)

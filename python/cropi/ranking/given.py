@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError
+from cropi.ranking.influence import NUMBERED
 from cropi.ranking.origin import origin_of
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import FAILED, SKIPPED, RowInfo
@@ -19,6 +20,7 @@ WANTED = (
     "a SketchStore (cropi.sketch, SketchStore.open), the batch of cropi.score_batch, or sketches [n, dim] as a tensor "
     "or an array"
 )
+FLOATS = "give floats [n, dim], a sketch a row"
 
 
 def given_stores(train: Any, valid: Any) -> tuple[SketchStore, list[SketchStore]]:
@@ -33,6 +35,8 @@ def given_stores(train: Any, valid: Any) -> tuple[SketchStore, list[SketchStore]
     """
     pool = _store(train, "train")
     if isinstance(valid, Mapping):
+        if wrong := [name for name in valid if not isinstance(name, str) or not name]:
+            raise CropiError(f"valid names a set {wrong[0]!r:.100}: give names as text")
         sides = [_store(given, f"valid[{name!r}]", name) for name, given in valid.items()]
     elif isinstance(valid, (list, tuple)):
         sides = [_store(given, f"valid[{place}]") for place, given in enumerate(valid)]
@@ -49,18 +53,30 @@ def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
             raise CropiError(f"{name} is a SketchStore, whose rows name their set: give stores in a list")
         return given
     manifest: dict[str, Any] = {}
-    if isinstance(given, (torch.Tensor, np.ndarray)):
-        sketches = torch.as_tensor(given)
-        # Ids are ordered as text.
-        digits = len(str(len(sketches) - 1))
-        ids = [f"{row:0{digits}d}" for row in range(len(sketches))]
+    ids: list[str] | None = None
+    if isinstance(given, np.ndarray):
+        if given.dtype.kind != "f":
+            raise CropiError(f"{name} is {given.dtype} {list(given.shape)}: {FLOATS}")
+        # A copy: torch takes no strides below 0, no foreign byte order, no long doubles, and warns of read-only memory.
+        with np.errstate(over="ignore"):
+            sketches = torch.from_numpy(np.array(given, np.float32, order="C"))
+    elif isinstance(given, torch.Tensor):
+        sketches = given
     elif isinstance(getattr(given, "sketches", None), torch.Tensor) and hasattr(given, "ids"):
         sketches, ids, origin = given.sketches, [str(name) for name in given.ids], origin_of(given)
         manifest = {"spec": given.spec.to_dict(), "model": origin, "estimator": origin.pop("estimator", None)}
     else:
         raise CropiError(f"{name} is a {type(given).__name__}: give {WANTED}")
-    if sketches.ndim != 2 or not sketches.numel() or not sketches.is_floating_point():
-        raise CropiError(f"{name} is {sketches.dtype} {list(sketches.shape)}: give floats [n, dim]")
+    dense = sketches.layout == torch.strided
+    if sketches.ndim != 2 or not sketches.numel() or not sketches.is_floating_point() or not dense:
+        raise CropiError(
+            f"{name} is {sketches.dtype} {list(sketches.shape)}{'' if dense else ', sparse'}: {FLOATS}"
+        )
+    if ids is None:
+        # Ids are ordered as text.
+        digits = len(str(len(sketches) - 1))
+        ids = [f"{row:0{digits}d}" for row in range(len(sketches))]
+        manifest = {"notes": {NUMBERED: True}}
     store = MemoryStore({"spec": {"dim": sketches.shape[1]}, **manifest})
     store.path = Path(name)  # what messages name
     sketches = sketches.detach().to("cpu", torch.float32)

@@ -178,6 +178,8 @@ def influence_by(options: Influence, train: SketchStore, valid: Sequence[SketchS
 
 # How much the lengths of one gradient may differ, made twice: in bfloat16 half a hundredth was measured.
 SAME_LENGTH = 0.01
+# Of a store's notes: ids are numbers of rows, and say nothing about which prompts they are.
+NUMBERED = "numbered"
 
 
 class SharedPrompts(UserWarning):
@@ -186,7 +188,8 @@ class SharedPrompts(UserWarning):
 
 def _warn_shared(rows: Sequence[RowInfo], valid: Sequence[SketchStore]) -> None:
     """Say where training prompts are validation prompts too: of one id, with responses and gradients of one length."""
-    others = {row.id: row for store in valid for row in store.rows() if row.status == OK and row.norm}
+    named = [store for store in valid if not store.manifest.get("notes", {}).get(NUMBERED)]
+    others = {row.id: row for store in named for row in store.rows() if row.status == OK and row.norm}
     shared = [row.id for row in rows if row.norm and (other := others.get(row.id)) and _alike(row, other)]
     if shared:
         warn(

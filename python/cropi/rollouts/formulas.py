@@ -27,7 +27,7 @@ _PIECE = re.compile(
     r"|le(?:q|qslant)?|ge(?:q|qslant)?|lt|gt|neq?|cup|cap|in|mod|bmod)"
     r"(?![A-Za-z]))[ \t]*)"
     r"|(?P<command>\\sqrt[ \t]+\d+|\\[dt]?frac[ \t]+\d[ \t]+\d+"
-    rf"|\\(?!boxed)[A-Za-z]+(?:\[[^\]\n]*\])?|{_FUNCTION}|{_PI})"
+    rf"|\\(?!boxed)[A-Za-z]+(?:\[[^\]\n]{{0,50}}\])?|{_FUNCTION}|{_PI})"
     r"|(?P<number>\d{1,3}[ \t]\d{1,2}/\d{1,3}(?![\w/])|\d+(?:[.,]\d+)*(?:[eE][+-]?\d+(?!\w)|\.(?=\\overline))?)"
     r"|(?P<letter>(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
     r"|(?P<tail>!|[ \t]*\\?%)"
@@ -55,6 +55,7 @@ _SIGNS = str.maketrans({
     "√": "sqrt", "π": r"\pi ", "×": "*", "·": "*", "÷": "/", "−": "-", "½": "1/2", "¼": "1/4", "¾": "3/4",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ",
 })  # fmt: skip
+_POWER = re.compile(r"\^([-+]?(?:\d+(?:\.\d+)?|[A-Za-z]))(?:\^([-+]?(?:\d+(?:\.\d+)?|[A-Za-z])))?")
 _ARTICLE = re.compile(r"[aAI][ \t]+[A-Za-z]{2}")
 _CLOSING = {"{": "}", "(": ")"}
 
@@ -152,8 +153,11 @@ def latex(formula: str) -> str:
     formula = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w.])", r"\1\\cdot10^{\2}", formula)
     formula = re.sub(r"(?<![\d.])(\d+)[ \t]+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", formula)
     formula = re.sub(rf"{_FUNCTION}|{_PI}", lambda found: f"\\{found[0]}", formula)
-    formula = re.sub(r"[ \t]*\*\*[ \t]*", "^", formula)
-    formula = re.sub(r"\^([-+]?(?:\d+(?:\.\d+)?|[A-Za-z]))", r"^{\1}", formula)
+    formula = re.sub(r"(?<![ \t])[ \t]*\*\*[ \t]*", "^", formula)
+    # 2^3^2 is 2^(3^2), and LaTeX takes no second exponent without braces.
+    formula = _POWER.sub(
+        lambda power: f"^{{{power[1]}^{{{power[2]}}}}}" if power[2] else f"^{{{power[1]}}}", formula
+    )
     for opening in (r"\^\(", r"\\sqrt\("):
         while (found := re.search(opening, formula)) and (end := _closed(formula, found.end() - 1)):
             inside = formula[found.end() : end - 1]

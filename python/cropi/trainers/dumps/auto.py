@@ -330,7 +330,8 @@ def groups_of(
     Raises:
         CropiError: the files are of several kinds, or as the readers.
     """
-    paths = expanded(list(given), say)
+    found = [expanded([one], say) for one in given]
+    paths = [path for part in found for path in part]
     kinds = {str(path): _kind(path, source, None) for path in paths}
     if len(set(kinds.values())) > 1:
         told = ", ".join(f"{path} ({WORDS[kind]})" for path, kind in list(kinds.items())[:6])
@@ -342,7 +343,14 @@ def groups_of(
     if kind == RECORDS:
         from cropi.data.readers import read
 
-        made = paths if reading.columns else _of_steps(paths, str(given[0]), left.skip_bad, say)
+        made: list[Any] = paths
+        if not reading.columns:
+            # Files that are named one by one stand in the shell's order, and may be of several runs.
+            made = [
+                source
+                for one, part in zip(given, found, strict=True)
+                for source in _of_steps(part, str(one), left.skip_bad, say)
+            ]
         return read(made, skip_bad=left.skip_bad, columns=dict(reading.columns))
     check_copies(paths)
     rollouts = rollouts_of(paths, kind, reading, left)

@@ -25,7 +25,7 @@ def newest_of_steps(
     steps and no logs of ranks, or no prompt is in them twice.
 
     Args:
-        files: records, in the order of their steps.
+        files: the records of a folder, in the order of their steps.
         skip_bad: as for :func:`cropi.data.readers.read`.
         say: takes a line that says what was left out.
 
@@ -33,10 +33,16 @@ def newest_of_steps(
         RecordError: a record is bad, or a step names a prompt twice.
         CropiError: a line of a rank's log is no record.
     """
-    names = [Path(file).name for file in files]
+    paths = [Path(file) for file in files]
+    # Of several folders, or with one number twice (01, 1), no order says which responses are newer.
+    if len({path.parent for path in paths}) > 1:
+        return None
+    names = [path.name for path in paths]
     if all(RANK_LOG.fullmatch(name) for name in names) and len({name.split("-")[0] for name in names}) == 1:
         return _newest_of_logs(files, say)
     if len(files) < 2 or not all(STEP_FILE.fullmatch(name) for name in names):
+        return None
+    if len({int(path.stem) for path in paths}) < len(paths):
         return None
     bad: list[RecordError] = []
     last: dict[str, int] = {}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
 from cropi.errors import CropiError, shown
 from cropi.files import entries, is_there, make_folder, reading, replacing, size_of, sync, writing
@@ -130,7 +131,7 @@ class Newest:
     """Where the newest rollouts of every prompt stand in logs that grow: what was read once is not read again."""
 
     def __init__(self) -> None:
-        self._places: dict[str, tuple[int, Path, int]] = {}  # by prompt: step, file, offset
+        self._places: dict[str, tuple[int, Path, int, int]] = {}  # by prompt: step, file, offset, checksum
         self._read: dict[Path, int] = {}  # the bytes of each file that have been read
         self.count = 0  # of the lines that have been read
 
@@ -152,24 +153,33 @@ class Newest:
                     break
                 name, step = _key(line, path)
                 # Equal steps: a later line of the same file is newer; between files the order is that of the ranks.
-                place = step, path, offset
+                place = step, path, offset, crc32(line)
                 self._places[name] = max(self._places.get(name, place), place)
                 offset += len(line)
                 self.count += 1
             self._read[path] = offset
 
     def lines(self) -> Iterator[bytes]:
-        """The newest line of every prompt, in order of id."""
+        """The newest line of every prompt, in order of id.
+
+        Raises:
+            CropiError: a line is not the one that was read there.
+        """
         with ExitStack() as stack:
             files = {}
             for path in self._read:
                 with reading(path, missing=True):
                     files[path] = stack.enter_context(open(path, "rb"))
             for name in sorted(self._places):
-                _, path, offset = self._places[name]
+                _, path, offset, checksum = self._places[name]
                 with reading(path):
                     files[path].seek(offset)
                     line = files[path].readline()
+                if crc32(line) != checksum:
+                    raise CropiError(
+                        f"{path} has changed where it had been read: the rollouts of {shown(name)} are gone; go on "
+                        "from a checkpoint"
+                    )
                 yield line
 
     def __len__(self) -> int:
