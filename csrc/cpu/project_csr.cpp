@@ -46,8 +46,10 @@ struct Table {
 
   static int64_t draws(const ProjectCsrArgs& args, int64_t n) { return n / 128 + n / (args.dim / args.nnz) + 4; }
   static bool pays(const ProjectCsrArgs& args) {
-    const int64_t n = draws(args, args.cols) * (args.keep < kKeepAll ? 4 : 1);
-    return n <= 2 * args.n_values && 16 * n * args.nnz <= kMostTableBytes;
+    const int64_t n = draws(args, args.cols), most = 2 * args.n_values;
+    if (n > most) return false;  // before any product: there may be 2^62 columns
+    const int64_t all = n * (args.keep < kKeepAll ? 4 : 1);
+    return all <= most && 16 * all * args.nnz <= kMostTableBytes;
   }
 
   Table(const ProjectCsrArgs& args, const Geometry& g, uint64_t first, int64_t n)
@@ -113,12 +115,25 @@ void each_by_table(const ProjectCsrArgs& args, const Geometry& g, const Table& t
   }
 }
 
+// Coordinate p's bit of `draw_keep_mask`. From the highest digit of `keep` down, the first fair bit that equals its digit
+// decides: two draws on average, where a mask takes all digits' draws. Below the lowest digit that is 1, none can be kept.
+bool is_kept(Key key, uint64_t p, uint32_t keep) {
+  const int last = __builtin_ctz(keep);
+  for (int level = kKeepLevels - 1; level >= last; --level) {
+    const Draw fair = project_draw(key, p / 128, kProjectKeep, uint32_t(level));
+    const uint32_t digit = keep >> level & 1;
+    if (bit_at(fair.w, p % 128) == digit) return digit;
+  }
+  return false;
+}
+
 template <class Index, class Add>
 void each_drawn(const ProjectCsrArgs& args, const Geometry& g, const Index* column, int64_t begin, int64_t end,
                 Add&& add) {
   constexpr int64_t kRoom = kChunk + kDrawsAtOnce;
   uint32_t sign[4 * kRoom], tile[4 * kRoom];
   uint64_t sign_counter[kRoom] = {}, tile_counter[kRoom] = {};
+  bool kept[kChunk];
   const auto counters = [](const uint64_t* of) {
     return [of](int64_t i) {
       VecCounter c{};
@@ -135,18 +150,18 @@ void each_drawn(const ProjectCsrArgs& args, const Geometry& g, const Index* colu
       const uint64_t p = args.offset + uint64_t(column[first + i]);
       sign_counter[i] = p / 128;
       tile_counter[i] = p / g.width;
+      kept[i] = args.keep >= kKeepAll || is_kept(args.key, p, args.keep);
     }
     for (int64_t j = 0; j < args.nnz; ++j) {
       draw_listed(args.key, n, counters(sign_counter), kProjectSign, uint32_t(j), sign);
       draw_listed(args.key, n, counters(tile_counter), kProjectTile, uint32_t(j), tile);
       for (int64_t i = 0; i < n; ++i) {
+        if (!kept[i]) continue;
         const uint64_t p = args.offset + uint64_t(column[first + i]);
-        const int64_t word = int64_t(p % 128 / 32), bit = int64_t(p % 32);
-        if (args.keep < kKeepAll && !(draw_keep_mask(args.key, p / 128, args.keep).w[word] >> bit & 1)) continue;
         const int64_t at = 4 * (i / kLanes * kLanes + place_of_lane(int(i % kLanes)));
         const TilePlace place = tile_place(tile[at], tile[at + 1], g.width, g.group);
         const uint32_t bucket = uint32_t(j) * g.width + g.bucket(place, uint32_t(p - tile_counter[i] * g.width));
-        add(bucket, sign[at + word] >> bit & 1, first + i);
+        add(bucket, bit_at(sign + at, p % 128), first + i);
       }
     }
   }

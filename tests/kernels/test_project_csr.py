@@ -200,6 +200,31 @@ def test_narrow_groups_sum_as_wide_ones(dim: int) -> None:
                 assert ((seen[0].double() - want.double()).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("keep", [2.0**-16, 0.25, 0.3, 0.5, 1 - 2.0**-16])
+@pytest.mark.parametrize("kind,nnz", [("countsketch", 1), ("sjlt", 3)])
+def test_what_is_kept_of_few_values(kind: Any, nnz: int, keep: float) -> None:
+    """Few beside the columns, each is asked for itself: the answer is the mask's."""
+    columns = torch.arange(0, 1 << 20, 257)
+    values = torch.ones(len(columns))
+    x = CsrRows(torch.arange(len(columns) + 1), columns, values, 1 << 20)
+    kept = reference.kept_coordinates(ProjectionSpec(12, keep=keep), columns.numpy().astype(np.uint64))
+    y = project_csr(x, ProjectionSpec(12, kind=kind, nnz=nnz, keep=keep))
+    assert torch.equal((y != 0).sum(1), nnz * torch.from_numpy(kept).long())
+
+
+@pytest.mark.parametrize("dim,keep", [(1, 0.5), (1, 1.0), (2, 0.3)])
+def test_columns_up_to_the_last_coordinate(dim: int, keep: float) -> None:
+    """A table of so many draws once had a negative size, which was taken for a small one."""
+    # 64 bytes for each of (1 + 1 / 128) * width draws: 2^67 + 1.5 * 2^63, below 0 as an int64.
+    width = ((1 << 61) + 3 * (1 << 56)) * 128 // 129
+    for n in (width, 1 << 62):
+        columns = torch.tensor([5, n - 1, 5, *range(7, 30)])
+        x = CsrRows(torch.tensor([0, 2, 3, len(columns)]), columns, torch.ones(len(columns)), n)
+        spec = ProjectionSpec(dim, keep=keep)
+        got, want = (project_csr(x, spec, backend=backend) for backend in ("cpu", "reference"))
+        assert torch.allclose(got, want, rtol=1e-6) and got.abs().sum() > 0
+
+
 @pytest.mark.parametrize("op", ["project_csr", "project_csr_entries"])
 def test_opcheck(op: str) -> None:
     x = made(5, 100, 6)
