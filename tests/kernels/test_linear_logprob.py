@@ -424,7 +424,12 @@ def test_compiles_whole() -> None:
         ({"bias": torch.zeros(9, requires_grad=True)}, "bias requires a gradient"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        # No normal numbers of float32, where the kernels hold them: 1e-46 is 0 there, and a soft-cap of 0 is none.
+        ({"temperature": 1e-39}, "temperature=1e-39"),
+        ({"temperature": 1e39}, r"temperature=1e\+39"),
         ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"softcap": 1e-46}, "softcap=1e-46"),
+        ({"softcap": 1e39}, r"softcap=1e\+39"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"backend": "tpu"}, "backend='tpu'"),
         ({"backend": ""}, "backend='': choose one of"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ... import _native, dispatch, memory
@@ -12,7 +10,7 @@ from ..._library import no_autocast
 from ..._spec_base import as_int, check_int
 from .._checks import check_plain
 from . import chunks, ops
-from .contract import OnDlogits, OnGradient, Settings, Weigh, check_temperature
+from .contract import OnDlogits, OnGradient, Settings, Weigh, check_softcap, check_temperature
 
 
 def linear_logprob(
@@ -207,8 +205,8 @@ def _checked(
             f"bias has shape {tuple(bias.shape)} on {bias.device}: give [{head.shape[0]}] on {head.device}"
         )
     check_temperature(temperature)
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap={softcap}: give a finite number above 0, or None for no soft-cap")
+    if softcap is not None:
+        check_softcap(softcap)
     tokens = 0 if chunk_size is None else as_int(chunk_size, 1, 1 << 62)
     if tokens is None:
         raise ValueError(f"chunk_size={chunk_size}: give at least 1 token, or None for the default")

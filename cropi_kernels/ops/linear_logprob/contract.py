@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple, Protocol
@@ -82,7 +81,24 @@ class Kernels(Protocol):
 
 def check_temperature(temperature: object) -> None:
     """Log-probs are those of softmax(logits / temperature)."""
-    if not (isinstance(temperature, (float, Real)) and 0 < float(temperature) < math.inf):
+    if not _divides(temperature):
         raise ValueError(
-            f"temperature={temperature!r}: give a finite number above 0 (greedy decoding has no log-probs)"
+            f"temperature={temperature!r}: give a finite number above 0 (greedy decoding has no log-probs), {_BOUNDS}"
         )
+
+
+def check_softcap(softcap: object) -> None:
+    """Of logits that are capped."""
+    if not _divides(softcap):
+        raise ValueError(
+            f"softcap={softcap!r}: give a finite number above 0, {_BOUNDS}, or None for no soft-cap"
+        )
+
+
+# Kernels take both in float32: there a smaller number may be 0, which stands for no cap, and a larger one is infinite.
+_FLOAT32 = torch.finfo(torch.float32)
+_BOUNDS = f"from {_FLOAT32.tiny:.4g} to {_FLOAT32.max:.4g}"
+
+
+def _divides(number: object) -> bool:
+    return isinstance(number, (float, Real)) and _FLOAT32.tiny <= float(number) <= _FLOAT32.max
