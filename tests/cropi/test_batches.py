@@ -12,6 +12,7 @@ import torch
 from support.made_data import make_model
 from support.oracle import flat_gradient, objective
 
+import cropi.gradient.batches as batches_module
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, Row, cut_batches, make_batches, plan_rows
@@ -121,6 +122,33 @@ def test_sketches_agree_between_layouts_and_splits() -> None:
                 assert float((sketch - reference[name]).norm()) < 1e-4 * size, (name, layout, budget)
 
 
+def divided(batch: MicroBatch) -> list[MicroBatch]:
+    return [part for half in batch.halves() for part in divided(half)] if batch.divisible else [batch]
+
+
+def test_a_shared_row_is_halved_down_to_single_responses() -> None:
+    """Responses of one token have no inputs, and one without scored tokens has no gradient."""
+    model = make_model().double()
+    masks = [[1, 0, 1, 1], [1], [0] * 7, [0, 1, 1], [1, 1]]
+    some = replace(make_group("m", 4, [4, 1, 7, 3, 2], seed=7), masks=masks)
+    for group in (GROUPS[2], some):
+        (batch,) = make_batches([group], ESTIMATOR, SHARED, stored_behaviour=True)
+        parts, scored = divided(batch), [any(mask) for mask in group.masks or group.responses]
+        assert batch.input_ids.shape[0] == 1 and [part.finished for part in parts] == [[False]] * (
+            len(parts) - 1
+        ) + [[True]]
+        # The mask is gone with the second response that has inputs.
+        assert all(part.blocks is None and bool(part.present.all()) for part in parts)
+        assert torch.equal(torch.cat([part.responses for part in parts]), batch.responses)
+        assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+        assert 1 < len(parts) <= sum(scored)
+        for whole, own in zip(
+            from_batches(model, [batch]).values(), from_batches(model, parts).values(), strict=True
+        ):
+            # The weights are float32.
+            torch.testing.assert_close(own, whole, rtol=3e-6, atol=3e-6 * float(whole.abs().max()))
+
+
 def test_rows_hold_every_response_once_and_respect_the_budget() -> None:
     group = make_group("g", 20, [3, 30, 4, 4, 12, 1, 1, 9], seed=5)
     for budget in (1, 30, 45, 60, 1000):
@@ -133,6 +161,21 @@ def test_rows_hold_every_response_once_and_respect_the_budget() -> None:
     # 8 long responses to a short prompt: attention over one row of all costs more than the prompt saves.
     long = make_group("h", 4, [200] * 8, seed=6)
     assert len(plan_rows(long, Layout(True, attention_cost=1e-2), 10_000)) == 8
+
+
+def test_masks_of_shared_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask has a number for every pair of tokens: with 32,768 tokens a batch one row's once took 3 GiB."""
+    monkeypatch.setattr(batches_module, "MOST_PAIRS", 900)
+    groups = [make_group(f"g{i}", 6, [9, 3, 5, 12, 4, 6], seed=i) for i in range(8)]
+    groups += [make_group(f"s{i}", 3, [3, 2, 2], seed=20 + i) for i in range(4)]
+    groups.append(make_group("long", 25, [9, 9], seed=9))
+    batches = cut_batches(groups, SHARED, budget=10_000)
+    sizes = [(len(batch), max(row.length for row in batch)) for batch in batches if batch[0].shared]
+    assert max(rows * length**2 for rows, length in sizes) <= 900 and max(rows for rows, _ in sizes) > 1
+    assert [len(row.chosen) for batch in batches for row in batch if row.group.id == "long"] == [1, 1]
+    monkeypatch.setattr(batches_module, "MOST_PAIRS", 1 << 28)
+    (batch,) = cut_batches(groups, SHARED, budget=10_000)
+    assert len(batch) == len(groups)
 
 
 def test_the_memory_of_a_plan_grows_with_the_responses_and_not_with_their_square() -> None:

@@ -5,6 +5,7 @@ The device is played by injected `torch.OutOfMemoryError`s, which is what torch 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,22 @@ def test_a_batch_that_does_not_fit_is_halved(
         assert float((got[name] - sketch).norm()) <= 1e-5 * float(sketch.norm()), name
     said = capsys.readouterr()
     assert "do not fit into the device's memory: halved; --tokens-per-batch" in said.out + said.err
+
+
+@pytest.mark.long
+def test_a_row_of_several_responses_that_does_not_fit_is_halved(
+    tmp_path: Path, device: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Down to a response a row, which no prompt's longest one exceeds."""
+    want = run_job(tmp_path, "whole", layout="shared")
+    single = [len(record["prompt"]) + max(map(len, record["responses"])) for record in make_records(16)]
+    device["most"] = max(single)
+    got = run_job(tmp_path, "halved", layout="shared")
+    assert device["refused"] and want.keys() == got.keys()
+    for name, sketch in want.items():
+        assert float((got[name] - sketch).norm()) <= 1e-5 * float(sketch.norm()), name
+    said = capsys.readouterr()
+    assert re.search(r"\b1 x \d+ tokens do not fit into the device's memory: halved", said.out + said.err)
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ The sum of a prompt's sketches over micro-batches is the prompt's sketch, so any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,7 +17,7 @@ import torch
 
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.layout import Layout
-from cropi.gradient.masks import prefix_mask
+from cropi.gradient.masks import MOST_PAIRS, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
 from cropi_kernels.sketcher.host import sent
 
@@ -44,6 +45,7 @@ class MicroBatch:
         temperature: of the rollouts; one per batch.
         members: int64 ``[N]``, for how many equal responses each token stands; None: for one.
         responses: int64 ``[N]``, a number for each response, which all of its tokens share.
+        scored_blocks: int64 ``[N]``, the block of each token's response, as in ``blocks``.
         noise: float32, shaped like ``advantages``: what is multiplied in their place; None: they themselves.
     """
 
@@ -64,6 +66,7 @@ class MicroBatch:
     members: torch.Tensor | None = None
     responses: torch.Tensor | None = None
     noise: torch.Tensor | None = None
+    scored_blocks: torch.Tensor | None = None
 
     @property
     def attention_mask(self) -> torch.Tensor:
@@ -90,10 +93,27 @@ class MicroBatch:
         }
         return replace(self, **tensors)
 
+    @property
+    def divisible(self) -> bool:
+        """Whether it has several rows, or one in which several responses with scored tokens share the prompt."""
+        return self.input_ids.shape[0] > 1 or len(self._shared) > 1
+
     def halves(self) -> tuple[MicroBatch, MicroBatch]:
-        """The first and the second half of the rows; a prompt that is cut is finished in the second."""
+        """The first and the second half of the rows, of a single row those of its responses; a prompt that is cut is
+        finished in the second."""
         rows = self.input_ids.shape[0]
+        if rows == 1:
+            shared = self._shared
+            middle = shared[len(shared) // 2]
+            return self._blocks(0, middle), self._blocks(middle, shared[-1] + 1)
         return self._rows(0, rows // 2), self._rows(rows // 2, rows)
+
+    @property
+    def _shared(self) -> list[int]:
+        """The blocks of all responses that share a prompt and have scored tokens."""
+        if self.blocks is None or self.scored_blocks is None:
+            return []
+        return sorted(set(self.scored_blocks.tolist()))
 
     def _rows(self, begin: int, end: int) -> MicroBatch:
         """Rows ``begin .. end``; every scored token stays with its row."""
@@ -103,8 +123,9 @@ class MicroBatch:
         finished = self.finished[first : last + 1]
         if end < len(self.segments) and int(self.segments[end]) == last:
             finished[-1] = False
+        some = self._scored(chosen)
         return replace(
-            self,
+            some,
             groups=self.groups[first : last + 1],
             finished=finished,
             input_ids=self.input_ids[begin:end],
@@ -112,15 +133,44 @@ class MicroBatch:
             blocks=None if self.blocks is None else self.blocks[begin:end],
             position_ids=self.position_ids[begin:end],
             segments=self.segments[begin:end] - first,
-            positions=self.positions[chosen] - begin * length,
+            positions=some.positions - begin * length,
+            token_segments=some.token_segments - first,
+        )
+
+    def _blocks(self, begin: int, end: int) -> MicroBatch:
+        """Of the only row the prompt and the blocks ``begin .. end``, without padding."""
+        assert self.blocks is not None and self.scored_blocks is not None
+        kept = (self.blocks == 0) | ((self.blocks >= begin) & (self.blocks < end))
+        ids, present, blocks, places = (
+            of_tokens[kept][None]
+            for of_tokens in (self.input_ids, self.present, self.blocks, self.position_ids)
+        )
+        some = self._scored((self.scored_blocks >= begin) & (self.scored_blocks < end))
+        return replace(
+            some,
+            finished=[last and end > int(self.scored_blocks.max()) for last in self.finished],
+            input_ids=ids,
+            present=present,
+            # One response needs no mask of its own.
+            blocks=blocks if len(set(blocks.flatten().tolist())) > 2 else None,
+            position_ids=places,
+            positions=(kept.flatten().cumsum(0) - 1)[some.positions],
+        )
+
+    def _scored(self, chosen: torch.Tensor) -> MicroBatch:
+        """The same rows with some of their scored tokens: bool ``[N]``."""
+        return replace(
+            self,
+            positions=self.positions[chosen],
             targets=self.targets[chosen],
-            token_segments=self.token_segments[chosen] - first,
+            token_segments=self.token_segments[chosen],
             advantages=self.advantages[chosen],
             divisors=self.divisors[chosen],
             behaviour=None if self.behaviour is None else self.behaviour[chosen],
             members=None if self.members is None else self.members[chosen],
             responses=None if self.responses is None else self.responses[chosen],
             noise=None if self.noise is None else self.noise[chosen],
+            scored_blocks=None if self.scored_blocks is None else self.scored_blocks[chosen],
         )
 
 
@@ -149,7 +199,7 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
 
     Sharing the prompt saves ``(m - 1) * len(prompt)`` tokens a row, but attention with a mask costs the
     square of the row's length; the number m of responses per row that costs least is taken, among those whose
-    rows fit the budget.
+    rows fit the budget and whose masks have at most :data:`cropi.gradient.masks.MOST_PAIRS` pairs of tokens.
     A single response always fits: it cannot be split.
     """
     prompt, sizes = len(group.prompt), [len(group.responses[k]) - 1 for k, *_ in group.equal]
@@ -161,7 +211,7 @@ def plan_rows(group: TokenGroup, layout: Layout, budget: int) -> list[Row]:
             rows = [prompt + ends[last] - ends[first] for first, last in _chunks(len(sizes), m)]
             # Without a mask of its own (one response a row) causal attention skips half of the products.
             attend = layout.attention_cost * (0.5 if m == 1 else 1.0)
-            if m == 1 or max(rows) <= budget:
+            if m == 1 or max(rows) <= min(budget, math.isqrt(MOST_PAIRS)):
                 cost[m] = sum(length * (1 + attend * length) for length in rows)
         chunks = _chunks(len(sizes), min(cost, key=lambda m: cost[m]))
     best = [range(first, last) for first, last in chunks]
@@ -194,7 +244,8 @@ def make_batches(
         groups: tokenised prompts; read ``window`` at a time, and sorted by length within the window.
         estimator: gives the advantages and divisors, from each whole group.
         layout: see :func:`cropi.gradient.layout.choose_layout`.
-        budget: rows x longest row. A single row may exceed it when it holds one response.
+        budget: rows x longest row. A single row may exceed it when it holds one response. Where responses share rows,
+            rows x longest row x longest row is at most :data:`cropi.gradient.masks.MOST_PAIRS`.
         stored_behaviour: carry the groups' stored log-probs.
         done: ids of prompts that need not be computed. One that shares a batch with another prompt is in it all the
             same, perhaps with a part of its rows.
@@ -248,6 +299,7 @@ def cut_batches(groups: list[TokenGroup], layout: Layout, budget: int) -> list[l
         length, reach = row.length, row.reach
         if batch and (
             (len(batch) + 1) * max(longest, length) > budget
+            or (row.shared and (len(batch) + 1) * max(longest, length) ** 2 > MOST_PAIRS)
             or (row.group.temperature, row.shared) != (batch[0].group.temperature, batch[0].shared)
             or not layout.lengths.together(min(nearest, reach), max(furthest, reach))
         ):
@@ -275,12 +327,12 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
         parts.extend(_fill(row, weights, stored, ids[b], places[b], blocks[b], b * width, segments[-1]))
     ended = {id(row.group) for row in rows if row.last}
     columns = list(zip(*parts, strict=True))
-    positions, targets, token_segments, members = (np.concatenate(column) for column in columns[:4])
+    positions, targets, token_segments, members, numbers = (np.concatenate(column) for column in columns[:5])
     most = int(members.max())
     # Columns of a narrower table end with its last one, repeated.
     tables = [
         np.concatenate([table[:, np.minimum(np.arange(most), table.shape[1] - 1)] for table in column])
-        for column in columns[4:]
+        for column in columns[5:]
     ]
     if most == 1:  # no response stands for others: there is nothing to sum
         tables = [table[:, 0] for table in tables]
@@ -306,6 +358,7 @@ def _build(rows: Sequence[Row], estimator: Estimator, stored: bool) -> MicroBatc
         members=torch.from_numpy(members) if most > 1 else None,
         responses=torch.from_numpy(np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])),
         noise=None if groups[0].noise is None else torch.from_numpy(noise).float(),
+        scored_blocks=torch.from_numpy(numbers),
     )
 
 
@@ -359,6 +412,7 @@ def _fill(
             response,
             np.full(len(response), segment, dtype=np.int64),
             np.full(len(response), len(equal), dtype=np.int64),
+            np.full(len(response), number, dtype=np.int64),
             np.broadcast_to(advantages[list(equal)] * factor, shape),
             np.broadcast_to(divisors[list(equal)], shape),
             behaviour,

@@ -10,6 +10,8 @@ ALIGNED = 8
 # up to 2.10 (NaN where a tile of keys is masked whole); nor a dtype's smallest number, which kernels multiply by
 # log2(e): beyond float32.
 HIDDEN = -1e30
+# Pairs of tokens in one batch's mask: 256 MiB of bool, and 512 MiB of 16-bit numbers. Of one row: 16,384 tokens.
+MOST_PAIRS = 1 << 28
 
 
 def prefix_mask(blocks: torch.Tensor) -> torch.Tensor:

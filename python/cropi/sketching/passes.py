@@ -192,7 +192,7 @@ class Passes:
         while waiting:
             piece = waiting.pop()
             rows, tokens = piece.input_ids.shape[0], piece.input_ids.numel()
-            if rows > 1 and self.too_many is not None and tokens >= self.too_many:
+            if self.too_many is not None and tokens >= self.too_many and piece.divisible:
                 waiting += reversed(piece.halves())
                 continue
             begun = time.monotonic()
@@ -204,24 +204,21 @@ class Passes:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if rows == 1:
+                if not piece.divisible:
                     raise CropiError(
                         f"prompt {piece.groups[0].id!r}: the {self.device.type} device has no memory for one row of "
                         f"{tokens} tokens ({error}); finished prompts are in {self.keeps}, and the same command goes "
                         "on with the rest on a larger device; here, leave long responses out by --max-length or load "
                         "the model in a smaller --dtype, into a new --out"
                     ) from error
+                size = f"{rows} x {piece.input_ids.shape[1]} tokens do not fit into the device's memory"
                 if self.participant.linked:  # the others do not halve theirs
                     raise CropiError(
-                        f"{rows} rows of {piece.input_ids.shape[1]} tokens do not fit into the device's memory, and "
-                        f"processes that share a model cannot halve them alone ({error}): give --tokens-per-batch "
-                        f"{tokens // 2}; finished prompts are in {self.keeps}"
+                        f"{size}, and processes that share a model cannot halve them alone ({error}): give "
+                        f"--tokens-per-batch {tokens // 2}; finished prompts are in {self.keeps}"
                     ) from error
                 self.too_many = tokens
-                self.say(
-                    f"{rows} rows of {piece.input_ids.shape[1]} tokens do not fit into the device's memory: halved; "
-                    f"--tokens-per-batch {tokens // 2} spares the attempt"
-                )
+                self.say(f"{size}: halved; --tokens-per-batch {tokens // 2} spares the attempt")
                 waiting.append(piece)
             else:
                 yield passed
