@@ -4,6 +4,8 @@ gradient that the caller means."""
 from __future__ import annotations
 
 import functools
+import sys
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,7 +31,7 @@ class BackwardPasses:
         self._trained = trained
         self._nodes: list[Any] | None = None
         self._seen: set[int] = set()
-        self._running: set[int] = set()
+        self._running: dict[int, int] = {}  # their threads
         # Whether one of them can be differentiated, and whether they leave gradients in the parameters.
         self._again, self._leave = False, None  # type: bool, bool | None
 
@@ -37,7 +39,8 @@ class BackwardPasses:
         """A pass has come to ``where``.
 
         Raises:
-            RuntimeError: it differentiates another one, or is one of `torch.autograd.grad` beside one of `backward`.
+            RuntimeError: it differentiates another one, is one of `torch.autograd.grad` beside one of `backward`, or
+                runs beside one of another thread.
         """
         number = torch._C._current_graph_task_id()
         if number in self._seen:
@@ -49,12 +52,19 @@ class BackwardPasses:
                 "of the batch, from a forward pass of their own"
             )
         self._seen.add(number)
-        self._again = torch.is_grad_enabled()
-        # No pass of autograd's engine, or one of compiled autograd.
-        if number < 0 or torch.compiler.is_compiling():
+        # A part of a pass is run without gradients of gradients, also where the pass itself has them.
+        self._again |= torch.is_grad_enabled()
+        # No pass of autograd's engine, or one that calls nothing at its end.
+        if number < 0 or _is_compiled():
             return
+        self._running[number] = threading.get_ident()
+        if len({*self._running.values()}) > 1:
+            raise RuntimeError(
+                f"a backward pass reached {where} in another thread than the one that runs, and both would add to the "
+                "same sums at once: run them one after the other"
+            )
         # Else it is a part of the pass that runs: checkpointing may ask for a part's gradients itself.
-        if not self._running:
+        if len(self._running) == 1:
             leave, before = self._leaves_gradients(), self._leave
             if before is not None and leave != before:
                 raise RuntimeError(
@@ -62,10 +72,9 @@ class BackwardPasses:
                     "the two: compute what autograd.grad is for outside of the batch, from a forward pass of its own"
                 )
             self._leave = leave
-        self._running.add(number)
         # It is called where the pass ends without an error.
         torch.autograd.Variable._execution_engine.queue_callback(
-            functools.partial(self._running.discard, number)
+            functools.partial(self._running.__delitem__, number)
         )
 
     def problem(self) -> str | None:
@@ -87,3 +96,12 @@ class BackwardPasses:
             return any(torch._C._will_engine_execute_node(node) for node in self._nodes)
         except RuntimeError:  # one of them is a gradient that autograd.grad gives back
             return False
+
+
+def _is_compiled() -> bool:
+    """Whether compiled autograd runs the pass: its graph, or functions that the graph calls as they are."""
+    if torch.compiler.is_compiling():
+        return True
+    # Importing it takes seconds; while it is not imported, it runs nothing.
+    running = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(running, "in_compiled_autograd_region", False))

@@ -201,8 +201,8 @@ class GradientSketcher:
         the model inside is made again when the block ends.
 
         Raises:
-            RuntimeError: outside the ``with`` block, or a backward pass differentiates another. ValueError: segments do
-                not fit; says how.
+            RuntimeError: outside the ``with`` block, or a backward pass differentiates another or runs beside one of
+                another thread. ValueError: segments do not fit; says how.
             SelfTestError: what a tap gives is not autograd's gradient, the block uses a weight beside its module, or
                 taps were not heard; names the parameters or modules. Or tokens attend to another segment's, no backward
                 pass ran, or one raised an error.

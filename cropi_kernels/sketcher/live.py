@@ -176,7 +176,7 @@ class LiveSketcher:
 
         Raises:
             RuntimeError: outside the ``with`` block, inside another batch, or a backward pass differentiates another,
-                or is one of `torch.autograd.grad` beside one of ``backward()``.
+                is one of `torch.autograd.grad` beside one of ``backward()``, or runs beside one of another thread.
             ValueError: ``segments`` do not fit, a row that was given one number holds several sequences, or what is
                 trainable has changed.
             SelfTestError: a tap does not give autograd's gradient; names the parameters. Or no backward pass ran, or

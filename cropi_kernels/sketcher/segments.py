@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .._spec_base import as_int
+
 
 class NotTokensError(ValueError):
     """A tensor does not hold every token of the batch once."""
@@ -25,14 +27,12 @@ def sizes(segments: torch.Tensor, shape: Sequence[int] | None, name: str = "segm
             f"{name} has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length), or "
             "shape=(batch,) where rows are examples of another kind, such as images"
         )
-    given = (
-        tuple(segments.shape if shape is None else shape)
-        if shape is None or isinstance(shape, Sequence)
-        else ()
-    )
-    if len(given) not in (1, 2) or not all(isinstance(n, int) for n in given):
+    given = shape if isinstance(shape, Sequence) else segments.shape if shape is None else ()
+    found = [as_int(n, 0) for n in given]
+    whole = [n for n in found if n is not None]
+    if len(given) not in (1, 2) or len(whole) < len(found):
         raise ValueError(f"shape={shape!r}: give (batch, length), or (batch,) where rows are no tokens")
-    return given[0], given[1] if len(given) == 2 else 1
+    return whole[0], whole[1] if len(whole) == 2 else 1
 
 
 @dataclasses.dataclass(frozen=True)

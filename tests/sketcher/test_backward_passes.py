@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 from cropi_kernels.sketcher import SelfTestError
@@ -83,8 +86,27 @@ def gradient_for_a_figure(model: nn.Module) -> None:
     loss.backward()
 
 
+def two_at_once(model: Any) -> None:
+    """A pass of another thread, which begins where the first one has come by a tap and ends before it goes on."""
+    other = threading.Thread(target=silent, args=(loss_of(model).backward,))
+
+    def begin(gradient: torch.Tensor) -> None:
+        other.start()
+        other.join()
+
+    handle = model[1].register_forward_hook(lambda module, args, y: (y.register_hook(begin), None)[1])
+    loss = loss_of(model)
+    handle.remove()
+    loss.backward()
+
+
+def silent(run: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):
+        run()
+
+
 NOTHING = forward_alone, without_gradients, detached
-FAILED = failed_once, failed_and_tried_again
+FAILED = failed_once, failed_and_tried_again, two_at_once
 
 
 @pytest.mark.parametrize("kind", [LiveSketcher, GradientSketcher])
@@ -130,6 +152,19 @@ def test_gradients_that_are_given_back_are_not_added_to_those_of_the_step(first:
             assert first or torch.equal(got.sketches, want.sketches)
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph:UserWarning")
+def test_a_part_of_a_pass_does_not_hide_that_the_pass_can_be_differentiated() -> None:
+    """Checkpointing asks for the part's gradients itself, without gradients of these."""
+    model: Any = small()
+    with LiveSketcher(model, SPEC, verify=False) as live:
+        with pytest.raises(RuntimeError, match="second derivatives .* have no sketch"):
+            with live.batch(IDS, shape=ROWS.shape):
+                h = checkpoint(model[1], model[0](ROWS), use_reentrant=True)
+                model[2](h).square().sum().backward(create_graph=True)
+                model[2].weight.grad.square().sum().backward()
+
+
 def test_several_passes_add_up() -> None:
     """Over one graph, and a pass of some rows' loss alone: the others have no gradient."""
     model = small()
@@ -146,3 +181,45 @@ def test_several_passes_add_up() -> None:
             each[:2].sum().backward()
         assert got.sketches[0].any() and not got.sketches[1].any()
         torch.testing.assert_close(got.sketches[0], want.sketches[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [LiveSketcher, GradientSketcher])
+def test_passes_of_compiled_autograd_are_whole(kind: Any) -> None:
+    """It runs functions that are not compiled as they are, and calls nothing at the end of a pass."""
+    from torch._dynamo import compiled_autograd
+
+    model = small()
+    with kind(model, SPEC) as sketcher:
+        with sketcher.batch(IDS, shape=ROWS.shape) as want:
+            backward(model)
+        for _ in range(2):
+            with sketcher.batch(IDS, shape=ROWS.shape) as got:
+                loss = loss_of(model)
+                with compiled_autograd._enable(lambda graph: graph):
+                    loss.backward()
+            torch.testing.assert_close(got.sketches, want.sketches)
+
+
+def test_the_number_of_rows_is_any_integer() -> None:
+    """Lengths come from NumPy and torch too."""
+    model = small()
+    rows, length = len(ROWS), ROWS.shape[1]
+    with LiveSketcher(model, SPEC) as live:
+        for shape in ([rows, length], (np.int64(rows), np.int32(length)), (rows, torch.tensor(length))):
+            with live.batch(IDS, shape=shape) as got:  # type: ignore[arg-type]
+                backward(model)
+            assert got.sketches.any(dim=1).all()
+        for shape in (
+            (float(rows), length),
+            (True, length),
+            (-rows, length),
+            (rows, length, 1),
+            (),
+            str(rows),
+        ):
+            with pytest.raises(
+                ValueError, match=r"shape=.*: give \(batch, length\), or \(batch,\) where rows"
+            ):
+                with live.batch(IDS, shape=shape):  # type: ignore[arg-type]
+                    pass
