@@ -224,6 +224,11 @@ def test_influence_over_checkpoints_is_the_weighted_sum(metric: str, tmp_path: P
     other = replace(made[1], meta=made[1].meta | {"metric": "other"})
     with pytest.raises(CropiError, match=f"made with metric 'other', and scores 0 with '{metric}'"):
         Scores.summed([made[0], other])
+    for wrong in (made[0], [made[0], 1], None):
+        with pytest.raises(CropiError, match="give a list of Scores"):
+            Scores.summed(wrong)  # type: ignore[arg-type]
+    with pytest.raises(CropiError, match=r"weights are \['x', 1\]: give a number"):
+        Scores.summed(made, ["x", 1])  # type: ignore[list-item]
 
 
 def test_self_influence_is_the_squared_length(stores: Any) -> None:

@@ -140,12 +140,19 @@ class Scores:
         >>> Scores.summed([early, late], [2.0, 1.0]).top("sums", 1)
         [('a', 0.5)]
         """
-        given = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
+        if not isinstance(several, (list, tuple)) or not all(isinstance(one, Scores) for one in several):
+            raise CropiError(
+                f"several is {several!r:.100}: give a list of Scores (cropi.influence, Scores.open)"
+            )
+        try:
+            given = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
+        except (TypeError, ValueError):
+            raise CropiError(f"weights are {weights!r:.100}: give a number for each score table") from None
         if not several or len(given) != len(several) or not all(map(math.isfinite, given)):
             raise CropiError(
                 f"weights are {given!r:.100} for {len(several)} score tables: give a number for each"
             )
-        first = several[0]
+        first, alike = several[0], ("metric", "mean", "aggregate", "minus", "minus_weight")
         for number, other in enumerate(several[1:], 1):
             for what in ("sets", "ids"):
                 if getattr(other, what) != getattr(first, what):
@@ -153,7 +160,7 @@ class Scores:
                         f"scores {number} are of other {what} than scores 0: give scores of the same training prompts "
                         "and validation sets"
                     )
-            for what in ("metric", "mean", "aggregate", "minus", "minus_weight"):
+            for what in alike:
                 mine, theirs = (one.meta.get(what) for one in (first, other))
                 if mine != theirs:
                     raise CropiError(
@@ -161,9 +168,7 @@ class Scores:
                         "them alike"
                     )
         table = sum(weight * one.table for weight, one in zip(given, several, strict=True))
-        kept = {
-            name: first.meta[name] for name in ("metric", "mean", "aggregate", "minus") if name in first.meta
-        }
+        kept = {name: first.meta[name] for name in alike if name in first.meta}
         return cls(first.rows, first.sets, np.asarray(table), kept | {"weights": given})
 
     def select(self, fraction: float = 0.1, **options: Any) -> Selection:
