@@ -119,6 +119,7 @@ class Accumulator:
         if self._engine is not None:
             self._needed[type(self._engine)] = self._engine.needed
         self.segments = self._engine = None
+        self.backwards = BackwardPasses()
         self._folds.clear()
 
     def hears(self, segments: Segments | None, where: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
@@ -163,6 +164,20 @@ def test_a_part_of_a_pass_does_not_hide_that_the_pass_can_be_differentiated() ->
                 h = checkpoint(model[1], model[0](ROWS), use_reentrant=True)
                 model[2](h).square().sum().backward(create_graph=True)
                 model[2].weight.grad.square().sum().backward()
+
+
+def test_the_graph_of_a_step_is_free_after_it() -> None:
+    """Nodes of parameters belong to the stream on which they were made: a later step makes its own."""
+    model = small()
+    p = next(model.parameters())
+    with LiveSketcher(model, SPEC) as live:
+        with live.batch(IDS, shape=ROWS.shape):
+            node = get_gradient_edge(p).node
+            node.metadata["of"] = "this step"
+            backward(model)
+            assert get_gradient_edge(p).node.metadata == {"of": "this step"}
+            del node
+    assert get_gradient_edge(p).node.metadata == {}
 
 
 def test_several_passes_add_up() -> None:
