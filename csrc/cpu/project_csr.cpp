@@ -187,8 +187,14 @@ template <class T, class Index, class Each>
 void add_rows(const ProjectCsrArgs& args, Each&& each) {
   const T* value = static_cast<const T*>(args.value);
   const Index *column = static_cast<const Index*>(args.column), *start = static_cast<const Index*>(args.start);
-  const int64_t work = args.n_values * args.nnz + args.rows * args.dim / 16;
-  const int64_t per_task = max64(1, min64(args.rows, (args.rows << 14) / (work + 1)));
+  const int64_t values = args.n_values * args.nnz;
+  const int64_t work = values + (args.count == nullptr ? args.rows * args.dim / 16 : 0);
+  int64_t per_task = max64(1, min64(args.rows, (args.rows << 14) / (work + 1)));
+  if (args.count != nullptr) {
+    // A task of a sparse result clears `dim` sums once: its rows have an eighth as many values, or are a thread's share.
+    const int64_t enough = args.rows * (args.dim / 8) / (values + 1), share = (args.rows - 1) / args.n_threads + 1;
+    per_task = max64(per_task, min64(enough, share));
+  }
   run_tasks((args.rows + per_task - 1) / per_task, args.n_threads, [&](int64_t task) {
     const int64_t last = min64(args.rows, (task + 1) * per_task);
     if (args.count == nullptr) {

@@ -200,6 +200,18 @@ def test_narrow_groups_sum_as_wide_ones(dim: int) -> None:
                 assert ((seen[0].double() - want.double()).abs() <= bound).all()
 
 
+def test_wide_sparse_results_are_right_for_any_number_of_threads() -> None:
+    """There a task has as many rows as the threads leave it, and clears its sums between them."""
+    x, spec, threads = made(60, 20_000, 3), ProjectionSpec(1 << 14), torch.get_num_threads()
+    want = project_csr(x, spec)
+    try:
+        for n in (1, 2, 7, 100):
+            torch.set_num_threads(n)
+            assert torch.equal(dense(project_csr_sparse(x, spec)).float(), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("keep", [2.0**-16, 0.25, 0.3, 0.5, 1 - 2.0**-16])
 @pytest.mark.parametrize("kind,nnz", [("countsketch", 1), ("sjlt", 3)])
 def test_what_is_kept_of_few_values(kind: Any, nnz: int, keep: float) -> None:
