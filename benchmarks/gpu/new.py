@@ -175,7 +175,7 @@ def low_scores(length: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def watched(waits: Counter[str], full: int | None = None) -> Iterator[None]:
     """Counts how often the host waits in passes from the fourth on, by line of code; pass ``full`` finds no memory."""
-    compute, fetch, count = GradientSketcher.policy_gradient, passes.Passed.fetched, 0
+    compute, fetch, count = GradientSketcher.policy_gradient, passes.fetch, 0
 
     def noted(run: Any, *args: Any, **kwargs: Any) -> Any:
         if count < 4:
@@ -198,10 +198,10 @@ def watched(waits: Counter[str], full: int | None = None) -> Iterator[None]:
 
     try:
         GradientSketcher.policy_gradient = one  # type: ignore[method-assign]
-        passes.Passed.fetched = lambda *args: noted(fetch, *args)  # type: ignore[assignment, method-assign]
+        passes.fetch = lambda *args: noted(fetch, *args)  # type: ignore[assignment]
         yield
     finally:
-        GradientSketcher.policy_gradient, passes.Passed.fetched = compute, fetch  # type: ignore[method-assign]
+        GradientSketcher.policy_gradient, passes.fetch = compute, fetch  # type: ignore[method-assign]
 
 
 def ahead(kind: str, layout: str, estimator: str, attention: str) -> dict[str, Any]:

@@ -394,7 +394,7 @@ def test_fuzz_any_state_in_a_checkpoint_is_taken_or_ends_in_words() -> None:
             "settings": {"seed": 0, "n": [3]},
         }  # fmt: skip
         run: Any = SimpleNamespace(
-            settings=lambda: right["settings"], ids={"a", "b", "c"}, live=None, folder=folder,
+            settings=lambda: right["settings"], ids={"a", "b", "c"}, live=None, folder=folder, newest={},
             log=SimpleNamespace(close=lambda: None, folder=folder),
             ranks=SimpleNamespace(agree=lambda work: work(), first=True),
         )  # fmt: skip
