@@ -80,10 +80,17 @@ def test_examples_of_cropi_run(name: str) -> None:
         assert runner.run(test).failed == 0
 
 
-def test_examples_of_options_and_stores_run() -> None:
-    for place in ("cropi.options", "cropi.store.memory", "cropi.data.readers"):
-        done = doctest.testmod(importlib.import_module(place), extraglobs={"torch": torch})
-        assert done.attempted and not done.failed
+@pytest.mark.long
+def test_examples_of_other_modules_run() -> None:
+    """Those of what is public run above; the adapters of trainers have none."""
+    root, attempted = Path(cropi.__file__).parent, 0
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root.parent).with_suffix("").parts
+        if ">>>" in file.read_text(encoding="utf-8") and parts != ("cropi", "api"):
+            done = doctest.testmod(importlib.import_module(".".join(parts)), extraglobs={"torch": torch})
+            assert not done.failed, file
+            attempted += done.attempted
+    assert attempted > 100
 
 
 def test_the_page_of_the_api_names_what_is_public() -> None:

@@ -161,7 +161,7 @@ def affordable(share: float, others: float, spent: float, per_token: float) -> f
         spent: S, seconds of choosing beside the sketches of training prompts.
         per_token: c, seconds.
 
-    >>> affordable(0.05, others=1900.0, spent=40.0, per_token=0.01)
-    6000.0
+    >>> affordable(0.5, others=100.0, spent=25.0, per_token=0.25)
+    300.0
     """
     return math.inf if share >= 1 else max(share / (1 - share) * others - spent, 0.0) / per_token

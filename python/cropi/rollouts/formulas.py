@@ -112,7 +112,8 @@ def plain_formulas(text: str, *, symbolic: bool = False) -> Iterator[slice]:
     >>> text = "With y = 5x + 3, 2^n, 5-x or 2(x+1) in 12 m/s it is 12m^2 (or 7)"
     >>> [text[place] for place in plain_formulas(text)]
     ['5x + 3', '2^n', '5-x', '2(x+1)']
-    >>> [text[place] for place in plain_formulas("so a/b or 2b, not c", symbolic=True)]
+    >>> text = "so a/b or 2b, not c"
+    >>> [text[place] for place in plain_formulas(text, symbolic=True)]
     ['a/b', '2b']
     """
     for place, latex in _formulas(text):
