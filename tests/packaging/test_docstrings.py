@@ -85,9 +85,9 @@ def test_examples_of_other_modules_run() -> None:
     """Those of what is public run above; the adapters of trainers have none."""
     root, attempted = Path(cropi.__file__).parent, 0
     for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root.parent).with_suffix("").parts
-        if ">>>" in file.read_text(encoding="utf-8") and parts != ("cropi", "api"):
-            done = doctest.testmod(importlib.import_module(".".join(parts)), extraglobs={"torch": torch})
+        name = ".".join(file.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
+        if ">>>" in file.read_text(encoding="utf-8") and name != "cropi.api":
+            done = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
             assert not done.failed, file
             attempted += done.attempted
     assert attempted > 100
