@@ -26,6 +26,7 @@ import model as whole
 import torch
 
 import cropi
+from cropi.store.rows import SKIPPED
 from cropi_kernels import GradientSketcher, SketchSpec
 
 sys.path.append(str(common.ROOT / "tests"))
@@ -80,15 +81,18 @@ def records(n: int, words: int, longest: int, seed: int = 0) -> list[dict[str, A
 
 
 def sketched(model: Any, data: list[dict[str, Any]], **options: Any) -> torch.Tensor:
-    """Sketches [prompts, dim], in the order of the records."""
+    """Sketches [prompts, dim], in the order of the records; zeros of a prompt whose gradient is zero (all clipped)."""
     store = cropi.sketch(model, data, progress=False, **options)
     by_id = {row.id: v for rows, vectors in store.shards() for row, v in zip(rows, vectors, strict=True)}
+    zeros = torch.zeros_like(next(iter(by_id.values())))
+    by_id |= {row.id: zeros for row in store.rows() if row.status == SKIPPED}
     return torch.stack([by_id[record["id"]] for record in data]).double()
 
 
 def apart(got: torch.Tensor, want: torch.Tensor) -> float:
     """The largest distance of a prompt's sketch, of its length."""
-    return float(((got - want).norm(dim=1) / want.norm(dim=1)).max())
+    # A sketch of zeros is as it should be, or infinitely far.
+    return float(((got - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-30)).max())
 
 
 def beside_the_cpu(kind: str) -> dict[str, Any]:
