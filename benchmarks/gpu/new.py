@@ -18,13 +18,11 @@ import jobs
 import launches
 import model as whole
 import torch
-from changed import changed
 
 import cropi
 from cropi.gradient.masks import ALIGNED, handed, prefix_mask
 from cropi.sketching import passes
 from cropi_kernels import GradientSketcher, SketchSpec, bias_grad, norm_grad, rms_norm, rms_norm_backward
-from cropi_kernels.ops.norm_grad import triton as norm
 from cropi_kernels.ops.norm_grad.reference import segment_sums
 from cropi_kernels.ops.rms_norm import reference
 from cropi_kernels.sketcher.attention import right_backward
@@ -234,19 +232,17 @@ def ahead(kind: str, layout: str, estimator: str, attention: str) -> dict[str, A
 
 
 # ------------------------------------------------------------------------------------------------ times
-def norms(tokens: int, features: int, predicted: float | None, **constants: Any) -> dict[str, Any]:
-    """Of bfloat16; ``constants`` in place of those that ship."""
+def norms(tokens: int, features: int, predicted: float) -> dict[str, Any]:
+    """Of bfloat16."""
     sets = [
         [torch.randn(tokens, features, device="cuda").bfloat16() for _ in "ab"]
         for _ in range(common.n_sets(4 * tokens * features))
     ]
-    offsets, choose = common.ragged(tokens, 16).cuda(), norm.row_constants
-    with changed(norm, row_constants=lambda n: choose(n) | constants):
-        runs = [
-            lambda x=x, dy=dy: norm_grad(x, dy, offsets, EPS, centered=False, with_bias=False)  # type: ignore[misc]
-            for x, dy in sets
-        ]
-        got = common.kernel_milliseconds(runs)
+    offsets = common.ragged(tokens, 16).cuda()
+    got = common.kernel_milliseconds([
+        lambda x=x, dy=dy: norm_grad(x, dy, offsets, EPS, centered=False, with_bias=False)  # type: ignore[misc]
+        for x, dy in sets
+    ])  # fmt: skip
     return {"us": got["ms"] * 1000, "prediction_us": predicted}
 
 
@@ -294,11 +290,6 @@ def times() -> None:
     for tokens, features in NORMS:
         name, bytes_us = f"norm {tokens} x {features}", 4 * tokens * features / 3e6
         results.attempt(name, lambda t=tokens, f=features, us=bytes_us: norms(t, f, us * 1.4))
-        # The same bits: the tile is the same.
-        results.attempt(
-            f"{name}, no rows ahead",
-            lambda t=tokens, f=features, us=bytes_us: norms(t, f, us * 1.4, AHEAD=False),
-        )
     results.attempt("rows that share a prompt, by their mask", lambda: shared_rows(model()))
     results.attempt("passes launched ahead", ran_ahead)  # last: it takes a minute
     results.finish()
