@@ -24,7 +24,6 @@ the CPU kernels.
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import named
@@ -148,16 +147,7 @@ def __getattr__(name: str) -> Any:
     if name == "sketcher" or name in _SKETCHER:
         sketcher = importlib.import_module(".sketcher", __name__)
         return sketcher if name == "sketcher" else getattr(sketcher, name)
-    if name != "flat_sketch":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import _moved
-
-    warnings.warn(
-        f"cropi_kernels.{name} goes with the next release: use {_moved.MOVED[name]}",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return getattr(_moved, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -287,20 +287,6 @@ def test_the_version_is_printed_without_torch() -> None:
     assert done.stdout.split() == ["cropi", cropi.__version__, "False"]
 
 
-def test_old_names_of_the_documentation_are_what_they_were() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from cropi.advantages import group_advantages
-        from cropi.influence import score_rows
-        from cropi.models import load_model
-        from cropi.selection import fuse_ranks
-        from cropi.trajectories import read_trajectories, write_trajectories
-    assert group_advantages([1.0, 0.0]).shape == (2,) and callable(load_model)
-    assert score_rows(torch.eye(2), {"v": torch.ones(2)}).shape == (2, 1)
-    assert fuse_ranks(np.array([[1.0], [2.0]]), ["a", "b"], 1).tolist() == [0.0, 1.0]
-    assert callable(read_trajectories) and callable(write_trajectories)
-
-
 @pytest.mark.long
 def test_influence_is_a_function_also_after_its_old_module_was_imported() -> None:
     code = (

@@ -153,17 +153,6 @@ def test_the_document_lists_every_operator() -> None:
             assert backend in dispatch.BACKENDS and (root / "ops" / folder / f"{backend}.py").exists()
 
 
-def test_a_name_that_went_still_works_with_a_warning() -> None:
-    spec, out = SketchSpec(kind="dropout", keep=0.5, dim=64), torch.zeros(64)
-    with pytest.warns(DeprecationWarning, match="flat_sketch goes with the next release: use project"):
-        flat_sketch = cropi_kernels.flat_sketch
-    assert flat_sketch(A, spec, "w", out, offset=3) is out
-    want = project(A.reshape(1, -1), projection_of(spec, "w"), 3)
-    assert torch.equal(out, want[0])
-    with pytest.raises(AttributeError, match="no attribute 'flat_sketches'"):
-        cropi_kernels.flat_sketches  # noqa: B018
-
-
 # ------------------------------------------------------------------------------------------------ tracing
 def everything(
     d: torch.Tensor, a: torch.Tensor, ids: torch.Tensor, head: torch.Tensor, out: torch.Tensor

@@ -55,7 +55,7 @@ def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     words, given = list[str](), dict[argparse.Action, str]()
     for key, value in values.items():
-        option = parser.now(f"--{key.replace('_', '-')}")
+        option = f"--{key.replace('_', '-')}"
         action = actions.get(key) or next((a for a in actions.values() if option in a.option_strings), None)
         if action is None or key in UNUSABLE:
             known = [name for name in [*actions, *tables] if name not in UNUSABLE]

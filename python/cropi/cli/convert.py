@@ -18,7 +18,6 @@ EXAMPLE = "cropi convert rollouts/*.jsonl --out train.jsonl"
 
 def add_options(command: Parser) -> None:
     """Declare the options."""
-    command.was("--keep", "--steps")
     command.add_argument(
         "files",
         nargs="+",

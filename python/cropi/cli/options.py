@@ -123,7 +123,6 @@ def selection(args: argparse.Namespace) -> options.SelectionOptions:
 
 def add_export_options(command: Parser) -> None:
     """In which form a trainer gets the chosen prompts."""
-    command.was("--dataset-id", "--id-key")
     form = option_group(command, "export for a trainer")
     form.add_argument(
         "--format", choices=FORMATS,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from cropi.errors import did_you_mean, printable_lines, shortened
@@ -20,20 +19,6 @@ class Parser(argparse.ArgumentParser):
     if they do not come from the command line."""
 
     source = ""
-    renamed: Mapping[str, str] = {}
-
-    def was(self, old: str, new: str) -> None:
-        """Take an option by its name of the first release too, with a warning, for one more release."""
-        self.renamed = {**self.renamed, old: new}
-
-    def now(self, word: str) -> str:
-        """A word of the command line, with the present name of an option in place of an old one."""
-        name, equals, value = word.partition("=")
-        if name not in self.renamed:
-            return word
-        new = self.renamed[name]
-        print(f"{self.prog}: {name} is now {new}; the old name goes with the next release", file=sys.stderr)
-        return new + equals + value
 
     def format_help(self) -> str:
         """As argparse's, with the options that a call needs in the usage line, and not two screens of all of them."""
@@ -63,8 +48,7 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """For unknown words, the command that they were given to reports the error."""
-        words = [self.now(word) for word in (sys.argv[1:] if args is None else args)]
-        known_args, unknown = super().parse_known_args(words, namespace)
+        known_args, unknown = super().parse_known_args(args, namespace)
         if unknown:
             if not unknown[0].startswith("-"):
                 self.error(f"{unknown[0]!r} belongs to no option: write the option's name before it")

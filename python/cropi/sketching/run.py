@@ -37,7 +37,7 @@ from cropi.store.store import SketchStore
 
 
 def sketch(
-    policy: Policy, job: SketchJob, *rest: Any, scan: Scan | None = None, progress: bool = True, **old: Any
+    policy: Policy, job: SketchJob, *rest: Any, scan: Scan | None = None, progress: bool = True
 ) -> Summary:
     """Sketch the policy gradient of every prompt that has one, into the store ``job.out``.
 
@@ -58,7 +58,7 @@ def sketch(
             checked before the first prompt is computed. So are stored log-probs, on a few prompts: see
             :func:`cropi.gradient.behaviour_check.check_behaviour`.
     """
-    policy, job, scan = _arguments(policy, job, rest, scan, old)
+    policy, job = _arguments(policy, job, rest)
     ready = prepare(policy, job, scan, progress)
     with ready.open() as store:
         ready.fill(store, progress=progress)
@@ -330,22 +330,20 @@ def _again(groups: PromptGroups, scan: Scan) -> Again | None:
     return scan.pieces.again(groups.names)
 
 
-def _arguments(
-    policy: Any, job: Any, rest: tuple[Any, ...], scan: Scan | None, old: dict[str, Any]
-) -> tuple[Policy, SketchJob, Scan | None]:
-    """The arguments as they are now; ``sketch(model, tokenizer, job, found=...)`` is taken for one more release."""
+def _arguments(policy: Any, job: Any, rest: tuple[Any, ...]) -> tuple[Policy, SketchJob]:
+    """The arguments as they are now; ``sketch(model, tokenizer, job)`` is taken for one more release."""
     if len(rest) == 1 and isinstance(rest[0], SketchJob):
         warn(
-            "sketch(model, tokenizer, job) is now sketch(Policy(model, tokenizer), job), and found= is scan=; the old "
-            "form goes with the next release",
+            "sketch(model, tokenizer, job) is now sketch(Policy(model, tokenizer), job); the old form goes with the "
+            "next release",
             DeprecationWarning,
             stacklevel=3,
         )
-        policy, job, rest, scan = Policy(policy, job), rest[0], (), old.pop("found", scan)
+        policy, job, rest = Policy(policy, job), rest[0], ()
     if not isinstance(policy, Policy):
         raise CropiError(f"policy is a {type(policy).__name__}: give cropi.Policy(model, tokenizer)")
     if not isinstance(job, SketchJob):
         raise CropiError(f"job is a {type(job).__name__}: give a cropi.sketching.job.SketchJob")
-    if rest or old:
-        raise TypeError(f"sketch() takes a policy, a job, scan= and progress=, got {[*rest, *old]} too")
-    return policy, job, scan
+    if rest:
+        raise TypeError(f"sketch() takes a policy, a job, scan= and progress=, got {[*rest]} too")
+    return policy, job

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cropi._moved import renamed
 from cropi.checked import check_fields
 from cropi.errors import CropiError, as_keywords
 from cropi.files import is_there
@@ -24,7 +23,6 @@ Paths = str | Path | Sequence[str | Path]
 ON_NOTHING = ("auto", "error", "keep")
 
 
-@renamed(id_column="id_key")
 @dataclass(frozen=True)
 class Recording:
     """How rollouts are recorded.
