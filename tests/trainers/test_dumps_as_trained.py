@@ -19,12 +19,13 @@ from support.made_dumps import KINDS, MORE, ROLLOUTS, TEMPERATURE, made, write
 from cropi.cli import main
 from cropi.data.readers import read
 from cropi.data.trainer_rows import trainer_row
-from cropi.errors import CropiError
+from cropi.errors import CropiError, RecordError
 from cropi.gradient.tokenize import Tokenize
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.fields import BadSample
+from cropi.trainers.dumps.named import DatasetPrompts
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import write_groups
+from cropi.trainers.dumps.rollout import Rollout, write_groups
 from cropi.trainers.dumps.slime import read_dump as read_slime
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.openrlhf import recording
@@ -294,6 +295,24 @@ def test_prompts_that_a_dump_does_not_name_are_found_in_the_dataset(
     assert main(command) == 2 and "no row of the dataset renders to" in capsys.readouterr().err
 
 
+def test_prompts_that_differ_in_outer_blanks_alone_are_told_apart_where_a_dump_can(tmp_path: Path) -> None:
+    """Tokens and whole texts name their row; a text without its blanks is not taken for one of two."""
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": "q"}, {"prompt": "q "}, {"prompt": " r "}]
+    prompts = DatasetPrompts(rows, ["p0", "p1", "p2"], tokenizer)
+
+    def named(**read: Any) -> str:
+        return prompts.named(Rollout("", 1.0, 0, "dump:1", response="a", **read)).id
+
+    for name, row in zip(("p0", "p1", "p2"), rows, strict=True):
+        assert named(prompt_ids=tokenizer(row["prompt"])["input_ids"]) == name
+    assert [named(prompt=text) for text in ("q ", "r", " r ", "r ")] == ["p1", "p2", "p2", "p2"]
+    with pytest.raises(BadSample, match="the rows 'p0' and 'p1' of the dataset are 'q' but for outer blanks"):
+        named(prompt="q")
+    with pytest.raises(CropiError, match="the prompts 'p0' and 'p1' have the same text"):
+        DatasetPrompts([rows[0], rows[0]], ["p0", "p1"], tokenizer)
+
+
 # ------------------------------------------------------------------------------------- what the adapters record
 def recorded(name: str, response: int) -> dict[str, Any]:
     return {"id": name, "prompt_ids": [5, 6], "response_ids": [[response, 1], [8, 1]], "rewards": [1, 0]}
@@ -379,3 +398,20 @@ def test_of_a_killed_runs_logs_the_newest_responses_count(
     (one,) = opened(str(folder / "train-rank00001.jsonl"), say=said.append)
     assert [group.id for group in read(one)] == ["a", "c"] and one != folder / "train-rank00001.jsonl"
     assert opened(str(folder / "train-rank00000.jsonl")) == str(folder / "train-rank00000.jsonl")
+    # All of them, one by one and in any order, are the run, also beside other files.
+    logs = [str(folder / f"train-rank0000{rank}.jsonl") for rank in (1, 0)]
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(recorded("o", 30)) + "\n")
+    one, plain = opened([logs[0], str(other), logs[1]])
+    assert {group.id: group.response_ids for group in read(one)} == found and plain == str(other)
+    assert main(["convert", *logs, "--out", str(tmp_path / "named.jsonl")]) == 0
+    assert (tmp_path / "named.jsonl").read_bytes() == (tmp_path / "made.jsonl").read_bytes()
+    # A bad record is an error that says how to go on, and then the newest good one counts.
+    with open(logs[0], "a") as file:  # behind the line that was not finished
+        file.write("\n" + json.dumps(recorded("c", 40) | {"step": 9, "rewards": [1.0, "x"]}) + "\n")
+    with pytest.raises(RecordError, match=r"train-rank00001.jsonl \(byte \d+\).*pass --skip-bad"):
+        opened(logs)
+    said.clear()
+    [source] = opened(logs, skip_bad=True, say=said.append)
+    assert {group.id: group.response_ids for group in read(source)} == found
+    assert "left out    2 bad records, the first" in said[1]

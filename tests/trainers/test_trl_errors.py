@@ -47,6 +47,22 @@ def test_a_bad_record_of_the_files_is_left_out_by_a_keyword(tmp_path: Path) -> N
         assert chosen and bad not in chosen
 
 
+@pytest.mark.long
+def test_a_message_names_what_stands_for_options_that_a_curriculum_lacks(tmp_path: Path) -> None:
+    """It has no too_long: a prompt that does not fit is left out as a bad record is."""
+    given = trl_runs.files(tmp_path)
+    lines = [json.loads(line) for line in given["train"].read_text().splitlines()]
+    lines[3] |= {"response_ids": [ids * 500 for ids in lines[3]["response_ids"]]}
+    lines[3].pop("logprobs", None)
+    given["train"].write_text("".join(json.dumps(line | {"logprobs": None}) + "\n" for line in lines))
+    with pytest.raises(
+        CropiError, match=r"context of \d+; pass --too-long skip .*\(in Python skip_bad=True\)$"
+    ):
+        staged(tmp_path / "a", given, max_steps=2).train()
+    staged(tmp_path / "b", given | {"skip_bad": True}, max_steps=2).train()
+    assert lines[3]["id"] not in selected(tmp_path / "b", 0)
+
+
 # ----------------------------------------------------------------------------------------------- versions
 def test_installed_version_is_in_the_tested_range_and_keeps_the_contract() -> None:
     import trl

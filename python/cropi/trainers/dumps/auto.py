@@ -25,7 +25,7 @@ from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
 from cropi.trainers.dumps.rollout import Rollout, Written, group_rollouts, write_groups
-from cropi.trainers.dumps.steps import newest_of_steps
+from cropi.trainers.dumps.steps import logs_together, newest_of_steps
 
 AUTO = "auto"
 # The modules whose ``read_dump`` reads a source; the other sources are rows of text.
@@ -202,11 +202,11 @@ def opened(
         return given
     made: list[Any] = []
     runs: dict[str, dict[str, list[str | Path]]] = {}
-    for one in paths:
-        found = expanded([one], say)
+    for one in logs_together(paths):
+        found = expanded(one if isinstance(one, list) else [one], say)
         kinds = [_kind(path, source, columns) for path in found]
         if set(kinds) == {RECORDS} and not columns:
-            made += _of_steps(found, str(one), skip_bad, say)
+            made += _of_steps(found, one, skip_bad, say)
             continue
         for path, kind in zip(found, kinds, strict=True):
             if kind == RECORDS:
@@ -214,7 +214,7 @@ def opened(
             else:
                 if kind not in runs:
                     made.append(kind)  # its place in the order
-                runs.setdefault(kind, {}).setdefault(str(one), []).append(path)
+                runs.setdefault(kind, {}).setdefault(_named(one), []).append(path)
     if not runs:
         return given if made == paths else made
     reading = reading or Reading(columns=parse_columns(columns))
@@ -234,11 +234,16 @@ def opened(
 
 
 def _of_steps(
-    files: Sequence[str | Path], name: str, skip_bad: bool, say: Callable[[str], None] | None
+    files: Sequence[str | Path], given: Any, skip_bad: bool, say: Callable[[str], None] | None
 ) -> list[Any]:
-    """The files, or one source of what they hold, where they are the steps of a run that share prompts."""
+    """The files, or one source of what they hold, where they are the steps of a run that share prompts; ``given``: the
+    path, or the list of logs, that they stand for."""
     held = newest_of_steps(files, skip_bad, say)
-    return list(files) if held is None else [DumpSource(held[0], name, Left(skip_bad), held[1])]
+    return list(files) if held is None else [DumpSource(held[0], _named(given), Left(skip_bad), held[1])]
+
+
+def _named(given: Any) -> str:
+    return ", ".join(map(str, given)) if isinstance(given, list) else str(given)
 
 
 def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = None) -> list[str | Path]:
@@ -330,7 +335,8 @@ def groups_of(
     Raises:
         CropiError: the files are of several kinds, or as the readers.
     """
-    found = [expanded([one], say) for one in given]
+    given = logs_together(given)
+    found = [expanded(one if isinstance(one, list) else [one], say) for one in given]
     paths = [path for part in found for path in part]
     kinds = {str(path): _kind(path, source, None) for path in paths}
     if len(set(kinds.values())) > 1:
@@ -349,7 +355,7 @@ def groups_of(
             made = [
                 source
                 for one, part in zip(given, found, strict=True)
-                for source in _of_steps(part, str(one), left.skip_bad, say)
+                for source in _of_steps(part, one, left.skip_bad, say)
             ]
         return read(made, skip_bad=left.skip_bad, columns=dict(reading.columns))
     check_copies(paths)

@@ -27,24 +27,26 @@ class DatasetPrompts:
         tokenizer: the policy's, whose chat template rendered the prompts.
 
     Raises:
-        CropiError: a row without a prompt, or two prompts that no dump tells apart.
+        CropiError: a row without a prompt, or two prompts that no dump tells apart: the policy reads the same tokens.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], ids: Iterable[str], tokenizer: Any) -> None:
-        self._found: dict[Any, tuple[str, Any]] = {}
+        # By what a dump may hold of a prompt: the ids of its rows, and the prompt as a record has it. Several rows may
+        # share a text without its outer blanks; token ids, or the whole text, tell them apart.
+        self._found: dict[Any, list[tuple[str, Any]]] = {}
         for name, row in zip(ids, rows, strict=True):
             prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
             if prompt is None:
                 raise CropiError(f"dataset: the row {name!r:.100} has no prompt ({', '.join(PROMPT_KEYS)})")
             prompt = without_empty(prompt)
-            held, keys = _read_as(prompt, tokenizer)
-            for key in keys:
-                other = self._found.setdefault(key, (name, held))[0]
-                if other != name:
-                    raise CropiError(
-                        f"the prompts {other!r} and {name!r} have the same text, so the dump does not tell them apart; "
-                        "record exact rollouts instead (docs/trainers.md)"
-                    )
+            held, tokens, keys = _read_as(prompt, tokenizer)
+            if tokens in self._found:
+                raise CropiError(
+                    f"the prompts {self._found[tokens][0][0]!r} and {name!r} have the same text, so the dump does not "
+                    "tell them apart; record exact rollouts instead (docs/trainers.md)"
+                )
+            for key in {tokens, *keys}:
+                self._found.setdefault(key, []).append((name, held))
 
     @classmethod
     def of(cls, dataset: str, id_key: str | None, tokenizer: Any, first: str | None = None) -> DatasetPrompts:
@@ -66,19 +68,28 @@ class DatasetPrompts:
         Raises:
             BadSample: no row is its prompt.
         """
-        key = rollout.prompt if rollout.prompt_ids is None else tuple(rollout.prompt_ids)
-        found = self._found.get(key.strip() if isinstance(key, str) else _hashable(key))
-        if found is None:
+        read = rollout.prompt if rollout.prompt_ids is None else tuple(rollout.prompt_ids)
+        found = self._found.get(_hashable(read), [])
+        if len(found) != 1 and isinstance(read, str):
+            found = self._found.get(read.strip(), [])
+        if not found:
             read = rollout.prompt if rollout.prompt is not None else rollout.prompt_ids
             raise BadSample(
                 rollout.where, "prompt", f"no row of the dataset renders to {shown(read)}",
                 "give the dataset and the model that the rollouts were made with, or pass --skip-bad",
             )  # fmt: skip
-        return replace(rollout, id=found[0], prompt=found[1])
+        if len(found) > 1:
+            names = " and ".join(repr(name) for name, _ in found[:2])
+            raise BadSample(
+                rollout.where, "prompt", f"the rows {names} of the dataset are {shown(read)} but for outer blanks",
+                "record token ids (docs/trainers.md), or pass --skip-bad",
+            )  # fmt: skip
+        return replace(rollout, id=found[0][0], prompt=found[0][1])
 
 
-def _read_as(prompt: Any, tokenizer: Any) -> tuple[Any, Iterable[Any]]:
-    """A prompt as a record holds it, and as dumps do: its tokens, its text with and without special tokens, and itself.
+def _read_as(prompt: Any, tokenizer: Any) -> tuple[Any, tuple[int, ...], Iterable[Any]]:
+    """A prompt as a record holds it, its tokens, and what else dumps hold: its text with and without special tokens and
+    itself, as they are and without outer blanks.
 
     Of a dump a record's text gets no template, so that with one it is messages.
     """
@@ -89,9 +100,9 @@ def _read_as(prompt: Any, tokenizer: Any) -> tuple[Any, Iterable[Any]]:
     else:
         held = text = prompt if isinstance(prompt, str) else text_of(prompt)
         tokens = tokenizer(text)["input_ids"]
-    texts = {text.strip(), tokenizer.decode(tokens, skip_special_tokens=True).strip()}
-    return held, {tuple(tokens), prompt.strip() if isinstance(prompt, str) else _hashable(prompt)} | texts
+    keys = {text, tokenizer.decode(tokens, skip_special_tokens=True), _hashable(prompt)}
+    return held, tuple(tokens), keys | {key.strip() for key in keys}
 
 
 def _hashable(prompt: Any) -> Any:
-    return prompt if isinstance(prompt, tuple) else json.dumps(prompt, sort_keys=True)
+    return prompt if isinstance(prompt, (str, tuple)) else json.dumps(prompt, sort_keys=True)

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cropi.data.readers import read
 from cropi.errors import RecordError, printable
@@ -16,6 +17,28 @@ from cropi.trainers.dumps.rollout import write_groups
 STEP_FILE = re.compile(r"\d+\.jsonl")
 # As :class:`cropi.trainers.trl.rollout_log.RolloutLog` names its files.
 RANK_LOG = re.compile(r"(train|valid)-rank\d+\.jsonl")
+
+
+def logs_together(paths: Sequence[Any]) -> list[Any]:
+    """Paths as they were given, but with a list of those that are logs of one run's ranks, in the place of the first.
+
+    Their records say which of a prompt's responses are newest, so that the order of the names does not matter.
+
+    >>> logs_together(["b.jsonl", "o/train-rank00000.jsonl", "o/train-rank00001.jsonl"])
+    ['b.jsonl', ['o/train-rank00000.jsonl', 'o/train-rank00001.jsonl']]
+    """
+    made: list[Any] = []
+    runs: dict[tuple[Path, str], list[Any]] = {}
+    for path in paths:
+        found = RANK_LOG.fullmatch(Path(path).name)
+        if found is None:
+            made.append(path)
+            continue
+        run = Path(path).parent, found[1]
+        if run not in runs:
+            made.append(runs.setdefault(run, []))
+        runs[run].append(path)
+    return [one[0] if isinstance(one, list) and len(one) == 1 else one for one in made]
 
 
 def newest_of_steps(
@@ -31,7 +54,6 @@ def newest_of_steps(
 
     Raises:
         RecordError: a record is bad, or a step names a prompt twice.
-        CropiError: a line of a rank's log is no record.
     """
     paths = [Path(file) for file in files]
     # Of several folders, or with one number twice (01, 1), no order says which responses are newer.
@@ -39,7 +61,7 @@ def newest_of_steps(
         return None
     names = [path.name for path in paths]
     if all(RANK_LOG.fullmatch(name) for name in names) and len({name.split("-")[0] for name in names}) == 1:
-        return _newest_of_logs(files, say)
+        return _newest_of_logs(files, skip_bad, say)
     if len(files) < 2 or not all(STEP_FILE.fullmatch(name) for name in names):
         return None
     if len({int(path.stem) for path in paths}) < len(paths):
@@ -65,29 +87,42 @@ def newest_of_steps(
     )
     if say is not None:
         say(_line(f"{len(files)} steps", files, len(last), count))
-        if bad:
-            say(f"  left out    {len(bad)} bad records, the first {printable(str(bad[0]))}")
+        _say_bad(bad, say)
     return path, folder
 
 
 def _newest_of_logs(
-    files: Sequence[str | Path], say: Callable[[str], None] | None
+    files: Sequence[str | Path], skip_bad: bool, say: Callable[[str], None] | None
 ) -> tuple[Path, tempfile.TemporaryDirectory[str]] | None:
     from cropi.trainers.trl.rollout_log import Newest, merge_rollouts
 
-    newest = Newest()
+    bad: list[RecordError] = []
+
+    def on_bad(error: RecordError) -> None:
+        if not skip_bad:
+            raise error
+        bad.append(error)
+
+    newest = Newest(on_bad)
     for file in files:
         newest.read(Path(file))
     unfinished = sum(map(size_of, files)) > newest.size
-    if newest.count == len(newest) and not unfinished:
+    # Where no prompt is there at all, the reader of the files themselves says so.
+    if not newest or (newest.count == len(newest) and not unfinished):
         return None
     path, folder = _made()
     merge_rollouts(files, path, newest)
     if say is not None:
         say(_line("the rollouts of a run", files, len(newest), newest.count))
+        _say_bad(bad, say)
         if unfinished:
             say("  left out    the last line of a log, which was not written to its end")
     return path, folder
+
+
+def _say_bad(bad: Sequence[RecordError], say: Callable[[str], None]) -> None:
+    if bad:
+        say(f"  left out    {len(bad)} bad records, the first {printable(str(bad[0]))}")
 
 
 def _made() -> tuple[Path, tempfile.TemporaryDirectory[str]]:

@@ -254,5 +254,12 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
         }  # fmt: skip
 
 
-# How messages name the options of a curriculum.
-KEYWORDS = keywords_of(Curriculum)
+# How messages name the options of a curriculum; for those of the command line that it lacks, what serves instead.
+KEYWORDS = keywords_of(Curriculum) | {
+    "--chat-template": "the chat_template of the trainer's processing_class",
+    "--columns": "columns of that name in the file",
+    "--dtype": "a model that is loaded in it",
+    "--max-length": "max_completion_length of the trainer's arguments",
+    "--too-long": "skip_bad=True",
+    "--temperature": "'temperature' in the records",
+}

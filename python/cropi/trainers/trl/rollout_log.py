@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 from zlib import crc32
 
-from cropi.errors import CropiError, shown
+from cropi.data.fast import RecordReader
+from cropi.errors import CropiError, RecordError, shown
 from cropi.files import entries, is_there, make_folder, reading, replacing, size_of, sync, writing
 from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
@@ -128,9 +129,15 @@ def cut_unfinished_line(path: Path) -> None:
 
 
 class Newest:
-    """Where the newest rollouts of every prompt stand in logs that grow: what was read once is not read again."""
+    """Where the newest rollouts of every prompt stand in logs that grow: what was read once is not read again.
 
-    def __init__(self) -> None:
+    Args:
+        on_bad: takes the error of every line that is no record, which is left out unless it raises; None: a line
+            without an id is an error, and the rest of it is not looked at.
+    """
+
+    def __init__(self, on_bad: Callable[[RecordError], None] | None = None) -> None:
+        self._on_bad, self._reader = on_bad, RecordReader()
         self._places: dict[str, tuple[int, Path, int, int]] = {}  # by prompt: step, file, offset, checksum
         self._read: dict[Path, int] = {}  # the bytes of each file that have been read
         self.count = 0  # of the lines that have been read
@@ -151,13 +158,26 @@ class Newest:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                name, step = _key(line, path)
-                # Equal steps: a later line of the same file is newer; between files the order is that of the ranks.
-                place = step, path, offset, crc32(line)
-                self._places[name] = max(self._places.get(name, place), place)
+                if (key := self._key(line, path, offset)) is not None:
+                    name, step = key
+                    # Equal steps: a later line of the same file is newer; between files the order is that of the ranks.
+                    place = step, path, offset, crc32(line)
+                    self._places[name] = max(self._places.get(name, place), place)
+                    self.count += 1
                 offset += len(line)
-                self.count += 1
             self._read[path] = offset
+
+    def _key(self, line: bytes, path: Path, offset: int) -> tuple[str, int] | None:
+        """The id and the step of a line; None: it is left out."""
+        if self._on_bad is None:
+            return _key(line, path)
+        try:
+            group = self._reader(line, f"{path} (byte {offset})")
+        except RecordError as error:
+            self._on_bad(error)
+            return None
+        step = group.extra.get("step", 0)
+        return group.id, step if isinstance(step, int) else 0
 
     def lines(self) -> Iterator[bytes]:
         """The newest line of every prompt, in order of id.
