@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import re
 import sys
@@ -57,6 +58,10 @@ class CropiError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(shortened(_with_keywords(message)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled as a call with their message, which the constructors of subclasses do not take.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class RecordError(CropiError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +18,13 @@ from support.stores import content, equal
 from cropi.cli import main
 from cropi.distributed import ray as on_ray
 from cropi.distributed.ray_worker import Worker
-from cropi.errors import CropiError
+from cropi.errors import CropiError, RecordError
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.parts import take_parts
 from cropi.store.store import SketchStore
+from cropi.trainers.dumps.fields import REMEDY, BadSample
 from cropi_kernels import SketchSpec
 
 
@@ -79,7 +83,7 @@ class FakeRay:
                 try:
                     return getattr(worker, name)(*arguments)
                 except ValueError as error:
-                    raise Raised(error) from error
+                    raise Raised(pickle.loads(pickle.dumps(error))) from error
 
             return SimpleNamespace(remote=lambda *arguments: Ref(lambda: run(arguments)))
 
@@ -255,6 +259,39 @@ def test_what_a_worker_finds_is_said(folder: Path, monkeypatch: pytest.MonkeyPat
     for count in (0, -1):
         with pytest.raises(CropiError, match=f"workers must be at least 1, got {count}"):
             on_fake(folder, monkeypatch, FakeRay(2), workers=count)
+
+
+class Unpicklable(OSError):
+    """An error of another package."""
+
+    def __init__(self, path: str, line: int) -> None:
+        super().__init__(f"{path}:{line} is cut")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RecordError("t.jsonl:3", "'rewards' is missing"), "t.jsonl:3: 'rewards' is missing; mend"),
+        (BadSample("s.pt", "tokens", "are missing"), "s.pt, tokens: are missing"),
+        (Unpicklable("m.safetensors", 3), "Unpicklable: m.safetensors:3 is cut"),
+        (KeyError("lm_head"), "KeyError: 'lm_head'"),
+    ],
+)  # fmt: skip
+def test_every_error_of_a_worker_reaches_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def bad(folder: Path, out: str) -> tuple[Policy, SketchJob]:
+        raise error
+
+    with pytest.raises(CropiError, match=f"^worker 0 of Ray failed: {words}"):
+        on_fake(tmp_path, monkeypatch, FakeRay(2), bad)
+
+
+def test_an_error_keeps_what_it_says_of_itself() -> None:
+    made = pickle.loads(pickle.dumps(BadSample("s.pt", "tokens", "are missing")))
+    assert type(made) is BadSample and (made.field, made.problem) == ("tokens", "are missing")
+    assert str(copy.copy(made)) == str(made) == "s.pt, tokens: are missing; " + REMEDY
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import socket
@@ -9,9 +10,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cropi.distributed.ranks import check_undivided, digest, facts
+from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk, Participant
 from cropi.sketching.job import SketchJob, settle_products
@@ -22,6 +24,7 @@ from cropi.store.parts import part_path
 from cropi.store.store import SketchStore
 
 Make = Callable[[], tuple[Policy, SketchJob]]
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,22 @@ class Prepared:
     node: str
 
 
+def in_words(method: Call) -> Call:
+    """Every error of a method as one that can be sent: where the driver cannot unpickle an error, Ray gives it one that
+    looks like a worker's death."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except CropiError:
+            raise
+        except Exception as error:
+            raise CropiError(f"{type(error).__name__}: {error}") from error
+
+    return call  # type: ignore[return-value]
+
+
 class Worker:
     """:meth:`prepare`, then :meth:`begin`, then :meth:`work` for every chunk, and :meth:`finish`; :meth:`here` at any
     time.
@@ -52,6 +71,7 @@ class Worker:
         self.ready: Ready | None = None
         self.part = Asked(1, frozenset())
 
+    @in_words
     def prepare(self) -> Prepared:
         """Read the trajectories, load the model, and say what the rows depend on."""
         policy, job = self.make()
@@ -67,6 +87,7 @@ class Worker:
     def here(self) -> None:
         """Nothing: whether the worker lives."""
 
+    @in_words
     def begin(self, out: Path, number: int, manifest: Mapping[str, Any], tokens_per_batch: int) -> str:
         """Open this worker's store; says which prompts it sees in the job's."""
         assert self.ready is not None
@@ -81,6 +102,7 @@ class Worker:
         threading.Thread(target=self._run, args=(store,), name="cropi-sketch", daemon=True).start()
         return digest(done)
 
+    @in_words
     def work(self, number: int) -> dict[int, str] | None:
         """Compute a chunk; when this returns, its rows are on the disk.
 
@@ -90,6 +112,7 @@ class Worker:
         answer: dict[int, str] | None = self.part.ask(number)
         return answer
 
+    @in_words
     def finish(self) -> Summary:
         """Close the store, if there is one."""
         assert self.ready is not None
