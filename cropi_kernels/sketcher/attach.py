@@ -41,21 +41,25 @@ class Attachment:
     head_adds: tuple[bool, bool] = (True, True)  # whether this rank adds the head's weight, and its bias
     ranks: Ranks | None = None  # of a tensor-parallel group
 
-    def check_places(self, model: nn.Module) -> None:
+    def check_places(self, model: nn.Module) -> Places:
         """Check that the sketched parameters are those of the same modules as when the taps were planned.
+
+        Returns:
+            The names of all parameters, by their places now.
 
         Raises:
             ValueError: names one that is not.
         """
+        places = _places(model)
         if units(model):  # FSDP2 puts other tensors in the weights' places
-            return
-        now = _places(model, set(self.wanted.values()))
-        if moved := now.keys() ^ self.places.keys() or {p for p in now if now[p] != self.places[p]}:
-            name = min({**now, **self.places}[place] for place in moved)
+            return places
+        changed = {name for _, name in places.items() ^ self.places.items()}
+        if moved := changed.intersection(self.wanted.values()):
             raise ValueError(
-                f"{name} belongs to other modules than when this sketcher was made: modules were replaced, tied or "
-                "parametrized since, and those that came have no tap. Make a new sketcher"
+                f"{min(moved)} belongs to other modules than when this sketcher was made: modules were replaced, tied "
+                "or parametrized since, and those that came have no tap. Make a new sketcher"
             )
+        return places
 
     def hook(self) -> Iterator[Hook]:
         """Hook every tap to its module, one by one, so that a caller has those that are on when one fails."""
@@ -127,7 +131,7 @@ def plan_model(
         uncovered=left_out,
         shapes={name: tuple(p.shape) for p, name in wanted.items()},
     )
-    return _attachment(builder, accumulator, coverage, wanted, _places(model, set(wanted.values())))
+    return _attachment(builder, accumulator, coverage, wanted, _places(model))
 
 
 def _attachment(
@@ -156,15 +160,14 @@ def _attachment(
     )
 
 
-def _places(model: nn.Module, names: set[str]) -> Places:
+def _places(model: nn.Module) -> Places:
     first: dict[int, str] = {}
-    found = {
+    return {
         (module, key): first.setdefault(id(p), canonical_name(f"{path}.{key}" if path else key))
         for path, module in model.named_modules()
         for key, p in module._parameters.items()
         if p is not None
     }
-    return {place: name for place, name in found.items() if name in names}
 
 
 def refused_modules(

@@ -24,25 +24,26 @@ from .taps import Tap
 
 
 @contextlib.contextmanager
-def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
+def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[list[bool]]:
     """Refuse uses of covered parameters that no tap sees, in the forward and backward passes inside.
 
     The parameters have ``requires_grad`` inside, except while their own module runs. So a gradient that reaches one of
     them comes from a use outside of its module. This costs neither memory nor a weight gradient. Where modules are
-    compiled, or sharded by FSDP2, nothing is watched.
+    compiled, or sharded by FSDP2, nothing is watched. Where a graph is traced inside, the yielded list says so, and
+    nothing is refused.
 
     Raises (from the backward pass inside):
         SelfTestError: names the parameter.
     """
     # A compiled module would run the graph that was made for trainable weights, which has no taps. FSDP2 puts other
     # tensors in the weights' places.
+    traced: list[bool] = []
     if inside_compiled(model) or units(model):
-        yield
+        yield traced
         return
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     own = {module: [p for p, _ in tap.formed(module) if not p.requires_grad] for module, tap in taps.items()}
     watched = list({id(p): p for parameters in own.values() for p in parameters}.values())
-    traced: list[bool] = []
 
     def trainable(flag: bool) -> Callable[..., None]:
         def hook(module: nn.Module, *args: Any) -> None:
@@ -74,7 +75,7 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[N
         for module in own:
             handles.append(module.register_forward_pre_hook(trainable(False)))
             handles.append(module.register_forward_hook(trainable(True), always_call=True))
-        yield
+        yield traced
     finally:
         for handle in handles:
             handle.remove()

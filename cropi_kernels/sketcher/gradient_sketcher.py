@@ -127,7 +127,7 @@ class GradientSketcher:
         self._head = base_of(output_embeddings(self.model))  # the taps were planned with it
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
-        self._batch_tested, self._apart = False, Tested(self.model, self._tapped.acc)
+        self._batches, self._watches, self._apart = 0, verify, Tested(self.model, self._tapped.acc)
         self._heard: dict[str, frozenset[str]] = {}  # the taps that a method's self-test heard
         self.self_test: SelfTest | None = None
         self.probe: Probe | None = None
@@ -160,7 +160,8 @@ class GradientSketcher:
         if (shape := code_shape(self.model)) != self._shape:
             self._tapped.fuse_again()
             self._shape, self._split, self._heard = shape, None, {}
-            self._batch_tested, self._apart = False, Tested(self.model, self._tapped.acc)
+            self._batches, self._watches = 0, self._verify
+            self._apart = Tested(self.model, self._tapped.acc)
             self.self_test = self.probe = None
         self._tapped.tap()
         return self
@@ -216,11 +217,14 @@ class GradientSketcher:
         if self._tapped.ranks is not None:
             self._tapped.ranks.check_same("segments", where.offsets)
         with contextlib.ExitStack() as watching:
-            recorded = Recorded()
-            first = self._verify and not self._batch_tested
+            recorded, traced = Recorded(), list[bool]()
+            first = self._verify and not self._batches
             if first:
                 self._try_batch()
-                watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
+            # What the caller runs may change, or do something else with another batch: ever fewer are watched.
+            if self._watches and self._batches & (self._batches - 1) == 0:
+                traced = watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
+            if first:
                 watching.enter_context(recorded.of(self.model))
             apart = self._apart.next(segments) if self._verify else None
             if apart is not None:
@@ -242,7 +246,9 @@ class GradientSketcher:
                     "batch",
                     replayed_self_test(self.model, self._tapped.plan, self._tapped.acc, recorded, where),
                 )
-            self._batch_tested = True
+            self._batches += 1
+            # A graph would be made anew for every batch that is watched.
+            self._watches = self._watches and not traced
             self._check_heard("batch", where)
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:

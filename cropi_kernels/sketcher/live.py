@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..names import canonical_name
 from ..spec import SketchSpec
 from . import sharded
 from .apart import MIXED, Tested
@@ -67,9 +66,9 @@ class LiveSketcher:
             ``requires_grad`` now is sketched.
         spec: what the sketch is; default: `SketchSpec()`.
         exclude: as for `GradientSketcher`.
-        verify: before the first step, compare the taps with autograd on a few tokens; in the first step in which a
-            parameter has a gradient, compare their sum with it; in the first with two prompts that have one, check that
-            the loss is a sum over prompts. False: no checks.
+        verify: before the first step, compare the taps with autograd on a few tokens; in the first steps with a
+            gradient, and in ever fewer later ones, compare their sum with it; in the first with two prompts that have
+            one, check that the loss is a sum over prompts. False: no checks.
         coupled: take losses that are not a sum over prompts: ``g_s`` is then the part of the gradient that passes
             through the tokens of s. The parts add up to the gradient all the same.
 
@@ -277,9 +276,13 @@ class LiveSketcher:
             raise RuntimeError(
                 "batch under torch.inference_mode(), where nothing can be differentiated: leave it"
             )
-        self._plan.check_places(self.model)
+        places = self._plan.check_places(self.model)
         known = {*self._plan.coverage.names, *self._plan.coverage.excluded, *self._plan.coverage.uncovered}
-        now = {canonical_name(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        now = {
+            name
+            for (module, key), name in places.items()
+            if (p := module._parameters[key]) is not None and p.requires_grad
+        }
         if changed := sorted(known ^ now):
             raise ValueError(
                 f"what is trainable has changed since this LiveSketcher was made ({changed[0]} and {len(changed) - 1} "

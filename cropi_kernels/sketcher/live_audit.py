@@ -6,7 +6,7 @@ shows.
 
 A step may have no gradient at all (all rewards are equal, as where a run begins with hard prompts), and parameters may
 have none in the first steps (adapters that begin at zero). Zeros agree whatever the taps do, so such a step proves
-nothing.
+nothing. And what the first steps prove may change: a callback puts another function in a module's place.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Schedule:
     """Which batches are compared.
 
     All are, until one has a gradient. After that come the next one, and ever fewer of the later ones (with 1, 2, 4, ...
-    between them), until every parameter has had a gradient.
+    between them): a parameter may have its first gradient late, and the model's code may change.
 
     Attributes:
         heard: the modules whose taps were heard; None: in no batch so far.
@@ -57,27 +57,19 @@ class Schedule:
 
     def __init__(self) -> None:
         self.heard: frozenset[str] | None = None
-        self._shown: set[str] = set()
         self._gap = self._wait = 0  # how many batches are left out after the next comparison, and still now
-        self._all = False
 
     def due(self) -> bool:
         """Whether the batch that begins is compared."""
-        if self._all or self._wait > 0:
+        if self._wait > 0:
             self._wait -= 1
             return False
         return True
 
-    def note(self, comparisons: list[Comparison], known: set[str], heard: frozenset[str]) -> None:
-        """Take note of a batch that was compared, and is right.
-
-        ``known`` are all parameters, ``heard`` the modules whose taps were heard in the batch.
-        """
+    def note(self, comparisons: list[Comparison], heard: frozenset[str]) -> None:
+        """Take note of a batch that was compared, and is right; ``heard``: the modules whose taps were heard in it."""
         self.heard = heard | (self.heard or frozenset())
-        new = {name for one in comparisons if one.size > 0 for name in one.names}
-        self._shown |= new
-        self._all = self._shown >= known
-        if new:
+        if any(one.size > 0 for one in comparisons):
             self._wait, self._gap = self._gap, max(1, 2 * self._gap)
 
 
@@ -114,4 +106,4 @@ class Audit:
         if wrong:
             raise SelfTestError(PROBLEM + named(wrong) + REMEDY + "this test")
         heard = frozenset(tap.where for tap in self._listener.sums)
-        schedule.note(comparisons, self._groups.known, heard)
+        schedule.note(comparisons, heard)

@@ -229,21 +229,45 @@ def test_an_adapter_that_begins_at_zero_is_compared_once_it_has_a_gradient() -> 
             optimizer.step()
 
 
-def test_comparisons_end_when_every_parameter_had_a_gradient() -> None:
-    """One that never has, say an expert that no token takes, costs ever fewer of them."""
-    schedule = Schedule()
-    right = Comparison(("a",), "", 0.0, 1.0, 1.0)
-    compared = []
+def test_comparisons_become_fewer() -> None:
+    """As long as there is no gradient, every batch is compared."""
+    schedule, compared = Schedule(), []
     for batch in range(30):
         if schedule.due():
             compared.append(batch)
-            schedule.note(
-                [right] if batch else [Comparison(("a",), "", 0.0, 1.0, 0.0)], {"a", "b"}, frozenset("m")
-            )
+            schedule.note([Comparison(("a",), "", 0.0, 1.0, float(batch > 0))], frozenset("m"))
     assert compared == [0, 1, 2, 4, 7, 12, 21] and schedule.heard == {"m"}
-    schedule = Schedule()
-    schedule.note([right, Comparison(("b",), "", 0.0, 1.0, 2.0)], {"a", "b"}, frozenset("m"))
-    assert not any(schedule.due() for _ in range(5))
+
+
+class Changing(nn.Module):
+    """Of which a part is computed beside its module, from some batch on: of the whole, or of one half of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.beside = nn.Linear(4, 8), nn.Linear(8, 4), 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x).tanh()
+        beside = self.beside * nn.functional.linear(hidden, self.second.weight) if self.beside else 0.0
+        return beside if self.beside == 1.0 else beside + self.second(hidden)
+
+
+@pytest.mark.parametrize("beside", [0.5, 1.0])
+@pytest.mark.parametrize("kind", [LiveSketcher, GradientSketcher])
+def test_code_that_changes_after_the_first_batches_is_noticed(kind: Any, beside: float) -> None:
+    model = Changing()
+    with kind(model, SPEC) as sketcher:
+
+        def step() -> None:
+            with sketcher.batch(torch.arange(4) // 2, shape=(4, 3)):
+                model(torch.ones(4, 3, 4)).sum().backward()
+
+        for _ in range(5):
+            step()
+        model.beside = beside
+        with pytest.raises(SelfTestError, match=r"second\.weight"):
+            for _ in range(5):
+                step()
 
 
 def test_rows_of_several_sequences_are_refused() -> None:
