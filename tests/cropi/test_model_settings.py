@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.versions import checkpoint_layers
 
 from cropi.errors import CropiError
 from cropi.model.fingerprint import model_fingerprint
 from cropi.model.policy import Policy
+from cropi.model.settings import model_settings
 from cropi.ranking.influence import influence
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
@@ -101,28 +101,27 @@ def test_a_store_of_other_settings_is_refused_and_the_settings_are_named(tmp_pat
     stores = [SketchStore.open(tmp_path / name) for name in jobs]
     with pytest.raises(CropiError, match=f"cannot be compared: {named}"):
         influence(stores[0], [stores[1]])
-    # Of a store of an earlier release the configuration is not known: it is continued and compared as it is.
-    held = stores[0].manifest["model"]
-    as_first_release(tmp_path / "train", model={k: v for k, v in held.items() if k != "config"})
-    assert sketch(policies[0], jobs["train"], progress=False).resumed == 6
-    old = SketchStore.open(tmp_path / "train")
-    assert "config" not in old.manifest["model"]
-    influence(old, [stores[1]])
 
 
 @pytest.mark.long
-def test_another_release_of_transformers_may_know_other_keys(tmp_path: Path) -> None:
+def test_another_release_of_transformers_may_know_other_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = Policy(make_model(), make_tokenizer())
     jobs = []
     for number in range(2):
         path = write_lines(tmp_path / f"{number}.jsonl", make_records(6, seed=number))
         jobs.append(SketchJob([path], tmp_path / str(number), SPEC))
-        sketch(policy, jobs[-1], progress=False)
-    held = SketchStore.open(tmp_path / "0").manifest["model"]
-    config = {key: value for key, value in held["config"].items() if key != "mlp_bias"}
-    as_first_release(tmp_path / "0", model={**held, "config": {**config, "a_new_scale": 1.0}})
+    config = {key: value for key, value in model_settings(policy.model).items() if key != "mlp_bias"}
+    with monkeypatch.context() as other_release:
+        other_release.setattr(
+            "cropi.model.policy.model_settings", lambda model: {**config, "a_new_scale": 1.0}
+        )
+        sketch(policy, jobs[0], progress=False)
+    sketch(policy, jobs[1], progress=False)
     assert sketch(policy, jobs[0], progress=False).resumed == 6
     stores = [SketchStore.open(tmp_path / str(number)) for number in range(2)]
+    assert stores[0].manifest["model"]["config"] == {**config, "a_new_scale": 1.0}
     influence(*reversed(stores[:1]), [stores[1]])
     merged = merge(tmp_path / "both", stores)
     assert len(merged) == 12 and merged.manifest["model"] in [store.manifest["model"] for store in stores]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.stores import sketches_of
 from support.trl_runs import stored
@@ -121,34 +120,6 @@ def test_memory_holds_what_a_folder_holds(tmp_path: Path) -> None:
     scores = influence(joined, [summary.store])
     assert scores.usable.sum() == len(want)
     assert not list(tmp_path.glob("memory*"))
-
-
-def older(path: Path, policy: Policy) -> None:
-    """Make a store name its model as release 0.1 did."""
-    as_first_release(path, model=model_fingerprint(policy.model, sha256=True))
-
-
-def test_stores_of_an_earlier_release_compare_and_continue(tmp_path: Path) -> None:
-    policy = Policy(make_model(), make_tokenizer())
-    jobs = {}
-    for number, name in enumerate(("train", "valid")):
-        path = write_lines(tmp_path / f"{name}.jsonl", make_records(8, seed=number))
-        jobs[name] = SketchJob([path], tmp_path / name, SPEC)
-        sketch(policy, jobs[name], progress=False)
-    want = influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
-    for name in jobs:
-        older(tmp_path / name, policy)
-    got = influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
-    assert (got.table[got.usable] == want.table[want.usable]).all() and got.usable.any()
-    assert sketch(policy, jobs["train"], progress=False).resumed == 8
-    with pytest.raises(CropiError, match="earlier release made .*valid.*run the command that made it once"):
-        influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
-    assert sketch(policy, jobs["valid"], progress=False).sketched == 0
-    influence(SketchStore.open(tmp_path / "train"), [SketchStore.open(tmp_path / "valid")])
-    older(tmp_path / "train", policy)
-    other = Policy(make_model(seed=1), make_tokenizer())
-    with pytest.raises(CropiError, match="was made with model.weights"):
-        sketch(other, jobs["train"], progress=False)
 
 
 @pytest.mark.parametrize(

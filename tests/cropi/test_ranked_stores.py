@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.first_release import as_first_release
 from support.made_data import make_model, make_records, make_tokenizer, write_lines
 
 from cropi.cli import main
@@ -20,6 +19,7 @@ from cropi.ranking.table import read_scores, write_scores
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.differences import UnlikeStores
+from cropi.store.manifest import manifest_text
 from cropi.store.merging import merge
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
@@ -102,10 +102,14 @@ def test_a_part_of_a_joined_store_counts(tmp_path: Path) -> None:
     assert len(influence(whole, [valid]).rows) == 20
 
 
-def test_a_store_of_an_earlier_release_is_ranked_and_continued(tmp_path: Path) -> None:
+def test_a_store_that_does_not_say_how_many_prompts_it_is_to_hold_is_ranked_and_continued(
+    tmp_path: Path,
+) -> None:
     records, valid = make_records(12), stored(tmp_path / "valid", make_records(8, seed=1))
     stored(tmp_path / "old", records, stop_after=6)
-    as_first_release(tmp_path / "old", "prompts")
+    manifest = dict(SketchStore.open(tmp_path / "old").manifest)
+    del manifest["prompts"]
+    (tmp_path / "old" / "manifest.json").write_text(manifest_text(manifest))
     old = SketchStore.open(tmp_path / "old")
     assert 6 <= len(influence(old, [valid]).rows) < 12
     assert "prompts" not in SketchStore.join([old, valid]).manifest

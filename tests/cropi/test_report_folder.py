@@ -86,7 +86,7 @@ def test_texts_of_several_files_and_of_dumps_are_shown(ran: Path, tmp_path: Path
 def test_relative_paths_are_found_from_any_folder(
     ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the run was started; in the folder of the process, when a project has moved or an earlier release ran."""
+    """Where the run was started; in the folder of the process, when a project has moved."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     project.mkdir()
     elsewhere.mkdir()

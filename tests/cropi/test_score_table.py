@@ -1,4 +1,4 @@
-"""The file of scores: everything comes back, every byte counts, and the first release's files are read."""
+"""The file of scores: everything comes back, and every byte counts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ import torch
 from support.stores import on_disk
 from test_uncertainty import two_stores
 
-from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.pipeline import pick, score
 from cropi.ranking.influence import Scores
-from cropi.ranking.selection import read_selection
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, with_uncertainty
 from cropi.store.store import SketchStore
@@ -123,23 +121,6 @@ def test_at_most_so_many_validation_prompts_count_in_the_resampling_too(
     sure = Uncertainty.of(made)
     assert sure is not None and [one.prompts for one in sure.sets] == [3, 3]
     np.testing.assert_array_equal(np.isfinite(sure.table), np.isfinite(made.table))
-
-
-def test_a_table_of_the_first_release_is_read(scores: Scores, tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    write_scores(tmp_path / "s.parquet", scores)
-    table = parquet.read_table(tmp_path / "s.parquet")
-    names = [
-        n for n in table.column_names if not n.startswith(("stderr", "p_sel", "ratio", "ess", "clipped"))
-    ]
-    old = table.select(names).replace_schema_metadata({"cropi": json.dumps({"metric": "cosine"})})
-    parquet.write_table(old, tmp_path / "old.parquet")
-    back = read_scores(tmp_path / "old.parquet")
-    np.testing.assert_array_equal(back.table, scores.table)
-    assert back.stderr is None and back.p_selected is None and pyarrow.__version__
-    words = ["select", "--scores", str(tmp_path / "old.parquet"), "--out", str(tmp_path / "chosen.jsonl")]
-    assert main([*words, "--fraction", "0.2"]) == 0
-    assert read_selection(tmp_path / "chosen.jsonl") == scores.select(0.2).ids
 
 
 def test_a_small_file_that_names_many_rows_is_refused(

@@ -159,7 +159,5 @@ def test_the_fingerprint_is_that_of_the_whole_weights() -> None:
     try:
         fully_shard(spread)
         assert model_fingerprint(spread) == model_fingerprint(whole)
-        with pytest.raises(CropiError, match="an earlier release made the store that is there"):
-            model_fingerprint(spread, sha256=True)
     finally:
         dist.destroy_process_group()

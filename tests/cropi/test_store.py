@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.first_release import as_first_release
 
 from cropi.errors import CropiError
 from cropi.store.memory import MemoryStore
@@ -368,16 +367,6 @@ def test_every_byte_of_a_shard_of_skipped_prompts_counts(tmp_path: Path) -> None
             except CropiError:
                 continue
             assert rows == before, (place, new)
-
-
-def test_stores_of_the_first_release_open_and_continue(tmp_path: Path) -> None:
-    """They have no checksum in the manifest and no job in their shards."""
-    fill(tmp_path / "s", 4)
-    as_first_release(tmp_path / "s")
-    assert torch.equal(content(tmp_path / "s")["p003"], vector(3))
-    with SketchStore.create(tmp_path / "s", MANIFEST) as store:
-        store.add(RowInfo("new"), vector(9))
-    assert len(content(tmp_path / "s")) == 5
 
 
 def test_a_folder_that_is_removed_under_a_running_job_is_noticed(tmp_path: Path) -> None:

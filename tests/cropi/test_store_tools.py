@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import json_lines
-from support.first_release import as_first_release
 from test_store import DIM, MANIFEST, content, fill, vector
 
 from cropi.cli import main
@@ -67,15 +66,6 @@ def test_compacting_keeps_every_stored_number(tmp_path: Path, dtype: str) -> Non
     ]
     for shard in after.files():
         assert set(load_file(shard.path)) == set(shard.tensors), "any reader of safetensors reads it"
-
-
-def test_compacting_seals_what_the_first_release_wrote(tmp_path: Path) -> None:
-    fill(tmp_path / "s", 4)
-    as_first_release(tmp_path / "s")
-    assert SketchStore.open(tmp_path / "s").files()[0].checks is None
-    assert main(["store", "compact", str(tmp_path / "s")]) == 0
-    assert SketchStore.open(tmp_path / "s").files()[0].checks is not None
-    assert torch.equal(content(tmp_path / "s")["p003"], vector(3))
 
 
 def test_a_kill_between_joining_and_removing_leaves_every_row_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, optional
+from cropi.errors import optional
 from cropi.files import open_to_read, reading, size_of
 from cropi.model.settings import adapters_of, model_settings, saved_buffers
 
@@ -19,7 +19,7 @@ XXH3 = "xxh3:"
 PIECE, PIECES = 4096, 64
 
 
-def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
+def model_fingerprint(model: Any) -> dict[str, Any]:
     """What tells a model from others: ``dtype``, ``size`` (its number of parameters), ``config`` and ``weights``.
 
     ``config`` are the settings that change a gradient (:func:`cropi.model.settings.model_settings`); a module without
@@ -30,41 +30,26 @@ def model_fingerprint(model: Any, *, sha256: bool = False) -> dict[str, Any]:
 
     Args:
         model: a module.
-        sha256: the hash of earlier releases in its place (32 hex digits of SHA-256, without a prefix), to compare with
-            a store that one of them made.
 
     Raises:
         ModuleNotFoundError: the package xxhash is not installed.
-        CropiError: ``sha256`` of a model whose weights are spread over ranks.
     """
-    if sha256 and any(hasattr(p, "full_tensor") for p in model.parameters()):
-        # One rank alone compares itself with a store, and it cannot gather the weights.
-        raise CropiError(
-            "an earlier release made the store that is there, and its model cannot be compared with one whose weights "
-            "are spread over ranks; give another --out, or go on without --fsdp and --tensor-parallel"
-        )
-    parameters, used = sorted(model.named_parameters()), () if sha256 else adapters_in_use(model)
-    digest = _digest(parameters, hashlib.sha256() if sha256 else _xxh3(), used)
+    parameters = sorted(model.named_parameters())
     made: dict[str, Any] = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "size": sum(parameter.numel() for _, parameter in parameters),
     }
-    if sha256:
-        return made | {"weights": digest[:32]}
     if config := model_settings(model):
         made["config"] = config
-    made["weights"] = XXH3 + digest
+    made["weights"] = XXH3 + _digest(parameters, adapters_in_use(model))
     if buffers := list(saved_buffers(model)):
-        made["buffers"] = XXH3 + _digest(buffers, _xxh3())
+        made["buffers"] = XXH3 + _digest(buffers)
     return made
 
 
-def _xxh3() -> Any:
-    return optional("xxhash").xxh3_128()
-
-
-def _digest(tensors: Iterable[tuple[str, Any]], digest: Any, used: Iterable[tuple[str, str]] = ()) -> str:
+def _digest(tensors: Iterable[tuple[str, Any]], used: Iterable[tuple[str, str]] = ()) -> str:
     """The hex digits of a hash of tensors, and of which adapters are in use."""
+    digest = optional("xxhash").xxh3_128()
     for name, tensor in tensors:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         for part in _plain_parts(tensor.detach()):

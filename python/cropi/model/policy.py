@@ -302,10 +302,6 @@ class Policy:
         # Not kept: a configuration may be changed at any time, and this takes a moment.
         return made | ({"config": model_settings(self.model)} if "config" in made else {})
 
-    def sha256_fingerprint(self) -> dict[str, Any]:
-        """The fingerprint as stores of earlier releases hold it."""
-        return dict(self.once("sha256", lambda: model_fingerprint(self.model, sha256=True)))
-
     @property
     def tokenizer_fingerprint(self) -> str | None:
         """See :func:`cropi.model.fingerprint.tokenizer_fingerprint`; None without a tokenizer."""

@@ -371,12 +371,3 @@ def _origin(store: SketchStore) -> dict[str, Any]:
     kept = ("spec", "spec_fingerprint", "stage", "model", "tokenizer", "trajectories", "estimator")
     several = {"paths": [str(path) for path in store.paths]} if len(store.paths) > 1 else {}
     return {"path": str(store.path)} | several | {key: store.manifest.get(key) for key in kept}
-
-
-def __getattr__(name: str) -> Any:
-    """The first release had the score table's file here."""
-    if name not in ("read_scores", "write_scores"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cropi.ranking import table
-
-    return getattr(table, name)

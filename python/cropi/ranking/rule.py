@@ -36,7 +36,7 @@ def groups_of(rows: Sequence[RowInfo], places: np.ndarray, per: str) -> list[str
     """The names of the groups that some prompts belong to: of their tasks or files.
 
     Raises:
-        CropiError: the store is of an earlier release, which kept no file names.
+        CropiError: a row does not name its file.
     """
     names = values_of(rows, per, places)
     if per == "task":
@@ -44,8 +44,8 @@ def groups_of(rows: Sequence[RowInfo], places: np.ndarray, per: str) -> list[str
     if None in names:
         row = rows[int(places[names.index(None)])]
         raise CropiError(
-            f"per: the row of {row.id!r:.100} does not name the file it came from (an earlier release made its "
-            "store, or it came from memory); make the store again from files, or choose per task"
+            f"per: the row of {row.id!r:.100} does not name the file it came from (it came from "
+            "memory); make the store again from files, or choose per task"
         )
     return [str(name) for name in names]
 

@@ -77,7 +77,7 @@ def selected_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         raise CropiError(f"{said} ({error})") from error
     if not len(seen):
         raise CropiError(f"selection: {path} is empty; make it by `cropi select`")
-    if checked and without:  # files of the first release, and of others, have none
+    if checked and without:  # files of others have none at all
         raise _damaged(path, without)
     if (twice := seen.repeated(str(row["id"]) for row in _rows(Path(path)))) is not None:
         raise CropiError(

@@ -13,8 +13,6 @@ from cropi.form import check_form, is_number
 from cropi.ranking.origin import is_text
 
 OTHER = "go on from another checkpoint, or begin with a new Selector"
-# What the first states did not have, and what it was then.
-LATER: dict[str, Any] = {"refreshed": 0, "origin": "{}", "failing": []}
 
 
 def _are_ids(given: Any) -> bool:
@@ -39,13 +37,13 @@ def check_state(given: Any, mine: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CropiError: it is no state, of another version, other settings or another pool, or damaged; names what differs.
     """
-    missing = [key for key in mine if not isinstance(given, Mapping) or key not in {**LATER, **given}]
+    missing = [key for key in mine if not isinstance(given, Mapping) or key not in given]
     if missing:
         raise CropiError(
             f"this is not a state of a Selector: {missing[0]!r} is missing; save selector.state_dict() with every "
             "checkpoint, or begin with a new Selector"
         )
-    state = {**LATER, **given}
+    state = dict(given)
     check_form(state, _FORM, "the state is damaged", OTHER)
     if state["version"] != mine["version"]:
         raise CropiError(

@@ -142,7 +142,7 @@ def read_scores(
             if not is_writable(meta):
                 raise ValueError("its metadata holds half a character")
             seal = _sealed(schema, table.metadata.num_rows, text)
-            # Files of the first release have no checksum.
+            # Tables of other writers have no checksum.
             intact = metadata.get(b"cropi_sha256", seal.encode()).decode() == seal
             scores = _scores(file, table, meta, only, errors, contributions)
     except CropiError:

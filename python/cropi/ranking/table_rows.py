@@ -25,7 +25,7 @@ class TableRows(Sequence[RowInfo]):
         schema: of the table.
         count: how many there are.
         fields: the attribute of a row by the name of its column; other attributes are None.
-        extra: columns that go to ``row.extra`` where they are not null. Files of the first release have none.
+        extra: columns that go to ``row.extra`` where they are not null.
     """
 
     def __init__(self, schema: Any, count: int, fields: dict[str, str], extra: Sequence[str]) -> None:

@@ -89,7 +89,7 @@ def _report(
         )
     selection = selection_of(scores, root / "selected.jsonl")
     train, valid, unfinished = _stores(root, scores)
-    missing = str(scores.meta.get("uncertainty_missing", "the table comes from an earlier release"))
+    missing = str(scores.meta.get("uncertainty_missing", "none was made"))
     given = ReportInput(
         scores, selection, _shown(None if train is None else _records(train, records), scores, selection, every_text),
         uncertainty=Uncertainty.of(scores), unfinished=unfinished,

@@ -281,10 +281,7 @@ def _of_ok(scores: Scores, key: str) -> list[Any]:
 def _policy(scores: Scores, chosen: np.ndarray) -> dict[str, Any]:
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
     if median is None:
-        return {
-            "text": "Not known: the score table holds no ratio (it comes from an earlier release).",
-            "charts": [],
-        }
+        return {"text": "Not known: the score table holds no ratio.", "charts": []}
     charts = []
     for key, name in (("ratio", "mean ratio of a prompt's tokens"), ("ess", "effective sample size, share of tokens"),
                       ("clipped", "share of clipped tokens")):  # fmt: skip

@@ -6,8 +6,7 @@ than it was, it raises an error that names what differs. Every record carries a 
 So a finished file can be recognised too: more prompts are added to it, and nothing is sampled twice.
 
 What a model is beside its weights (configuration, buffers) is no part of that hash, since releases of transformers know
-other keys: it stands in the first line of ``OUT.part`` and, as JSON in text, in the first record of ``OUT``. Files of
-earlier releases do not have it.
+other keys: it stands in the first line of ``OUT.part`` and, as JSON in text, in the first record of ``OUT``.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from cropi.rollouts.engine import Request, Response, Sampling
 from cropi.rollouts.file import MODEL
 from cropi.rollouts.generate import generate, past
 from cropi.rollouts.trial import way_of
-from cropi.store.differences import LATER
+from cropi.store.differences import OPTIONAL
 from cropi_kernels.frozen import Linears, PackedLinears, unsupported
 from cropi_kernels.memory import is_out_of_memory
 from cropi_kernels.sketcher.precision import own_precision
@@ -72,7 +72,7 @@ class HfEngine:
     def identity(self) -> dict[str, Any]:
         """The weights, and what the model is beside them."""
         made = self.policy.fingerprint
-        return {"weights": made["weights"], MODEL: {key: made[key] for key in LATER if key in made}}
+        return {"weights": made["weights"], MODEL: {key: made[key] for key in OPTIONAL if key in made}}
 
     def notes(self) -> dict[str, Any]:
         """The rows at once, on which batches depend, and who multiplies, on which rounding depends."""

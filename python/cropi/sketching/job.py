@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cropi.data.readers import PromptGroups
 from cropi.data.scan import Scan
@@ -241,7 +241,6 @@ def make_manifest(
     *,
     moments: SecondMoments | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
-    sha256: bool = False,
 ) -> dict[str, Any]:
     """What the store's rows will depend on; ``notes`` apart, a run with other values may not continue the store.
 
@@ -253,18 +252,13 @@ def make_manifest(
         coverage: what is sketched of the model.
         moments: what its gradients are scaled by.
         groups: patterns of the parameters whose sketches are kept apart.
-        sha256: name models by the hash of earlier releases.
     """
-
-    def named(policy: Policy) -> dict[str, Any]:
-        return policy.sha256_fingerprint() if sha256 else policy.fingerprint
-
     manifest: dict[str, Any] = {
         "spec": job.spec.to_dict(),
         "spec_fingerprint": job.spec.fingerprint(),
         "hash_version": job.spec.version,
         "stage": job.stage,
-        "model": named(policy),
+        "model": policy.fingerprint,
         "parameters": {
             "covered": coverage.covered,
             "total": coverage.total,
@@ -276,7 +270,7 @@ def make_manifest(
         "estimator": job.estimator.to_dict(),
         "behaviour": {
             "source": behaviour.source,
-            "model": None if behaviour.model is None else named(behaviour.model.policy),
+            "model": None if behaviour.model is None else behaviour.model.policy.fingerprint,
         },
         "temperature": job.temperature,
         "tokens": {name: getattr(job, name) for name in ("eos", "max_length", "too_long")}
@@ -284,7 +278,7 @@ def make_manifest(
         | _text_rules(policy, job, scan),
         "dtype": job.store_dtype,
     }
-    if not sha256 and manifest["behaviour"]["model"] == manifest["model"]:
+    if manifest["behaviour"]["model"] == manifest["model"]:
         warn(
             "the behaviour model's weights are those of the policy, so that every ratio is 1: right where the policy "
             "made the responses (behaviour 'current' says so without a second model), and wrong where it was trained "
@@ -337,7 +331,7 @@ def open_store(
     behaviour: Behaviour,
     scan: Scan | None = None,
     moments: SecondMoments | None = None,
-    manifest: ManifestOf | None = None,
+    manifest: Callable[[], dict[str, Any]] | None = None,
 ) -> SketchStore:
     """The store that a job fills: ``job.out``, continued if it is there, or one in memory.
 
@@ -364,7 +358,6 @@ def open_store(
         manifest(),
         shard_rows=job.shard_rows,
         shard_bytes=job.shard_bytes,
-        earlier=lambda: manifest(sha256=True),
     )
     try:
         _check_share(store, job)
@@ -403,21 +396,14 @@ def settle_products(manifest: Mapping[str, Any]) -> None:
     frozen.decide((manifest.get("notes") or {}).get(PRODUCTS) or {})
 
 
-class ManifestOf(Protocol):
-    """A function that gives a manifest."""
-
-    def __call__(self, sha256: bool = False) -> dict[str, Any]:
-        """``sha256``: name models by the hash of earlier releases."""
-
-
 def manifest_of(
     policy: Policy,
     job: SketchJob,
     behaviour: Behaviour,
     scan: Scan | None = None,
     moments: SecondMoments | None = None,
-) -> ManifestOf:
-    """The manifest of :func:`open_store`, with the same arguments and errors."""
+) -> Callable[[], dict[str, Any]]:
+    """What gives the manifest of :func:`open_store`, with the same arguments and errors."""
     make = functools.partial(
         policy.sketcher, job.spec, tuple(job.exclude), verify=job.verify, fused=job.fused
     )
@@ -430,9 +416,6 @@ def manifest_of(
     if moments is not None:
         moments.check(policy.model, sketcher.coverage.names)
 
-    def manifest(sha256: bool = False) -> dict[str, Any]:
-        return make_manifest(
-            policy, job, scan, behaviour, sketcher.coverage, moments=moments, groups=groups, sha256=sha256
-        )
-
-    return manifest
+    return functools.partial(
+        make_manifest, policy, job, scan, behaviour, sketcher.coverage, moments=moments, groups=groups
+    )

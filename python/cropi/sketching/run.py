@@ -29,7 +29,7 @@ from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
 from cropi.sketching.chunks import BATCHES, Dealt, Participant
 from cropi.sketching.groups import bar_of, sketch_groups
-from cropi.sketching.job import ManifestOf, SketchJob, make_tokenize, manifest_of, open_store, with_date
+from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.shards import FAILED, SKIPPED, RowInfo
@@ -95,7 +95,7 @@ class Prepared:
         return open_store(self.policy, self.job, self.behaviour, self.scan, self.moments, self.manifest)
 
     @functools.cached_property
-    def manifest(self) -> ManifestOf:
+    def manifest(self) -> Callable[[], dict[str, Any]]:
         """What its rows depend on: see :func:`cropi.sketching.job.manifest_of`, which runs the model."""
         return manifest_of(self.policy, self.job, self.behaviour, self.scan, self.moments)
 

@@ -50,12 +50,8 @@ def filled(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
 
 
 def groups(shards: Sequence[Shard], limit: int) -> list[list[Shard]]:
-    """The shards that are not full, in groups that fill a shard (the last group may not).
-
-    A shard alone is no group, unless it carries no checks of its blocks and is written again for that.
-    """
-    some = filled([shard for shard in shards if shard.size < limit or shard.checks is None], limit)
-    return [group for group in some if len(group) > 1 or any(one.checks is None for one in group)]
+    """The shards that are not full, in groups of two or more that fill a shard (the last group may not)."""
+    return [group for group in filled([s for s in shards if s.size < limit], limit) if len(group) > 1]
 
 
 def join_blocks(shards: Sequence[Shard]) -> dict[str, torch.Tensor]:

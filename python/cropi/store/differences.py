@@ -14,8 +14,8 @@ COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters", 
 # What two stores may differ in, but seldom mean to: scores between them compare gradients of two kinds. Where the
 # trajectories come from may well differ between training and validation, and so may behaviour, lengths and dtypes.
 ALIKE = ("estimator", "temperature", "tokenizer", "tokens.eos", "tokens.chat_template")
-# What earlier releases did not write, and what other releases of transformers and PEFT know other keys of.
-LATER = ("config", "buffers")
+# Parts of a model's fingerprint of which releases of transformers and PEFT know other keys, and not every model has.
+OPTIONAL = ("config", "buffers")
 LONGEST_VALUE = 100  # characters of a value in a message; a chat template has thousands
 _UNKNOWN = object()
 
@@ -46,7 +46,7 @@ def first_difference(a: Any, b: Any, name: str = "") -> Difference | None:
     if isinstance(a, dict) and isinstance(b, dict):
         of_model = name.rpartition(".")[2] == "model"
         for key in [*a, *(key for key in b if key not in a)]:
-            if of_model and key in LATER:
+            if of_model and key in OPTIONAL:
                 if differs := _of_model(a.get(key), b.get(key), f"{name}.{key}"):
                     return differs
                 continue
@@ -89,13 +89,6 @@ def check_comparable(
     differs = first_difference(left, right)
     if differs is None:
         return
-    if differs.field == "model.weights" and _is_xxh3(differs.left) != _is_xxh3(differs.right):
-        earlier = names[0] if _is_xxh3(differs.right) else names[1]
-        raise CropiError(
-            f"{names[0]} and {names[1]} cannot be compared: an earlier release made {earlier}, and named its model by "
-            "another hash; run the command that made it once more (it checks the model, computes nothing again, and "
-            "adds the new hash), or sketch both with this release"
-        )
     models = [_model_of(manifest, differs.field) for manifest in (a, b)]
     raise CropiError(
         f"{names[0]} and {names[1]} cannot be compared: {differs.text(*models)}; sketch both with the same settings"
@@ -167,16 +160,6 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
             f"the store {path} was made with {differs.field} = {made_with}, but this run has {runs_with}; give another "
             f"--out, or run with {same}"
         )
-
-
-def of_earlier_release(manifest: Mapping[str, Any]) -> bool:
-    """Whether the manifest names its model by the hash of earlier releases (SHA-256)."""
-    weights = get_field(manifest, "model.weights")
-    return isinstance(weights, str) and not _is_xxh3(weights)
-
-
-def _is_xxh3(weights: Any) -> bool:
-    return str(weights).startswith("xxh3:")
 
 
 def _model_of(manifest: Mapping[str, Any], field: str) -> str:

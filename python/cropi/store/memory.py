@@ -56,7 +56,7 @@ class MemoryStore(SketchStore):
         self, path: Path, rows: list[RowInfo], tensors: Mapping[str, torch.Tensor], replaces: Sequence[int]
     ) -> Shard:
         kept = [row for row in rows if row.row is not None]
-        return MemoryShard(path, rows, kept, {}, None, (), decode(tensors))
+        return MemoryShard(path, rows, kept, {}, {}, (), decode(tensors))
 
     def _tidy(self, shards: Sequence[Shard]) -> None:
         pass

@@ -10,7 +10,7 @@ the dtypes that have one ``scale [n, blocks]`` before it, and in its header, as 
 - ``replaces``: numbers of the shards whose rows it took over (:mod:`cropi.store.compact`)
 
 ``shard-00000.safetensors.sha256`` is written after it, in the format of ``sha256sum``, so a shard without it was never
-finished and ``sha256sum -c *.sha256`` checks a store by hand. Shards of the first release have ``rows`` alone.
+finished and ``sha256sum -c *.sha256`` checks a store by hand.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Shard:
     rows: list[RowInfo]
     kept: list[RowInfo]
     tensors: dict[str, Held]
-    checks: dict[str, Any] | None
+    checks: dict[str, Any]
     replaces: tuple[int, ...]
 
     @property
@@ -116,9 +116,6 @@ class Shard:
             CropiError: the file is not what was written, or is gone.
         """
         if not self.kept:
-            return
-        if self.checks is None:
-            yield Block(self.kept, 0, lambda _: self._whole())
             return
         (name, values), step = (
             next((n, h) for n, h in self.tensors.items() if n != "scale"),
@@ -156,9 +153,8 @@ class Shard:
             while piece := stream.read(_STORED):
                 digest.update(piece)
         self._check_commit(digest.hexdigest())
-        if self.checks is not None:
-            for _ in self.blocks():
-                pass
+        for _ in self.blocks():
+            pass
 
     def _open(self) -> int:
         try:
@@ -202,14 +198,6 @@ class Shard:
             expected = []
         if expected[:1] != [digest]:
             raise CropiError(damaged(self.path, "its checksum does not match"))
-
-    def _whole(self) -> dict[str, torch.Tensor]:
-        """All tensors, after checking the file's SHA-256."""
-        with reading(self.path), os.fdopen(self._open(), "rb") as stream:
-            data = bytearray(stream.read())
-        self._check_commit(hashlib.sha256(data).hexdigest())
-        whole = torch.frombuffer(data, dtype=torch.uint8)
-        return {name: held.of(whole[held.begin : held.end].clone()) for name, held in self.tensors.items()}
 
 
 def write_shard(
@@ -303,20 +291,15 @@ def read_shard(path: Path, job: str) -> Shard:
     """
     try:
         with reading(path):
-            text, size, sealed = _read_header(path)
+            text, size = _read_header(path)
         header = from_json(text)
         about = header.pop("__metadata__")
-        if not sealed and "seal" in about:
-            raise CropiError(damaged(path, "the checksum of its header does not match"))
-        # What an earlier build wrote.
-        if not sealed and about.get("rows_sha256", _sha256(about["rows"])) != _sha256(about["rows"]):
-            raise CropiError(damaged(path, "the checksum of its header does not match"))
         begin = 8 + len(text)
         tensors = {name: _held(one, begin) for name, one in header.items()}
         rows = rows_from_json(about["rows"])
         kept = [row for row in rows if row.row is not None]
-        checks = from_json(about["checks"].encode()) if sealed else None
-        replaces = tuple(map(int, json.loads(about.get("replaces", "[]")))) if sealed else ()
+        checks = from_json(about["checks"].encode())
+        replaces = tuple(map(int, json.loads(about.get("replaces", "[]"))))
         _check_tensors(tensors, kept, size)
         _check_checks(checks, len(kept), "scale" in tensors)
     except FileNotFoundError:
@@ -325,7 +308,7 @@ def read_shard(path: Path, job: str) -> Shard:
         raise
     except _DAMAGE as error:
         raise CropiError(damaged(path, f"its header cannot be read ({shown(str(error), 200)})")) from error
-    if about.get("job", job) != job:
+    if about.get("job") != job:
         raise CropiError(
             f"the shard {path} belongs to another store: it was made with other settings, files or weights than "
             "manifest.json says; take it and its .sha256 out of the folder"
@@ -333,8 +316,8 @@ def read_shard(path: Path, job: str) -> Shard:
     return Shard(path, rows, kept, tensors, checks, replaces)
 
 
-def _read_header(path: Path) -> tuple[bytes, int, bool]:
-    """The header's text, the file's size, and whether the header's seal holds."""
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """The header's text, whose seal holds, and the file's size."""
     file = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(file).st_size
@@ -348,11 +331,11 @@ def _read_header(path: Path) -> tuple[bytes, int, bool]:
     start = len(_SEAL)
     if len(text) < length:
         raise ValueError("it is shorter than its header says")
-    if not text.startswith(_SEAL):
-        return text, size, False
     own = hashlib.sha256(head[:8] + _SEAL + b"0" * 64)
     own.update(memoryview(text)[start + 64 :])
-    return text, size, own.hexdigest().encode() == text[start : start + 64]
+    if not text.startswith(_SEAL) or own.hexdigest().encode() != text[start : start + 64]:
+        raise CropiError(damaged(path, "the checksum of its header does not match"))
+    return text, size
 
 
 def _held(one: Any, begin: int) -> Held:
@@ -379,7 +362,7 @@ def _check_tensors(tensors: Mapping[str, Held], kept: Sequence[RowInfo], size: i
 
 
 def _check_checks(checks: Any, rows: int, scaled: bool) -> None:
-    if checks is None or not rows:
+    if not rows:
         return
     step, values = checks["rows"], checks["values"]
     right = type(step) is int and step > 0 and isinstance(values, list) and len(values) == -(-rows // step)
@@ -389,10 +372,6 @@ def _check_checks(checks: Any, rows: int, scaled: bool) -> None:
 
 def _xxh3(data: Any) -> str:
     return str(optional("xxhash").xxh3_128_hexdigest(data))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def shard_number(path: Path) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from cropi.files import is_folder, is_there, make_folder, reason, write_atomic, 
 from cropi.locks import LOCK, is_at, lock_folder
 from cropi.store.codec import check_dtype, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
-from cropi.store.differences import check_comparable, check_same_job, of_earlier_release, warn_unlike
+from cropi.store.differences import check_comparable, check_same_job, warn_unlike
 from cropi.store.loading import load, load_steady, remove
 from cropi.store.manifest import (
     MANIFEST,
@@ -78,7 +78,6 @@ class SketchStore(StoredSketches):
         *,
         shard_rows: int = 64,
         shard_bytes: int = SHARD_BYTES,
-        earlier: Callable[[], Mapping[str, Any]] | None = None,
     ) -> SketchStore:
         """Make a store, or continue the one at ``path``, and lock it for this process.
 
@@ -90,8 +89,6 @@ class SketchStore(StoredSketches):
                 (see :meth:`check_finished`); a store that is continued keeps the larger number.
             shard_rows: rows with a sketch that :meth:`add` collects before it writes them, as a small shard.
             shard_bytes: small shards are joined to shards of this size.
-            earlier: the same manifest with models named as earlier releases did (by SHA-256), asked for where one of
-                them made the store at ``path``. Where it agrees, the store gets the new names.
 
         Raises:
             CropiError: the folder cannot be written, another process writes to it, it was made with other settings
@@ -110,7 +107,7 @@ class SketchStore(StoredSketches):
             ) from error
         try:
             if is_there(path / MANIFEST):
-                store._go_on(wanted, earlier)
+                store._go_on(wanted)
             else:
                 store._write_manifest(wanted)
             store._shards, store._rows = load(path, job_fingerprint(store.manifest), clean=True)
@@ -120,16 +117,9 @@ class SketchStore(StoredSketches):
             raise
         return store
 
-    def _go_on(self, wanted: Mapping[str, Any], earlier: Callable[[], Mapping[str, Any]] | None) -> None:
+    def _go_on(self, wanted: Mapping[str, Any]) -> None:
         """Take the manifest in the folder, if it is that of the job ``wanted``; see :meth:`create`."""
         made = read_manifest(self.path)
-        if earlier is not None and of_earlier_release(made):
-            check_same_job(self.path, made, new_manifest(earlier()))
-            for held, now in ((made, wanted), (made.get("behaviour") or {}, wanted.get("behaviour") or {})):
-                if held.get("model"):
-                    # Of which configuration its rows are is not known.
-                    held["model"] = {**held["model"], "weights": now["model"]["weights"]}
-            self._write_manifest(made)
         check_same_job(self.path, made, wanted)
         self.manifest = made
         if wanted.get("prompts", 0) > made.get("prompts", 0):
