@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import time
@@ -20,7 +21,6 @@ from benchmarks.rlvr_mini.rollouts import to_record
 from benchmarks.rlvr_mini.tasks import FAMILIES, Problem, encode, make_set, verify
 from cropi.data.readers import read_trajectories
 from cropi.data.records import PromptGroup
-from cropi.data.writers import write_trajectories
 from cropi.files import replacing, write_atomic
 
 
@@ -115,11 +115,9 @@ def _collect(
         to_record(problems[n], made, n, problems[n].family if sets else None)
         for n, made in zip(names, rollouts, strict=True)
     ]
-    with replacing(path) as temporary:
-        # The name decides about compression.
-        named = temporary.with_name(f"unfinished-{path.name}")
-        write_trajectories(named, sorted(records, key=lambda record: record.id))
-        named.rename(temporary)
+    records.sort(key=lambda record: record.id)
+    lines = "".join(json.dumps(record.to_record(), ensure_ascii=False) + "\n" for record in records)
+    write_atomic(path, gzip.compress(lines.encode()))
 
 
 def accuracy(model: Any, problems: Sequence[Problem], samples: int, seed: int) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from support import made_dumps, sealed_files
-from support.made_data import make_records
+from support.made_data import make_records, write_lines
 from support.sealed_files import Kind
 from test_store import MANIFEST, content, fill, vector
 
@@ -31,7 +31,7 @@ from cropi.errors import CropiError
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import read_selection, select
 from cropi.ranking.selector import Selector
-from cropi.sealed import check_sums, read_sealed, sealed, sums_path
+from cropi.sealed import check_sums, read_sealed, sealed, summed, sums_path
 from cropi.store import SketchStore, export
 from cropi.store.manifest import GROUPS
 from cropi.store.rows import RowInfo
@@ -203,9 +203,8 @@ def edited(kind: str, files: list[Path], back: Callable[[], Any]) -> None:
 def test_records_of_a_trajectory_file_are_compared_when_they_are_read(tmp_path: Path) -> None:
     """The message says what to do where the change is the user's."""
     out = tmp_path / "t.jsonl"
-    from cropi.data.writers import write_trajectories
-
-    write_trajectories(out, read(make_records(3)))
+    with summed(out):
+        write_lines(out, make_records(3))
     assert main(["store", "verify", str(out)]) == 0
     out.write_text(out.read_text().replace("1.0", "0.0", 1))
     with pytest.raises(

@@ -17,7 +17,8 @@ from support.served import Served, serve
 
 import cropi
 from cropi.errors import CropiError
-from cropi.rollouts.http import Server, ServerError
+from cropi.rollouts import http
+from cropi.rollouts.http import ServerError
 from cropi.rollouts.server import ServerNote
 
 
@@ -50,7 +51,13 @@ def asked(out: Path, server: Served, rows: Any = None, **options: Any) -> list[d
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between repeated requests, which are not slept."""
     pauses: list[float] = []
-    monkeypatch.setattr(Server.__init__, "__defaults__", (pauses.append,))
+
+    def none(attempt: int, asked: str | None) -> float:
+        pauses.append(pause(attempt, asked))
+        return 0.0
+
+    pause = http._pause
+    monkeypatch.setattr(http, "_pause", none)
     return pauses
 
 

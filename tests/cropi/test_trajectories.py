@@ -13,7 +13,6 @@ from support.made_data import make_records, write_lines
 
 from cropi.data.readers import read_trajectories
 from cropi.data.scan import LossyTokens, scan, warn_lossy
-from cropi.data.writers import write_trajectories
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.behaviour import behaviour_source
 
@@ -33,7 +32,7 @@ def test_released_layout_is_read_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz"])
-def test_written_records_come_back(tmp_path: Path, name: str) -> None:
+def test_records_come_back(tmp_path: Path, name: str) -> None:
     records = [
         GOOD,
         {
@@ -46,14 +45,9 @@ def test_written_records_come_back(tmp_path: Path, name: str) -> None:
             "truncated": [False, True],
         },
     ]
-    groups = list(read_trajectories(write_lines(tmp_path / "in.jsonl", records)))
-    assert write_trajectories(tmp_path / name, groups) == 2
+    plain = write_lines(tmp_path / "in.jsonl", records).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(plain) if name.endswith(".gz") else plain)
     assert [group.to_record() for group in read_trajectories(tmp_path / name)] == records
-    first = (tmp_path / name).read_bytes()
-    write_trajectories(tmp_path / name, groups)
-    assert (tmp_path / name).read_bytes() == first, "equal records must give equal bytes"
-    write_trajectories(tmp_path / f"other-{name}", groups)
-    assert (tmp_path / f"other-{name}").read_bytes() == first, "whatever the file is called"
 
 
 def test_byte_order_mark_blank_lines_and_missing_newline_at_the_end(tmp_path: Path) -> None:

@@ -1,30 +1,14 @@
-"""Prompt groups to files, and newer records in place of older ones."""
+"""Newer records in the place of older ones of the same prompts."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cropi.data.readers import read
-from cropi.data.records import PromptGroup
 from cropi.files import replacing
 from cropi.sealed import summed
-
-
-def write_trajectories(path: str | Path, groups: Iterable[PromptGroup]) -> int:
-    """Write prompt groups as JSON lines (gzip when the name ends in ``.gz``), whole or not at all; returns how many."""
-    count = 0
-    with _open_to_write(Path(path)) as file:
-        for group in groups:
-            file.write(json.dumps(group.to_record(), ensure_ascii=False) + "\n")
-            count += 1
-    return count
 
 
 @dataclass
@@ -61,14 +45,3 @@ def replace_records(stored: Any, newer: Any, out: str | Path) -> Replaced:
                 file.write(group.raw + "\n")
     counts.unknown = len(known) - counts.replaced
     return counts
-
-
-@contextmanager
-def _open_to_write(path: Path) -> Iterator[IO[str]]:
-    with ExitStack() as stack:
-        stack.enter_context(summed(path))
-        file: Any = stack.enter_context(open(stack.enter_context(replacing(path)), "wb"))
-        if path.suffix == ".gz":
-            # No time stamp and no name in the header: equal content gives equal bytes.
-            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
-        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline="\n"))

@@ -232,13 +232,8 @@ def make_batches(
     budget: int = 1024,
     window: int = 256,
     stored_behaviour: bool = False,
-    done: Container[str] = (),
 ) -> Iterator[MicroBatch]:
     """Group prompts into micro-batches of at most ``budget`` tokens, padding included.
-
-    How float sums round depends on the shape of a batch. So batches are cut from all prompts of a job, and those whose
-    prompts are all ``done`` are left out: a job that was interrupted computes the same batches as one that was not, and
-    gives the same bits.
 
     Args:
         groups: tokenised prompts; read ``window`` at a time, and sorted by length within the window.
@@ -247,8 +242,6 @@ def make_batches(
         budget: rows x longest row. A single row may exceed it when it holds one response. Where responses share rows,
             rows x longest row x longest row is at most :data:`cropi.gradient.masks.MOST_PAIRS`.
         stored_behaviour: carry the groups' stored log-probs.
-        done: ids of prompts that need not be computed. One that shares a batch with another prompt is in it all the
-            same, perhaps with a part of its rows.
     """
     if budget < 1 or window < 1:
         raise ValueError(f"budget and window must be at least 1, got {budget} and {window}")
@@ -256,15 +249,19 @@ def make_batches(
     for group in groups:
         held.append(group)
         if len(held) == window:
-            yield from built(cut_batches(held, layout, budget), estimator, stored_behaviour, done)
+            yield from built(cut_batches(held, layout, budget), estimator, stored_behaviour)
             held = []
-    yield from built(cut_batches(held, layout, budget), estimator, stored_behaviour, done)
+    yield from built(cut_batches(held, layout, budget), estimator, stored_behaviour)
 
 
 def built(
     batches: Iterable[Sequence[Row]], estimator: Estimator, stored: bool, done: Container[str] = ()
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of some rows (:func:`cut_batches`); those whose prompts are all ``done`` are left out."""
+    """The micro-batches of some rows (:func:`cut_batches`); those whose prompts are all ``done`` are left out.
+
+    How float sums round depends on the shape of a batch. So batches are cut from all prompts of a job, and a prompt
+    that is done and shares a batch with another is in it all the same: a job that was interrupted gives the same bits.
+    """
     for rows in batches:
         if not all(row.group.id in done for row in rows):
             yield _build(rows, estimator, stored)

@@ -8,7 +8,6 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 from cropi.errors import CropiError, shown
@@ -34,20 +33,12 @@ class Server:
         key: sent as a bearer token, to this host alone; None: none.
         timeout: seconds for an answer.
         retries: how often a request is repeated.
-        wait: sleeps so many seconds; None: until :attr:`stop` is set, at most.
 
     Attributes:
         stop: when it is set, nothing is repeated any more.
     """
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None,
-        timeout: float,
-        retries: int,
-        wait: Callable[[float], Any] | None = None,
-    ) -> None:
+    def __init__(self, url: str, key: str | None, timeout: float, retries: int) -> None:
         parts = urllib.parse.urlparse(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise CropiError(
@@ -56,7 +47,6 @@ class Server:
         self.url = url.rstrip("/") if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1"
         self._key, self.timeout, self.retries = key, timeout, retries
         self.stop = threading.Event()
-        self._wait = wait or self.stop.wait
 
     def get(self, path: str) -> Any:
         """The JSON at a path."""
@@ -90,7 +80,7 @@ class Server:
             except (ValueError, RecursionError) as error:
                 problem, pause = f"answered no JSON ({str(error)[:100]})", None
             if attempt < self.retries:
-                self._wait(_pause(attempt, pause))
+                self.stop.wait(_pause(attempt, pause))
             if self.stop.is_set():
                 break
         raise ServerError(

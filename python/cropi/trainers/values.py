@@ -18,10 +18,10 @@ from cropi.errors import CropiError
 
 AS_TEXT = (decimal.Decimal, fractions.Fraction, uuid.UUID, pathlib.PurePath, datetime.timedelta)
 LARGEST, DEEPEST = 1_000_000, 100
-COLUMN = "leave the column out of Recording(columns=...), or turn it into text or numbers in the dataset"
+REMEDY = "leave the column out of Recording(columns=...), or turn it into text or numbers in the dataset"
 
 
-def plain_value(value: Any, where: str, remedy: str = COLUMN) -> Any:
+def plain_value(value: Any, where: str) -> Any:
     """A value of a dataset in JSON's types.
 
     Dates and times become text in ISO form, decimals and fractions their digits, bytes base64, numbers of NumPy and
@@ -30,24 +30,23 @@ def plain_value(value: Any, where: str, remedy: str = COLUMN) -> Any:
     Args:
         value: anything.
         where: named in the message.
-        remedy: how the message ends.
 
     Raises:
         CropiError: an object that has no form in JSON (an image, say).
     """
-    return _plain(value, where, remedy, [LARGEST], 0)
+    return _plain(value, where, [LARGEST], 0)
 
 
-def _plain(value: Any, where: str, remedy: str, left: list[int], depth: int) -> Any:
+def _plain(value: Any, where: str, left: list[int], depth: int) -> Any:
     left[0] -= 1
     if left[0] < 0 or depth > DEEPEST:
         raise CropiError(
             f"{where}: a value of more than {LARGEST} parts, or nested more than {DEEPEST} deep, is not written into a "
-            f"record; {remedy}"
+            f"record; {REMEDY}"
         )
 
     def inside(part: Any) -> Any:
-        return _plain(part, where, remedy, left, depth + 1)
+        return _plain(part, where, left, depth + 1)
 
     if value is None or isinstance(value, (bool, int)):
         return value
@@ -72,7 +71,7 @@ def _plain(value: Any, where: str, remedy: str, left: list[int], depth: int) -> 
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # NumPy and torch
         return inside(value.tolist())
     raise CropiError(
-        f"{where}: a value of type {type(value).__name__:.60} cannot be written into a record; {remedy}"
+        f"{where}: a value of type {type(value).__name__:.60} cannot be written into a record; {REMEDY}"
     )
 
 
