@@ -1,5 +1,5 @@
-"""Whether fused taps are worth it: a layer's norm and gated product, eager and fused, with the predictions of
-docs/gpu.md beside them; and the fused kernels held to the eager ones on the same operands.
+"""Whether fused taps are worth it: a layer's norm and gated product, eager and fused, beside what was predicted from
+the bytes that they read and write; and the fused kernels held to the eager ones on the same operands.
 
 Whole passes with and without are rows of `model`.
 """
