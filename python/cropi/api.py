@@ -304,7 +304,7 @@ def write_report(
     scores = chosen.scores
     groups: Iterable[PromptGroup] = ()
     if train is not None:
-        groups = records = read(auto.opened(train, columns=columns), columns=columns)
+        groups = records = read(auto.opened(train, columns=columns), columns=columns, rewards=None)
         # Records of other prompts would make a page without a text.
         for _ in records.take(chosen.ids):
             pass

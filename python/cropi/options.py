@@ -15,7 +15,7 @@ from cropi.errors import CropiError
 from cropi.grouping import Grouping
 from cropi.option_fields import Options, check_used, listed, option, split
 
-ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo")
+ESTIMATORS = ("cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo", "sft")
 STORE_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "int1")
 KINDS = ("slab", "countsketch", "dropout", "kron", "tensor")
 BASELINES = ("random", "learnability", "pass_rate")  # methods that look at no score

@@ -26,7 +26,6 @@ from cropi.agreement import Ranks
 from cropi.checked import fits
 from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
-from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan
 from cropi.data.share import Share, without
 from cropi.errors import CropiError
@@ -257,7 +256,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 def _row(group: PromptGroup, responses: int | None) -> RowInfo:
     """A prompt's row before it is sketched; ``tokens`` counts the responses that would go through the model."""
-    reason = no_gradient_reason(group.rewards)
+    reason = group.no_gradient
     if reason:
         return row_of(group, SKIPPED, reason, None)
     _, lengths = group.lengths

@@ -58,7 +58,7 @@ def sketches(
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
-@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS.keys() - {"sft"}))
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_masked_gradient_is_that_of_the_scored_tokens(
     tmp_path: Path, layout: str, estimator: str, stored: bool

@@ -172,7 +172,7 @@ def health(model: Any, record: dict[str, Any], estimator: str) -> list[float]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("estimator", OBJECTIVES)
+@pytest.mark.parametrize("estimator", sorted(OBJECTIVES.keys() - {"sft"}))
 def test_from_rollouts_to_chosen_prompts(estimator: str, world: Any) -> None:
     model, wide, train, valid = world
     stores = [cropi.sketch(model, given, estimator=estimator, **GIVEN) for given in (train, valid)]

@@ -45,11 +45,11 @@ def with_token_ids(record: dict[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------- objectives
 def advantages(rewards: Sequence[float], kind: str) -> list[float]:
-    """``std``: (R - mean) / (sd + eps); ``mean``: R - mean; ``loo``: R - mean of the others."""
+    """``std``: (R - mean) / (sd + eps); ``mean``: R - mean; ``loo``: R - mean of the others; ``reward``: R."""
     r = np.array(rewards, dtype=np.float64)
     if kind == "loo":
         return [float(r[k] - np.delete(r, k).mean()) for k in range(len(r))]
-    centred = r - r.mean()
+    centred = r if kind == "reward" else r - r.mean()
     return (centred / (r.std(ddof=1) + EPS) if kind == "std" else centred).tolist()
 
 
@@ -92,6 +92,7 @@ OBJECTIVES: dict[str, tuple[str, Objective]] = {
     "bnpo": ("std", per_response(lambda p, q, a: ppo(p, q, a).sum())),
     "dapo": ("std", per_token(lambda p, q, a: clipped((p - q).exp(), a, 0.2, 0.28))),
     "cispo": ("std", per_token(lambda p, q, a: (p - q).exp().clamp(max=5.0).detach() * a * p)),
+    "sft": ("reward", per_response(lambda p, q, a: (p * a).mean())),
 }
 
 

@@ -89,12 +89,11 @@ def _sizes(
     groups: Iterable[PromptGroup], tokens: Tokenize, skip_bad: bool
 ) -> Iterator[tuple[PromptGroup, int]]:
     """Prompts with a gradient, and how many tokens they and their responses have."""
-    from cropi.data.rewards import no_gradient_reason
     from cropi.errors import RecordError
     from cropi.gradient.tokenize import TooLong
 
     for group in groups:
-        if no_gradient_reason(group.rewards) is not None:
+        if group.no_gradient is not None:
             continue
         prompt, responses = group.lengths
         if prompt is None or responses is None:

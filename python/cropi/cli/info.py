@@ -133,7 +133,12 @@ def _tokens(args: argparse.Namespace) -> None:
         template_date=args.template_date,
     )
     for group in islice(
-        read(options.opened(args, args.path, policy), skip_bad=args.skip_bad, columns=args.columns),
+        read(
+            options.opened(args, args.path, policy),
+            skip_bad=args.skip_bad,
+            columns=args.columns,
+            rewards=None,
+        ),
         args.show_tokens,
     ):
         print("\n".join(token_lines(tokens(group), tokenizer)))
@@ -190,11 +195,14 @@ def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
     from cropi.data.scan import scan
 
     path = args.path
-    counted = scan(read(options.opened(args, path), skip_bad=args.skip_bad, columns=args.columns))
+    opened = options.opened(args, path)
+    counted = scan(read(opened, skip_bad=args.skip_bad, columns=args.columns, rewards=None))
     print(
         f"trajectories  {path}: {counted.prompts} prompts, {counted.responses} responses, "
         f"{counted.usable} prompts usable"
     )
+    if counted.demonstrations:
+        print(f"no rewards    in {counted.demonstrations} records: demonstrations, for --estimator sft")
     for reason, count in sorted(counted.without_gradient.items()):
         hint = f"; {IDS_OF_RESPONSES}" if reason == ONE_RESPONSE and count == counted.prompts else ""
         print(f"no gradient   {count} prompts: {reason}{hint}")
@@ -206,7 +214,7 @@ def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
     print(f"fingerprint   {counted.fingerprint}")
     return {
         "kind": "trajectories", "prompts": counted.prompts, "responses": counted.responses, "usable": counted.usable,
-        "without_gradient": dict(counted.without_gradient), "sets": counted.sets, "with_ids": counted.with_ids,
-        "with_logprobs": counted.with_logprobs, "bad": [str(error) for error in counted.bad],
-        "fingerprint": counted.fingerprint,
+        "demonstrations": counted.demonstrations, "without_gradient": dict(counted.without_gradient),
+        "sets": counted.sets, "with_ids": counted.with_ids, "with_logprobs": counted.with_logprobs,
+        "bad": [str(error) for error in counted.bad], "fingerprint": counted.fingerprint,
     }  # fmt: skip

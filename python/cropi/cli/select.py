@@ -118,7 +118,7 @@ def _groups(args: argparse.Namespace) -> Any:
     if not args.trajectories:
         return None
     opened = options.opened(args, args.trajectories, skip_bad=True)
-    return read(opened, skip_bad=True, columns=args.columns)
+    return read(opened, skip_bad=True, columns=args.columns, rewards=None)
 
 
 @dataclass(frozen=True)

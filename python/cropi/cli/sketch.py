@@ -136,7 +136,6 @@ def _on_ray(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, team: Team | None, group: Group | None) -> int:
-    from cropi.data.readers import read
     from cropi.sketching.run import check_tokens, scan_groups, sketch
 
     policy, job = _inputs(args, group and group.config)
@@ -158,9 +157,7 @@ def _run(args: argparse.Namespace, team: Team | None, group: Group | None) -> in
     else:
         job = replace(job, shard=args.shard)
         if args.dry_run:
-            job = replace(
-                job, trajectories=read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
-            )
+            job = replace(job, trajectories=job.read())
         scan = scan_groups(policy, job)  # before the time that loading the weights takes is spent
         if args.dry_run:
             check_tokens(policy, job, job.trajectories, scan)

@@ -50,7 +50,9 @@ class Files:
                 list(names), plan.source if given else auto.AUTO, skip_bad=plan.job.skip_bad, columns=columns,
                 reading=reading, say=self.say,
             )  # fmt: skip
-        return read(self._held[names], skip_bad=plan.job.skip_bad, columns=columns)
+        return read(
+            self._held[names], skip_bad=plan.job.skip_bad, columns=columns, rewards=plan.job.estimator.centred
+        )
 
     def keep(self, source: Source) -> None:
         """Forget files that a stage does not work on: what dumps were converted to is temporary files of their size."""

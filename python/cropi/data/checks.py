@@ -26,7 +26,7 @@ ID_REMEDY = (
 )
 REWARDS_REMEDY = (
     "score the responses and write one number for each as 'rewards' (`cropi rollout` samples and scores), or pass "
-    "--skip-bad"
+    "--skip-bad; demonstrations have none, and go with --estimator sft"
 )
 TOP_REMEDY = (
     "give the log-prob of the sampled token alone; `cropi convert --source vllm` takes it out of a table of the "

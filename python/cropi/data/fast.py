@@ -23,9 +23,13 @@ MARK = b"\xef\xbb\xbf"
 
 
 class RecordReader:
-    """Reads the records of files of one kind; the extra keys that it has met become part of its decoder."""
+    """Reads the records of files of one kind; the extra keys that it has met become part of its decoder.
 
-    def __init__(self) -> None:
+    ``rewards``: see :func:`cropi.data.records.make_group`.
+    """
+
+    def __init__(self, rewards: bool | None = True) -> None:
+        self._rewards = rewards
         self._extra: dict[str, str] = {}  # key in the record -> name of the decoder's field
         self._decoder: Any = self._make()
 
@@ -37,7 +41,7 @@ class RecordReader:
         """
         if line.startswith(MARK):
             line = line[3:]
-        if self._decoder is not None:
+        if self._decoder is not None and self._rewards is not False:
             check_line(line, where)
             try:
                 record = self._decoder.decode(line)
@@ -45,7 +49,7 @@ class RecordReader:
                 record = None
             if record is not None and (group := self._group(record, line, where)) is not None:
                 return group
-        group = parse_record(line, where, default_id=default_id)
+        group = parse_record(line, where, default_id=default_id, rewards=self._rewards)
         self._learn(group)
         return group
 

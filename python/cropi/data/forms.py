@@ -7,6 +7,7 @@ record           ``rewards``, a list                                   it is one
 response         ``reward``, a number, and one response                rows are grouped by ``id``, or by the prompt
 conversation     ``reward`` and ``messages`` with the assistant's      the same; the prompt ends where the assistant
                                                                        first speaks
+demonstration    a response or ``messages``, and no reward             the same, where the estimator takes them
 prompt           neither rewards nor responses                         an error: it has to be rolled out first
 ===============  ====================================================  ==============================================
 """
@@ -114,8 +115,8 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> d
     return made
 
 
-def form_of(row: Mapping[str, Any], where: str) -> str:
-    """The form of a row (see above).
+def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) -> str:
+    """The form of a row (see above); ``rewards``: see :func:`cropi.data.records.make_group`.
 
     Raises:
         CropiError: it holds prompts alone, or neither form whole; the message says what is missing.
@@ -123,13 +124,15 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     keys = [key for key, value in row.items() if value is not None]
     if "rewards" in keys or "responses" in keys or "completions" in keys:
         return RECORD
+    if not rewards and any(SINGLE.get(key) == "response_ids" and _is_nested(row[key]) for key in keys):
+        return RECORD
     has_response = any(_is_single(key) and key != "reward" for key in keys)
     messages = row.get("messages")
     talks = isinstance(messages, list) and any(
         isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
     )
     # A response that could not be scored has a reward that is null.
-    has_reward = "reward" in (row if has_response or talks else keys)
+    has_reward = not rewards or "reward" in (row if has_response or talks else keys)
     if has_reward and has_response:
         return RESPONSE
     if has_reward and talks:
@@ -145,6 +148,10 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     if not (has_response or talks):
         _missing("response", _ANSWERS, row, keys, where)
     return RECORD
+
+
+def _is_nested(ids: Any) -> bool:
+    return isinstance(ids, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in ids)
 
 
 def _held(keys: Sequence[str]) -> str:
@@ -165,7 +172,14 @@ def _missing(
     else:
         name, needs = wanted, f"a row a response needs {wanted!r}, and has none"
     hint = f"did you mean --columns {name}={near}? " if near else ""
-    raise CropiError(f"{where}: {needs}; {hint}name the column with --columns {name}=NAME ({_held(keys)})")
+    more = (
+        "; demonstrations, which have none, go with --estimator sft"
+        if wanted == "reward" and not hint
+        else ""
+    )
+    raise CropiError(
+        f"{where}: {needs}; {hint}name the column with --columns {name}=NAME ({_held(keys)}){more}"
+    )
 
 
 def split_conversation(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Places:
         It raises a CropiError where a file was changed.
         """
         files: dict[int, Any] = {}
-        parse = RecordReader()
+        parse = RecordReader(rewards=None)  # the pass that noted the places has checked them
 
         def read(name: str) -> PromptGroup:
             number = self._numbers[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from cropi.data.forms import (
     split_conversation,
 )
 from cropi.data.places import Places, all_lines, kept_places
-from cropi.data.records import PromptGroup, check_characters, make_group, parse_json
+from cropi.data.records import WITH_REWARDS, PromptGroup, check_characters, make_group, parse_json
 from cropi.data.sources import Row, Source, sources_of
 from cropi.data.spilled import Spilled
 from cropi.data.tables import TableRow, row_of_table
@@ -33,6 +33,10 @@ from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError, warn
 from cropi.files import open_to_read
 
+WITHOUT_REWARDS = (
+    "the group holds demonstrations, without rewards",
+    "name the --estimator sft, or leave it out",
+)
 WITH_ID = "this record has an 'id', and those before it have none", "give all an id, or none"
 
 
@@ -46,6 +50,7 @@ def read(
     skip_bad: bool = False,
     columns: str | Mapping[str, str] | None = None,
     name: str = "records",
+    rewards: bool | None = True,
 ) -> PromptGroups:
     """The prompt groups of a source, which can be gone through again and again.
 
@@ -57,6 +62,8 @@ def read(
         skip_bad: leave bad records out, and count them in :attr:`PromptGroups.bad`, instead of raising.
         columns: names of columns, ``{"prompt": "question", "reward": "score"}`` or ``"prompt=question,reward=score"``.
         name: what messages call a source in memory.
+        rewards: whether records must have rewards; False: they must have none, and hold demonstrations
+            (``estimator="sft"``); None: some may.
 
     Raises:
         CropiError: nothing that can be read; what is wrong inside shows when the groups are gone through.
@@ -68,7 +75,9 @@ def read(
     """
     if isinstance(source, PromptGroups):
         return source
-    return PromptGroups(sources_of(source, name), skip_bad=skip_bad, columns=parse_columns(columns))
+    return PromptGroups(
+        sources_of(source, name), skip_bad=skip_bad, columns=parse_columns(columns), rewards=rewards
+    )
 
 
 @dataclass
@@ -79,12 +88,14 @@ class PromptGroups:
         sources: where they come from, in order.
         skip_bad: leave bad records out, and count them.
         columns: names of columns.
+        rewards: see :func:`read`.
         bad: the errors of the records that the last full pass left out.
     """
 
     sources: list[Source]
     skip_bad: bool = False
     columns: dict[str, str] = field(default_factory=dict)
+    rewards: bool | None = True
     bad: list[RecordError] = field(default_factory=list)
     # What cropi.data.scan.scan() counted in them; it counts once.
     scan: Any = field(default=None, repr=False)
@@ -114,7 +125,7 @@ class PromptGroups:
             CropiError: a file is missing, unreadable, damaged or holds no record.
         """
         places, bad = Places(), list[RecordError]()
-        state = _State(self.columns, on_line)
+        state = _State(self.columns, on_line, self.rewards)
         for number, source in enumerate(self.sources):
             empty = True
             for where, offset, made in state.groups(source):
@@ -204,7 +215,7 @@ class PromptGroups:
                 for _, names, _ in places.in_order(ids):
                     yield from map(find, names)
             return
-        state = _State({}, None)
+        state = _State({}, None, self.rewards)
         for number, names, offsets in places.in_order(ids):
             rows = self.sources[number].table_rows(offsets)
             for name, given in zip_longest(names, rows):
@@ -237,16 +248,18 @@ def read_trajectories(
     """
     groups = read(paths)
     if skip_bad and not groups.skip_bad:
-        groups = PromptGroups(groups.sources, skip_bad=True, columns=groups.columns)
+        groups = replace(groups, skip_bad=True)
     return groups.each(on_bad, on_line)
 
 
 class _State:
     """What one pass over several sources has to remember."""
 
-    def __init__(self, columns: Mapping[str, str], on_line: Callable[[bytes], None] | None) -> None:
-        self.columns, self.given, self.on_line = columns, columns, on_line
-        self.reader = RecordReader()
+    def __init__(
+        self, columns: Mapping[str, str], on_line: Callable[[bytes], None] | None, rewards: bool | None = True
+    ) -> None:
+        self.columns, self.given, self.on_line, self.rewards = columns, columns, on_line, rewards
+        self.reader = RecordReader(rewards)
         self.hashed: bool | None = None  # whether the records have no ids; None before the first
 
     def groups(self, source: Source) -> Iterator[tuple[str, int | None, Any]]:
@@ -294,7 +307,7 @@ class _State:
         if isinstance(row, PromptGroup):
             return RECORD
         try:
-            return form_of(self._dictionary(row, where), where)
+            return form_of(self._dictionary(row, where), where, rewards=self.rewards)
         except RecordError:
             return RECORD  # the error comes again, when the record is read
 
@@ -315,6 +328,8 @@ class _State:
                 raise RecordError(where, *WITH_ID)
             self.hashed = False
         if isinstance(row, PromptGroup):
+            if self.rewards is not None and row.demonstrations is self.rewards:
+                raise RecordError(where, *(WITHOUT_REWARDS if self.rewards else WITH_REWARDS))
             return row
         if isinstance(row, bytes) and not self.columns and not self.hashed:
             try:
@@ -333,7 +348,8 @@ class _State:
             self.hashed = "id" not in record
         if self.hashed and record.get("id") is not None:
             raise RecordError(where, *WITH_ID)
-        return make_group(record, where, line=line, default_id=content_id(record) if self.hashed else None)
+        name = content_id(record) if self.hashed else None
+        return make_group(record, where, line=line, default_id=name, rewards=self.rewards)
 
     def _grouped(self, form: str, first: Row, rows: Iterator[Row]) -> Iterator[tuple[str, None, Any]]:
         """Rows of one response each, kept in a temporary file until all rows of their prompt are there."""
@@ -382,7 +398,7 @@ def rows_without_checks(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def _dictionaries(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(where, row)`` of every row that is not blank."""
-    state = _State({}, None)
+    state = _State({}, None, None)
     for source in sources_of(path):
         for where, _, row in state._told(source.rows(), False):
             yield where, state._dictionary(row, where)

@@ -15,10 +15,16 @@ from typing import Any
 from cropi.bulk import check_bulk
 from cropi.data.checks import ID_REMEDY, REWARDS_REMEDY, check_depth, check_group, check_id
 from cropi.data.keys import FIELDS, named
+from cropi.data.rewards import no_gradient_reason
 from cropi.data.values import json_value
 from cropi.errors import CropiError, RecordError, did_you_mean
 
 Message = dict[str, Any]
+
+WITH_REWARDS = (
+    "there are rewards, and the estimator takes demonstrations, which have none",
+    "leave them out (--columns rewards=, or reward= of a row a response), or name another --estimator",
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class PromptGroup:
     """One prompt with its K stored rollouts. ``where`` is ``file:line``, ``line`` the bytes it was read from.
 
     ``loss_mask`` holds a 1 for every token of ``response_ids`` that the policy sampled, and a 0 for those that a tool
-    or a user put in between, which are context only; None: all are scored.
+    or a user put in between, which are context only; None: all are scored. ``demonstrations``: the record has no
+    rewards, and each of its responses is one to learn from, as if its reward were 1.
     """
 
     id: str
@@ -48,11 +55,17 @@ class PromptGroup:
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = ""
     line: bytes | None = field(default=None, repr=False, compare=False)
+    demonstrations: bool = False
 
     @property
     def size(self) -> int:
         """The number of responses, K."""
         return len(self.rewards)
+
+    @property
+    def no_gradient(self) -> str | None:
+        """Why the prompt has no gradient, as far as its rewards say it; or None."""
+        return None if self.demonstrations else no_gradient_reason(self.rewards)
 
     @property
     def file(self) -> str | None:
@@ -93,23 +106,28 @@ class PromptGroup:
 
     def to_record(self) -> dict[str, Any]:
         """The JSON object of this group: every field that is set, then the extra keys."""
-        known = {name: getattr(self, name) for name in FIELDS}
+        known = {
+            name: getattr(self, name) for name in FIELDS if not (name == "rewards" and self.demonstrations)
+        }
         return {name: value for name, value in known.items() if value is not None} | self.extra
 
 
-def parse_record(line: bytes | str, where: str, *, default_id: str | None = None) -> PromptGroup:
+def parse_record(
+    line: bytes | str, where: str, *, default_id: str | None = None, rewards: bool | None = True
+) -> PromptGroup:
     """Parse and check one line.
 
     Args:
         line: one JSON object, as UTF-8 if it is bytes.
         where: ``file:line``, for messages.
         default_id: of a record without an ``id``.
+        rewards: see :func:`make_group`.
 
     Raises:
         RecordError: not JSON, a key is missing or not supported, or the values do not fit together.
     """
     data = line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass")
-    return make_group(parse_json(data, where), where, line=data, default_id=default_id)
+    return make_group(parse_json(data, where), where, line=data, default_id=default_id, rewards=rewards)
 
 
 def parse_json(line: bytes, where: str) -> dict[str, Any]:
@@ -155,9 +173,19 @@ def check_line(line: bytes, where: str) -> None:
 
 
 def make_group(
-    record: Mapping[str, Any], where: str, *, line: bytes | None = None, default_id: str | None = None
+    record: Mapping[str, Any],
+    where: str,
+    *,
+    line: bytes | None = None,
+    default_id: str | None = None,
+    rewards: bool | None = True,
 ) -> PromptGroup:
     """The checked prompt group of a record.
+
+    Args:
+        record: its keys and values.
+        where, line, default_id: as for :func:`parse_record`.
+        rewards: whether it must have rewards; False: it must have none, and holds demonstrations; None: as it is.
 
     Raises:
         RecordError: a key is missing or not supported, or the values do not fit together.
@@ -169,6 +197,12 @@ def make_group(
     values |= {key: value for key, value in record.items() if key in values}
     if "id" not in record:
         values["id"] = default_id
+    demonstrations = not rewards and values["rewards"] is None and record.get("reward") is None
+    if rewards is False and not demonstrations:
+        raise RecordError(where, *WITH_REWARDS)
+    if demonstrations:
+        given = values["responses"] if values["response_ids"] is None else values["response_ids"]
+        values["rewards"] = [1.0] * len(given) if isinstance(given, list) else []
     held = f"the record has {', '.join(map(repr, list(record)[:40])) or 'no key'}"
     for name in ("id", "rewards"):
         if values[name] is None:
@@ -180,9 +214,11 @@ def make_group(
             raise RecordError(
                 where, f"the key {text_key!r} is missing (and {ids_key!r} too): {held}", *remedy
             )
+    if demonstrations and not values["rewards"]:
+        raise RecordError(where, "'responses' must be a list with at least one response")
     values["id"] = check_id(values["id"], where)
     checked = check_group(values, f"{where} (prompt {values['id']!r:.100})")
-    return PromptGroup(**checked, extra=extra, where=where, line=line)
+    return PromptGroup(**checked, extra=extra, where=where, line=line, demonstrations=demonstrations)
 
 
 def _near(name: str, keys: Mapping[str, Any]) -> list[str]:

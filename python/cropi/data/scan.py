@@ -11,7 +11,7 @@ from typing import Any
 from cropi.data.pieces import Pieces
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
-from cropi.data.rewards import IDS_OF_RESPONSES, ONE_RESPONSE, no_gradient_reason
+from cropi.data.rewards import IDS_OF_RESPONSES, ONE_RESPONSE
 from cropi.errors import CropiError, RecordError, warn
 
 
@@ -32,6 +32,7 @@ class Scan:
     # Prompts, and those that have a gradient, by task and by file; "" for none.
     by_task: dict[str, list[int]] = field(default_factory=dict)
     by_file: dict[str, list[int]] = field(default_factory=dict)
+    demonstrations: int = 0  # prompts of records without rewards
     with_ids: int = 0
     with_prompt_ids: int = 0
     without_ends: int = 0  # responses are text, and which of them a limit cut is not said
@@ -70,7 +71,7 @@ class Scan:
         self.prompts += 1
         self.responses += group.size
         self.contents.append(prompt_hash(group))
-        reason = no_gradient_reason(group.rewards)
+        reason = group.no_gradient
         if reason:
             self.without_gradient[reason] += 1
         self.by_set.setdefault(group.set or "", Counter())[reason or ""] += 1
@@ -79,6 +80,7 @@ class Scan:
             count[0] += 1
             count[1] += not reason
         prompt, sizes = group.lengths
+        self.demonstrations += group.demonstrations
         self.with_ids += sizes is not None
         self.with_prompt_ids += prompt is not None
         self.without_ends += sizes is None and group.truncated is None
@@ -157,7 +159,7 @@ def warn_lossy(counts: Scan, name: str, eos: bool = True) -> None:
     """Say once that records without token ids will be tokenised again from their text, and of how many it is not known
     which responses were cut; ``name``: what holds them; ``eos``: whether these get an end token."""
     lossy = counts.prompts - counts.with_ids
-    if not lossy:
+    if not lossy or counts.demonstrations == counts.prompts:  # which nobody sampled
         return
     ends = ""
     if eos and counts.without_ends:

@@ -26,15 +26,19 @@ bnpo         (1/c) mean_k sum_t C(rho, A)          mean, sd      l = h = 0.2    
 dapo         (1/sum_k |tau_k|) sum_{k,t} C(rho,A)  mean, sd      l = 0.2, h = 0.28  sum |tau_k|
 cispo        (1/sum_k |tau_k|) sum_{k,t}           mean, sd      rho counts as at   sum |tau_k|
              stop(min(rho, 5)) log pi A                          most 5
+sft          mean_k mean_t log pi R                the reward    no ratio at all    K |tau_k|
 ===========  ====================================  ============  =================  ===========
 
 C(rho, A) = min(rho A, clip(rho, 1 - l, 1 + h) A) is PPO's clipped objective; s_k = exp(mean_t log rho) is the ratio of
 a response; the advantage that leaves one out is R_k minus the mean of the other rewards, K / (K - 1) (R_k - mean).
+sft is for demonstrations, which are records without rewards: each response counts with R = 1, so that g is minus the
+gradient of the loss of supervised fine-tuning, averaged over the tokens of each response.
 bnpo's c is the number of tokens in a batch, one for all of its prompts, so that it changes no cosine.
 
 Sources: CROPI arXiv 2510.26491; PPO arXiv 1707.06347 with GRPO's averaging (arXiv 2402.03300); GSPO arXiv 2507.18071;
 REINFORCE (Williams 1992) with the group mean as baseline; RLOO arXiv 2402.14740; Dr. GRPO arXiv 2503.20783; BNPO as in
-TRL's ``loss_type="bnpo"``; DAPO arXiv 2503.14476; CISPO arXiv 2506.13585, with the bound of arXiv 2510.13786.
+TRL's ``loss_type="bnpo"``; DAPO arXiv 2503.14476; CISPO arXiv 2506.13585, with the bound of arXiv 2510.13786; data for
+supervised fine-tuning chosen by such gradients: LESS arXiv 2402.04333.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ from cropi.gradient.equal import sum_of_equals
 LENGTHS = ("response", "group", "constant")
 LEVELS = ("token", "sequence")
 # Fields that the first manifests did not have: they are written where they say something.
-LATER = {"level": "token", "cap": None, "delta": None, "loo": False}
+LATER = {"level": "token", "cap": None, "delta": None, "loo": False, "centred": True}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Estimator:
         delta: bounds the unclipped term of the clipped objective: min(min(rho, delta) A, clip(rho) A), so that a
             token with A < 0 has no gradient above both bounds (INTELLECT-2, arXiv 2505.07291); None: no bound.
         loo: the advantage's mean leaves the response itself out.
+        centred: subtract the mean of the rewards; False: the reward itself is the advantage, and records have none (1).
 
     >>> Estimator("mine", clip_low=0.2, clip_high=0.28, length="group").divisors([3, 5])
     array([8., 8.])
@@ -91,6 +96,7 @@ class Estimator:
     cap: float | None = None
     delta: float | None = None
     loo: bool = False
+    centred: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -126,11 +132,18 @@ class Estimator:
             raise ValueError(
                 "loo: an advantage that leaves one out is not divided by the standard deviation; std=False"
             )
+        if not self.centred and (self.std or self.loo or self.ratio):
+            raise ValueError(
+                "centred=False: demonstrations have no ratio and no other advantage; give ratio=False, std=False and "
+                "loo=False"
+            )
         if not 0 < self.constant < math.inf:
             raise ValueError(f"constant must be a finite number above 0, got {self.constant}")
 
     def advantages(self, rewards: Sequence[float]) -> np.ndarray:
         """Advantages of one prompt's K responses, float64 ``[K]``."""
+        if not self.centred:
+            return np.asarray(rewards, dtype=np.float64)
         values = group_advantages(rewards, std=self.std, eps=self.eps)
         return values * (len(values) / (len(values) - 1)) if self.loo else values
 
@@ -329,6 +342,7 @@ ESTIMATORS = {
     "bnpo": Estimator("bnpo", clip_low=0.2, clip_high=0.2, length="constant"),
     "dapo": Estimator("dapo", clip_low=0.2, clip_high=0.28, length="group"),
     "cispo": Estimator("cispo", length="group", cap=5.0),
+    "sft": Estimator("sft", ratio=False, std=False, centred=False),
 }
 
 
@@ -336,8 +350,8 @@ def make_estimator(name: str, **changes: Any) -> Estimator:
     """The estimator called ``name``, with the fields that are not None in ``changes`` replaced.
 
     Args:
-        name: "cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo" or "cispo"; docs/method.md
-            has the formula of each.
+        name: "cropi", "grpo", "ppo", "gspo", "reinforce", "rloo", "dr_grpo", "bnpo", "dapo", "cispo" or "sft";
+            docs/method.md has the formula of each.
         changes: fields of :class:`Estimator`.
 
     >>> make_estimator("ppo", clip_low=0.1).clip_low

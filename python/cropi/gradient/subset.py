@@ -73,6 +73,11 @@ class Subset:
 
     def check(self, estimator: Estimator) -> None:
         """Raises CropiError: the estimator, or the draw of noise, needs what would be left out."""
+        if self.noise and not estimator.centred:
+            raise CropiError(
+                "noise is that of sampled responses, by their rewards, and the estimator takes demonstrations: leave "
+                "one of both out"
+            )
         left = {"responses": self.responses, "token_share": self.tokens}
         for name, value in left.items() if self.noise else ():
             if value is not None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.gradient.equal import all_cancel
 from cropi.gradient.estimators import Estimator
@@ -57,7 +56,7 @@ def no_sketch_reason(
     Raises:
         CropiError: the log-probs of the behaviour policy are needed, and the group has none.
     """
-    if reason := no_gradient_reason(group.group.rewards):
+    if reason := group.group.no_gradient:
         return reason
     if source == "file" and estimator.ratio and group.logprobs is None:
         raise CropiError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cropi.agreement import Alone, Ranks
-from cropi.data.readers import PromptGroups, read
+from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan, check_covered, check_pool
 from cropi.data.share import Share
@@ -179,7 +179,7 @@ def part_of(
 ) -> tuple[Part, Scan, Scan]:
     """The part of this rank, the scan of everything, and the scan of the prompts that may be chosen."""
     kind = "train" if name == "train" else "valid"
-    groups = read(source, skip_bad=job.skip_bad, columns=job.columns, name=kind)
+    groups = job.read(source, kind)
     if known is None and ranks.world == 1:
         scan = scan_groups(policy, job, groups)
         behaviour_source(job.behaviour, scan, job.estimator.ratio)

@@ -67,7 +67,7 @@ def prompt_texts(trajectories: Any, ids: Sequence[str], width: int = 60) -> dict
     ``trajectories`` is what :func:`cropi.data.readers.read` takes or gave.
     """
     texts = {}
-    for group in read(trajectories, skip_bad=True).take(ids, missing_ok=True):
+    for group in read(trajectories, skip_bad=True, rewards=None).take(ids, missing_ok=True):
         prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
         texts[group.id] = " ".join("".join(c if c.isprintable() else " " for c in prompt).split())
     alike = commonprefix(list(texts.values())).rfind(" ") + 1 if len(texts) > 1 else 0

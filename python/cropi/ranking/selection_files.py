@@ -118,7 +118,7 @@ def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, 
     Raises:
         CropiError: a chosen prompt is not in the trajectories.
     """
-    groups, contents = read(trajectories, skip_bad=True), set[str]()
+    groups, contents = read(trajectories, skip_bad=True, rewards=None), set[str]()
     chosen = len(selection.chosen)
     rest = dict.fromkeys(scores.rows[i].id for i in selection.chosen)
     with summed(path), replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -138,7 +138,7 @@ def _texts(
         snippets[group.id] = snippet(" ".join(prompt.split()))
         if group.id in full:
             rewards = group.rewards
-            advantages = _advantages(rewards)
+            advantages = rewards if group.demonstrations else _advantages(rewards)
             responses = group.responses or ["(token ids)"] * len(rewards)
             details[group.id] = _long(prompt) | {
                 "responses": [

@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 
-from cropi.data.readers import read
-from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
@@ -87,7 +85,7 @@ def check_groups(
     check_dropout(policy.model, "model")
     spec = SketchSpec() if spec is None else spec
     source = behaviour if isinstance(behaviour, Behaviour) else Behaviour(behaviour)
-    sample = [group for group in groups if no_gradient_reason(group.group.rewards) is None]
+    sample = [group for group in groups if group.group.no_gradient is None]
     if len(sample) < 4:
         raise CropiError(
             f"the sample holds {len(sample)} prompts with a gradient ({len(groups)} in all): give at least 4, better "
@@ -265,13 +263,13 @@ def check_job(
         raise CropiError(f"n must be at least 4, got {n}")
     if job.grouped:
         raise CropiError("layer_groups, groups: the sketch of all parameters is checked; leave them out here")
-    groups = read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
+    groups = job.read()
     scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)
     behaviour = resolve_behaviour(job.behaviour, scan, job.estimator, job.behaviour_model, policy=policy)
     job = with_date(policy, job, scan)
     tokens = make_tokenize(policy, job)
-    usable = [group.id for group in groups.each() if no_gradient_reason(group.rewards) is None]
+    usable = [group.id for group in groups.each() if group.no_gradient is None]
     sample = []
     for group in groups.take(_drawn(usable, n, seed)):
         with suppress(TooLong):

@@ -181,7 +181,7 @@ def _records(store: SketchStore, records: Callable[[SketchStore], Any]) -> Promp
         warnings.simplefilter("ignore")
         held = records(store)
         columns = (store.manifest.get("tokens") or {}).get("columns")
-        return None if held is None else read(held, skip_bad=True, columns=columns)
+        return None if held is None else read(held, skip_bad=True, columns=columns, rewards=None)
 
 
 def _shown(

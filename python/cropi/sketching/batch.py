@@ -198,6 +198,8 @@ def _members(segments: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _advantages(kind: Estimator, rewards: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     made = torch.zeros(len(rewards), dtype=torch.float64, device="cpu")
+    if not kind.centred:
+        return torch.from_numpy(kind.advantages(rewards.tolist())).to(rewards.device)
     for rows in _members(segments):
         if len(rows) < 2:
             raise CropiError(

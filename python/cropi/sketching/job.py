@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cropi.data.readers import PromptGroups
+from cropi.data.readers import PromptGroups, read
 from cropi.data.scan import Scan
 from cropi.errors import CropiError, warn
 from cropi.files import is_file
@@ -100,6 +100,13 @@ class SketchJob(Grouping, Tokens, Running, Storing):
             raise CropiError(
                 f"shard {self.shard[0]}/{self.shard[1]}: give i/n with 1 <= i <= n; shares are counted from 1"
             )
+
+    def read(self, source: Any = None, name: str = "records") -> PromptGroups:
+        """The prompt groups of a source, by these options; None: of :attr:`trajectories`. ``name``: for messages."""
+        return read(
+            self.trajectories if source is None else source, skip_bad=self.skip_bad, columns=self.columns, name=name,
+            rewards=self.estimator.centred,
+        )  # fmt: skip
 
     @property
     def subset(self) -> Subset:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.pieces import Again
-from cropi.data.readers import PromptGroups, read
+from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
-from cropi.data.rewards import no_gradient_reason
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.data.sources import PathSource
@@ -142,7 +141,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
     """Load the policy, and find what is wrong with a job before the first prompt is computed. See :func:`sketch`."""
     if policy.loaded:
         check_dropout(policy.model, "model")
-    groups = read(job.trajectories, skip_bad=job.skip_bad, columns=job.columns)
+    groups = job.read()
     if scan is None:
         scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)
@@ -178,7 +177,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
 def _few_groups(groups: PromptGroups, tokens: Tokenize) -> Iterator[TokenGroup]:
     """Prompts with a gradient and log-probs, tokenised. Bad ones are left out here, and reported later."""
     for group in groups:
-        if no_gradient_reason(group.rewards) is None and group.logprobs is not None:
+        if group.no_gradient is None and group.logprobs is not None:
             with suppress(RecordError):
                 yield tokens(group)
 
@@ -202,8 +201,7 @@ def scan_groups(
     Raises:
         RecordError: a bad record, or one that does not fit the model.
     """
-    source = job.trajectories if groups is None else groups
-    groups = read(source, skip_bad=job.skip_bad, columns=job.columns)
+    groups = job.read(groups)
     tokens: Tokenize | None = None
     kept: list[KeptTokens] = []
     at_hand, count = policy.at_hand and not job.skip_bad, 0
@@ -214,7 +212,7 @@ def scan_groups(
         bar.update(1)
         wanted = (on_group is None or on_group(group)) and (job.limit is None or count <= job.limit)
         exact = group.prompt_ids is not None and group.response_ids is not None
-        if not (wanted and at_hand) or exact or no_gradient_reason(group.rewards) is not None:
+        if not (wanted and at_hand) or exact or group.no_gradient is not None:
             return
         if tokens is None:
             try:
@@ -272,7 +270,7 @@ def check_tokens(policy: Policy, job: SketchJob, groups: PromptGroups, scan: Sca
             limit is not None and scan.longest > limit
         ):
             for group in islice(groups.each(), job.limit):
-                if no_gradient_reason(group.rewards) is None:
+                if group.no_gradient is None:
                     with suppress(TooLong):
                         tokens(group)
     scan.tokens_checked = _checked_for(policy, job)
@@ -305,7 +303,7 @@ def _token_groups(
         summary.read += 1
         if full and group.id in store:
             continue
-        status, reason = SKIPPED, no_gradient_reason(group.rewards)
+        status, reason = SKIPPED, group.no_gradient
         if not reason:
             try:
                 made = None if kept is None else kept.get(group, tokens)

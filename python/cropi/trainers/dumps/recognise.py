@@ -127,7 +127,7 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
             f"{where}: these are prompts {kind}without responses (the row has {names(row)}), and selection needs "
             f"several scored responses of your policy to each; {_ROLL}"
         )
-    form_of(row, where)  # says what is missing
+    form_of(row, where, rewards=None)  # says what is missing; the reader, whether there must be rewards
     return Found(RECORDS)
 
 

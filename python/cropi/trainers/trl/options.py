@@ -232,13 +232,18 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
     def estimator_used(self) -> Estimator:
         """The estimator itself. "auto" is known with the trainer's configuration, and has a ratio until then."""
         if isinstance(self.estimator, Estimator):
-            return self.estimator
-        if self.estimator == "auto":
-            return make_estimator("grpo")
-        try:
-            return make_estimator(self.estimator)
-        except ValueError as error:
-            raise CropiError(str(error)) from None
+            made = self.estimator
+        else:
+            try:
+                made = make_estimator("grpo" if self.estimator == "auto" else self.estimator)
+            except ValueError as error:
+                raise CropiError(str(error)) from None
+        if not made.centred:
+            raise CropiError(
+                f"the estimator {made.name!r} is for demonstrations, and this trainer learns from rewards: name "
+                "another estimator"
+            )
+        return made
 
     def settings(self) -> dict[str, Any]:
         """What the order of prompts depends on, to be compared when a run is resumed."""

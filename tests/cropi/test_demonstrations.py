@@ -1,0 +1,188 @@
+"""Records without rewards: the gradient of supervised fine-tuning, against plain autograd, and every form they have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
+from support.oracle import response_logprobs
+from support.stores import sketches_of
+
+import cropi
+from cropi.cli import main
+from cropi.data.readers import HashedIds, read
+from cropi.errors import CropiError, RecordError
+from cropi_kernels import SketchSpec, canonical_name
+from cropi_kernels.testing import sketch_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.readers.HashedIds")
+SPEC = SketchSpec(1024)
+GIVEN: dict[str, Any] = dict(estimator="sft", dim=SPEC.dim, progress=False)
+SUMS = [(f"{i}+{i + 3}=", str(2 * i + 3)) for i in range(6)]
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "records": [{"id": f"r{i}", "prompt": q, "responses": [a]} for i, (q, a) in enumerate(SUMS)],
+    "completion": [{"prompt": q, "completion": a} for q, a in SUMS],  # TRL's, as text
+    "messages": [{"prompt": user(q), "completion": assistant(a)} for q, a in SUMS],
+    "conversation": [{"messages": user(q) + assistant(a)} for q, a in SUMS],
+}
+TASK = [{"messages": user(f"{i}+5=") + assistant(str(i + 5))} for i in (20, 30)]
+
+
+def in_float64(prompt: list[int], responses: list[list[int]]) -> tuple[torch.Tensor, float]:
+    """The sketch of mean_k mean_t grad log pi by autograd in float64, and what float32 costs plain torch."""
+    made = []
+    for dtype in (torch.float64, torch.float32):
+        model = make_model().to(dtype)
+        torch.stack([response_logprobs(model, prompt, ids).mean() for ids in responses]).mean().backward()
+        grads = {
+            canonical_name(n): p.grad.double() for n, p in model.named_parameters() if p.grad is not None
+        }
+        made.append(sketch_gradients(model, grads, SPEC))
+    return made[0], float((made[0] - made[1]).norm())
+
+
+# ---------------------------------------------------------------------------------------------------- the gradient
+def test_the_sketch_is_that_of_the_mean_log_prob() -> None:
+    """Of one response and of several, of other lengths; equal ones count as often as they are there."""
+    records = [
+        {"id": "one", "prompt_ids": [5, 6, 7], "response_ids": [[20, 21, 22, 1]]},
+        {"id": "some", "prompt_ids": [9, 10], "response_ids": [[30, 1], [31, 32, 33, 1], [30, 1]]},
+    ]
+    store = cropi.sketch(make_model(), records, **GIVEN)
+    found = sketches_of(store)
+    for record in records:
+        want, own = in_float64(record["prompt_ids"], record["response_ids"])
+        assert float((found[record["id"]].double() - want).norm()) <= 2 * own
+    assert [row.pass_rate for row in store.rows()] == [1.0, 1.0] and store.manifest["estimator"][
+        "centred"
+    ] is False
+
+
+def test_a_trainers_batch_has_the_same_sketch() -> None:
+    """`score_batch` takes rewards of 1, and one row alone is a prompt."""
+    ids = [5, 6, 7, 20, 21, 22, 1]
+    batch = cropi.score_batch(
+        make_model(), torch.tensor([ids]), response_mask=torch.tensor([[0, 0, 0, 1, 1, 1, 1]]), prompt_ids=["one"],
+        rewards=torch.ones(1), estimator="sft", spec=SPEC,
+    )  # fmt: skip
+    want, own = in_float64(ids[:3], [ids[3:]])
+    assert float((batch.sketches[0].double() - want).norm()) <= 2 * own
+
+
+def test_of_a_conversation_the_assistants_turns_are_learnt() -> None:
+    marked = (
+        "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}\n"
+        "{% endgeneration %}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = marked
+    turns = user("1+1") + assistant("2") + user("ok") + assistant("yes")
+    store = cropi.sketch(make_model(), [{"messages": turns}], tokenizer, **GIVEN)
+    ((rows, table),) = store.shards()
+    pieces = [("<user>1+1\n<assistant>", 0), ("2\n", 1), ("<user>ok\n<assistant>", 0), ("yes\n", 1)]
+    ids = [(token, learnt) for text, learnt in pieces for token in tokenizer(text)["input_ids"]]
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model = make_model().to(dtype)
+        logprobs = response_logprobs(model, [ids[0][0]], [token for token, _ in ids[1:]])
+        logprobs[torch.tensor([learnt for _, learnt in ids[1:]]).bool()].mean().backward()
+        grads = {
+            canonical_name(n): p.grad.double() for n, p in model.named_parameters() if p.grad is not None
+        }
+        found.append(sketch_gradients(model, grads, SPEC))
+    assert rows[0].tokens == 6
+    assert float((table[0].double() - found[0]).norm()) <= 2 * float((found[0] - found[1]).norm())
+
+
+# -------------------------------------------------------------------------------------------------------- the forms
+@pytest.mark.long
+def test_all_forms_have_the_same_scores(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), make_tokenizer(chat=True)
+    tables = {}
+    for name, rows in FORMS.items():
+        frame = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), frame)
+        for source in (rows, str(write_lines(tmp_path / f"{name}.jsonl", rows)), str(frame)):
+            scores = cropi.score(model, source, {"task": TASK}, tokenizer, verify=False, draws=0, **GIVEN)
+            tables[name, type(source), str(source)[-5:]] = sorted(scores.table[:, 0].tolist())
+    first = next(iter(tables.values()))
+    assert len(set(first)) == 6 and all(table == first for table in tables.values())
+
+
+def test_rows_of_one_prompt_are_its_demonstrations_and_records_are_copied_without_rewards() -> None:
+    rows = [
+        {"prompt": "a", "completion": "1"},
+        {"prompt": "b", "completion": "2"},
+        {"prompt": "a", "completion": "3"},
+    ]
+    with pytest.warns(HashedIds):
+        groups = list(read(rows, rewards=False))
+    assert [(group.prompt, group.responses, group.size) for group in groups] == [
+        ("a", ["1", "3"], 2),
+        ("b", ["2"], 1),
+    ]
+    assert all(group.no_gradient is None and "rewards" not in group.to_record() for group in groups)
+
+
+def test_what_is_missing_or_too_much_is_an_error_that_names_the_estimator() -> None:
+    model, tokenizer = make_model(), make_tokenizer(chat=True)
+    for rows in FORMS.values():
+        with pytest.raises(CropiError, match=r"--estimator sft .*\(in Python .*estimator="):
+            cropi.sketch(model, rows, tokenizer, dim=1024, progress=False)
+    scored = make_records(3)
+    with pytest.raises(
+        RecordError, match=r"there are rewards, and the estimator takes demonstrations.*--columns"
+    ):
+        cropi.sketch(model, scored, tokenizer, **GIVEN)
+    assert len(cropi.sketch(model, scored, tokenizer, columns="rewards=", **GIVEN)) == 3
+    with pytest.raises(RecordError, match="demonstrations, without rewards.*sft"):
+        list(read(list(read(FORMS["records"], rewards=False))))
+    with pytest.raises(CropiError, match="'responses' must be a list with at least one response"):
+        list(read([{"id": "a", "prompt": "q", "responses": []}], rewards=False))
+    with pytest.raises(CropiError, match="noise is that of sampled responses"):
+        cropi.sketch(model, FORMS["records"], tokenizer, noise=True, **GIVEN)
+
+
+@pytest.mark.long
+def test_the_commands_choose_demonstrations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From two files to the chosen rows, and a job that finds all of it done."""
+    save_policy(tmp_path / "m", chat=True)
+    train = write_lines(tmp_path / "train.jsonl", FORMS["records"])
+    valid = write_lines(tmp_path / "task.jsonl", TASK)
+    words = [
+        "run",
+        "--model",
+        str(tmp_path / "m"),
+        "--train",
+        str(train),
+        "--valid",
+        str(valid),
+        "--estimator",
+        "sft",
+    ]
+    words += ["--dim", "1024", "--fraction", "0.5", "--out", str(tmp_path / "o"), "--no-progress"]
+    assert main(words) == 0 and "tokenised again" not in capsys.readouterr().err
+    chosen = [json.loads(line) for line in open(tmp_path / "o" / "selected_trajectories.jsonl")]
+    assert len(chosen) == 3 and all(record in FORMS["records"] for record in chosen)
+    assert main(words) == 0 and "6 from before" in capsys.readouterr().out
+    assert main(["info", str(train)]) == 0
+    assert "no rewards    in 6 records: demonstrations, for --estimator sft" in capsys.readouterr().out
+    assert main([word for word in words if word not in ("--estimator", "sft")]) == 2
+    assert "--estimator sft" in capsys.readouterr().err
