@@ -166,6 +166,8 @@ def test_a_second_call_keeps_what_the_first_measured(runner: Any, suite: Any, tm
     assert kept(tmp_path / "other")["sketch.jsonl"] == '{"name": "a", "ms": 1.0}\n', (
         "what failed is measured again"
     )
+    elsewhere.take_over(tmp_path / "keep" / "gpu_suite.tgz")  # a third call that names the archive once more
+    assert elsewhere.states()["sketch"].startswith("done"), "what was measured since is kept"
 
 
 def test_no_part_begins_when_the_time_is_up(runner: Any, tmp_path: Path) -> None:
