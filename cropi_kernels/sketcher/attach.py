@@ -14,7 +14,7 @@ from ..spec import SketchSpec
 from . import exact
 from .accumulator import Accumulator
 from .coverage import Coverage, uncovered
-from .exact import ExactTaps
+from .exact import Exact, ExactTaps
 from .matrix import MatrixSketch
 from .parts import PartLinearTap
 from .ranks import Ranks
@@ -60,6 +60,11 @@ class Attachment:
                 "or parametrized since, and those that came have no tap. Make a new sketcher"
             )
         return places
+
+    @property
+    def sources(self) -> list[tuple[nn.Module, Tap | Exact]]:
+        """All that add to the sketches, each with its module."""
+        return [*self.taps.items(), *((one.chain[0], one) for one in self.exact.parameters)]
 
     def hook(self) -> Iterator[Hook]:
         """Hook every tap to its module, one by one, so that a caller has those that are on when one fails."""

@@ -16,7 +16,6 @@ from torch import nn
 from ..names import canonical_name, listed
 from .accumulator import Accumulator
 from .attach import Attachment
-from .listener import Source
 from .segments import Segments
 from .selftest import SelfTestError
 from .sharded import units
@@ -105,9 +104,7 @@ def check_heard(
     Raises:
         SelfTestError: names the modules.
     """
-    sources: list[tuple[nn.Module, Source]] = list(plan.taps.items())
-    sources += [(one.chain[0], one) for one in plan.exact.parameters]
-    expected = [(module, source) for module, source in sources if source.where in heard]
+    expected = [(module, source) for module, source in plan.sources if source.where in heard]
     missing = [(module, source) for module, source in expected if source.heard is not segments]
     if not missing:
         return

@@ -68,6 +68,8 @@ def split_model(model: nn.Module) -> SplitModel:
 
 def _inner(model: Any) -> Any:
     model = unwrapped(model)
+    if type(model).__name__ == "PeftMixedModel":  # which has no `get_base_model`
+        return model.base_model.model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -21,13 +21,14 @@ from . import sharded
 from .apart import MIXED, Tested
 from .attention import right_backward
 from .batch_sketch import BatchSketch
-from .beside import check_heard, check_passes, inside_compiled, watch_weights
+from .beside import check_passes, inside_compiled, watch_weights
 from .coverage import Coverage
 from .decoder import evaluating, output_embeddings, split_model, split_parts
 from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_segments
 from .head_adapters import base_of
 from .head_trial import policy_self_test
+from .heard import Heard
 from .host import on_device
 from .inputs import (
     check_positions,
@@ -128,7 +129,7 @@ class GradientSketcher:
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
         self._batches, self._watches, self._apart = 0, verify, Tested(self.model, self._tapped.acc)
-        self._heard: dict[str, frozenset[str]] = {}  # the taps that a method's self-test heard
+        self._heard = Heard(self._tapped)
         self.self_test: SelfTest | None = None
         self.probe: Probe | None = None
 
@@ -159,7 +160,7 @@ class GradientSketcher:
         # Where hooks or forwards have come or gone, the model is tested again.
         if (shape := code_shape(self.model)) != self._shape:
             self._tapped.fuse_again()
-            self._shape, self._split, self._heard = shape, None, {}
+            self._shape, self._split, self._heard = shape, None, Heard(self._tapped)
             self._batches, self._watches = 0, self._verify
             self._apart = Tested(self.model, self._tapped.acc)
             self.self_test = self.probe = None
@@ -224,7 +225,7 @@ class GradientSketcher:
             # What the caller runs may change, or do something else with another batch: ever fewer are watched.
             if self._watches and self._batches & (self._batches - 1) == 0:
                 traced = watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
-            if first:
+            if self._watches and self._heard.untested("batch"):
                 watching.enter_context(recorded.of(self.model))
             apart = self._apart.next(segments) if self._verify else None
             if apart is not None:
@@ -241,15 +242,11 @@ class GradientSketcher:
             finally:
                 self._close()
         if self._verify:
-            if first and "batch" not in self._heard:
-                self._note(
-                    "batch",
-                    replayed_self_test(self.model, self._tapped.plan, self._tapped.acc, recorded, where),
-                )
+            self._test_again("batch", lambda: recorded.again(self.model), where)
             self._batches += 1
             # A graph would be made anew for every batch that is watched.
             self._watches = self._watches and not traced
-            self._check_heard("batch", where)
+            self._heard.check("batch", where)
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:
                     raise SelfTestError(f"{MIXED}; verify=False leaves out this test")
@@ -377,13 +374,14 @@ class GradientSketcher:
                     scales.restore(out)
                     out.masked_fill_(failed, float("nan"))
                 end = mark()
-                self._check_heard("policy_gradient", where)
+                self._heard.check("policy_gradient", where)
                 clock, sketches, others = acc.clock, acc.end(), more.end()
             except BaseException:
                 sharded.start_over(self.model)
                 raise
             finally:
                 self._close()
+            self._test_again("policy_gradient", lambda: split.hidden(ordinary(input_ids), **kwargs), where)
 
         share = acc.sketch_share(clock, lambda: clock.between(start, end))
 
@@ -439,10 +437,10 @@ class GradientSketcher:
                     self._tapped.mend(split.hidden, ids, called, split.decoder)
                 if self._verify:
                     self.probe = probe_policy(self.model, split)
-                    self._note(
-                        "policy_gradient",
-                        policy_self_test(self.model, split, self._tapped.plan, self._tapped.acc),
-                    )
+                    plan, acc = self._tapped.plan, self._tapped.acc
+                    self._note("policy_gradient", policy_self_test(self.model, split, plan, acc))
+                    uncalled = (tap.where for module, tap in plan.taps.items() if module is self._head)
+                    self._heard.leave("policy_gradient", frozenset(uncalled))
             self._split = split
         return self._split
 
@@ -462,11 +460,18 @@ class GradientSketcher:
 
     def _note(self, method: str, result: SelfTest | None) -> None:
         if result is not None:
-            self.self_test, self._heard[method] = result, result.heard
+            self.self_test = result
+            self._heard.note(method, result)
 
-    def _check_heard(self, method: str, where: Segments) -> None:
-        if (heard := self._heard.get(method)) is not None:
-            check_heard(self.model, self._tapped.plan, heard, where, partly=method == "batch")
+    def _test_again(self, method: str, run: Callable[[], torch.Tensor | None], where: Segments) -> None:
+        """Test the taps on the batch ``where`` itself, if some were heard in it that no test has heard."""
+        if not self._verify or not self._heard.untested(method):
+            return
+        new = self._heard.untested(method, where)
+        if any(sharded.largest(self.model, len(new))):
+            plan, acc = self._tapped.plan, self._tapped.acc
+            self._note(method, replayed_self_test(self.model, plan, acc, run, where))
+            self._heard.leave(method, new)
 
     def _active(self, method: str) -> None:
         one_thread_after_fork()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
@@ -23,7 +23,9 @@ from .gradient_sketcher import GradientSketcher
 from .live_audit import Audit, Schedule
 from .one_sequence import one_sequence_a_row
 from .precision import own_precision
+from .replay import Recorded
 from .row_segments import Runs
+from .segments import Segments
 from .selftest import SelfTest
 from .split_loss import LATER, PARTS, CoupledLossError, LossCheck
 from .untouched import code_shape
@@ -189,14 +191,15 @@ class LiveSketcher:
             self._plan.ranks.check_same("segments", runs.segments.offsets)
         size = _number(scale)
         if self._verify and self._whole and not self._ready:
-            self._try()
+            self._try(self._tried._try_batch)
+            self._ready = True
         due = self._verify and self._audited and self._audits.due()
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
         apart = self._apart.next(segments) if self._verify and not self.coupled else None
         trained = self._plan.wanted if self._verify else ()
         self._acc.begin(runs.segments, sharded.device_of(self.model), trained=trained)
         self._runs = runs
-        result, started = LiveSketch(), time.perf_counter()
+        result, recorded, started = LiveSketch(), Recorded(), time.perf_counter()
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(one_sequence_a_row(self.model, runs))
@@ -207,6 +210,8 @@ class LiveSketcher:
                     stack.enter_context(check.watching())
                 if apart is not None:
                     stack.enter_context(apart.watching())
+                if self._untested():
+                    stack.enter_context(recorded.of(self.model))
                 yield result
             check_passes(self._acc)
             if audit is not None:
@@ -223,6 +228,10 @@ class LiveSketcher:
         finally:
             self._acc.close()
             self._runs = None
+        if self._untested(runs.segments):
+            self._try(
+                lambda: self._tried._test_again("batch", lambda: recorded.again(self.model), runs.segments)
+            )
         sketches /= -size  # down the loss
         result.sketches = runs.gathered(sketches)
         result.spec, result.names, result.origin = self.spec, self.coverage.names, self.origin
@@ -295,15 +304,18 @@ class LiveSketcher:
             return False
         return self.loss is None or (self.loss == LATER and runs.present > 1)
 
-    def _try(self) -> None:
-        """Make the checks of `GradientSketcher.batch` before its first block, with frozen weights and a few tokens."""
+    def _untested(self, segments: Segments | None = None) -> bool:
+        """Whether no test has heard some of the taps, or of those that were heard in the batch ``segments``."""
+        return self._verify and self._whole and bool(self._tried._heard.untested("batch", segments))
+
+    def _try(self, check: Callable[[], None]) -> None:
+        """Make a check of `GradientSketcher.batch`, with frozen weights."""
         self._plan.unhook(self._handles)
         try:
             with self._tried, own_precision(self.model):
-                self._tried._try_batch()
+                check()
         finally:
             self._handles.extend(self._plan.hook())
-        self._ready = True
 
 
 class LiveSketch:

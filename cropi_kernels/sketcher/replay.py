@@ -1,12 +1,13 @@
-"""The self-test of `GradientSketcher.batch`, where the caller runs the forward.
+"""The self-test on what the caller runs.
 
-It runs on a few tokens if the model takes token ids alone, and else repeats the call that the caller made.
+That of `GradientSketcher.batch` runs on a few tokens if the model takes token ids alone, and else repeats the call that
+the caller made. So does a test of taps that a few tokens do not reach.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -103,6 +104,13 @@ class Recorded:
         with model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end):
             yield
 
+    def again(self, model: nn.Module) -> torch.Tensor | None:
+        """The first tensor of numbers that the call gives; None: no call was made, or it gives none."""
+        if self.call is None:
+            return None
+        args, kwargs = self.call
+        return float_output(model(*_copied(args), **_copied(kwargs)))
+
 
 def _copied(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
@@ -113,33 +121,38 @@ def _copied(x: Any) -> Any:
 
 
 def replayed_self_test(
-    model: nn.Module, attachment: Attachment, acc: Accumulator, recorded: Recorded, segments: Segments
+    model: nn.Module,
+    attachment: Attachment,
+    acc: Accumulator,
+    run: Callable[[], torch.Tensor | None],
+    segments: Segments,
 ) -> SelfTest | None:
-    """The self-test on the caller's own call; None: no call was made that returned floating-point numbers."""
-    if recorded.call is None:
-        return None
-    args, kwargs = recorded.call
+    """The self-test on what ``run`` gives of the batch's own inputs; None: it gives nothing.
 
-    def run() -> torch.Tensor:
-        y = float_output(model(*_copied(args), **_copied(kwargs)))
+    Whatever tokens a tap takes for another segment's, two of its tests tell the two segments apart.
+    """
+    with untouched(model), torch.no_grad():
+        out = run()
+    if out is None:
+        return None
+
+    def again() -> torch.Tensor:
+        y = run()
         assert y is not None
         return y
 
-    with untouched(model), torch.no_grad():
-        out = float_output(model(*_copied(args), **_copied(kwargs)))
-    if out is None:
-        return None
     pattern = weights_of(out.numel(), out.device).view(out.shape)
-    tokens = segments.batch * segments.length
-    lead = out.shape[:2] == (segments.batch, segments.length)
-    cotangents, owners = [pattern], [tuple(range(segments.count))]
-    if lead or out.shape[:1] == (tokens,):
-        first = next((s for s in range(segments.count) if segments.offsets[s + 1] > segments.offsets[s]), 0)
-        begin, end = segments.offsets[first : first + 2].tolist()
-        mine = torch.zeros(tokens, dtype=torch.bool, device=out.device)
-        mine[begin:end] = True
-        mine = mine.view(out.shape[: 2 if lead else 1] + (1,) * (out.ndim - (2 if lead else 1)))
-        cotangents = [pattern * mine, pattern * ~mine]
-        owners = [(first,), tuple(s for s in range(segments.count) if s != first)]
-    trial = Trial(run, segments, tuple(cotangents), tuple(owners))
+    owner = torch.repeat_interleave(segments.offsets.diff()).to(out.device)
+    if out.shape[:2] == (segments.batch, segments.length):
+        owner = owner.view(segments.batch, segments.length)
+    elif out.shape[:1] == (segments.batch,) and not (segments.offsets % segments.length).any():
+        owner = owner[:: segments.length]
+    every = range(segments.count)
+    cotangents, owners = [pattern.new_ones(())], [tuple(every)]
+    if out.shape[: owner.ndim] == owner.shape and segments.count > 1:
+        owner = owner.view(*owner.shape, *(1,) * (out.ndim - owner.ndim))
+        halves = [(bit, side) for bit in range((segments.count - 1).bit_length()) for side in (0, 1)]
+        cotangents = [(owner >> bit & 1 == side).to(pattern.dtype) for bit, side in halves]
+        owners = [tuple(s for s in every if s >> bit & 1 == side) for bit, side in halves]
+    trial = Trial(again, segments, tuple(cotangents), tuple(owners), pattern=pattern)
     return self_test(model, attachment, acc, trial)

@@ -110,7 +110,8 @@ class SelfTest:
 class Trial:
     """What to run: ``forward()`` gives a tensor, ``cotangents`` are gradients of it.
 
-    All that the i-th of them makes belongs to the segments ``owners[i]`` and to no other.
+    All that the i-th of them makes belongs to the segments ``owners[i]`` and to no other. They are multiplied by
+    ``pattern``: of many that differ by a mask, only one exists in full size.
     """
 
     forward: Forward
@@ -118,6 +119,12 @@ class Trial:
     cotangents: tuple[torch.Tensor, ...]
     owners: tuple[tuple[int, ...], ...] = ((0,), (1,))
     remedy: str = ""  # the end of the error's message, before "this test"
+    pattern: torch.Tensor | None = None
+
+    def cotangent(self, number: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """The one of this number; None: the sum of all."""
+        one = torch.stack(self.cotangents).sum(0) if number is None else self.cotangents[number]
+        return (one if self.pattern is None else one * self.pattern).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------- runs
@@ -213,7 +220,7 @@ class _Runs:
                 y = self.trial.forward()
             _check_output(y.detach(), plain, len(self.groups.taps), self.ranks)
             if y.requires_grad:
-                y.backward(torch.stack(self.trial.cotangents).sum(0).to(y.dtype))
+                y.backward(self.trial.cotangent(None, y.dtype))
         self.over_ranks(listener)
         return listener
 
@@ -229,7 +236,7 @@ class _Runs:
                 y = self.trial.forward()
             # Gradients of the modules' outputs too, so that a tap is heard where no parameter lies behind it.
             inputs = [*parameters, *{id(t): t for t in listener.outputs}.values()]
-            cotangent = self.trial.cotangents[s].to(y.dtype)
+            cotangent = self.trial.cotangent(s, y.dtype)
             # Reentrant checkpointing takes no list of inputs: it raises an error, or does not run where no input lies
             # outside of it. FSDP2's whole parameters cannot be listed.
             if y.requires_grad and (exact.units or _checkpointed_by_reentry(y)):

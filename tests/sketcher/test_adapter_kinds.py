@@ -86,3 +86,17 @@ def test_a_kind_of_adapter(kind: str) -> None:
     own = zoo.sketches(model, zoo.gradients(model), SPEC)
     # Two float32 passes of two layers; the largest here is 1.5e-6, of RandLoRA's scaled products.
     assert 0 < off(got, own) <= 5e-6
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_two_kinds_at_once() -> None:
+    """PEFT's model for them is of another class than its others, and not reached in the same way."""
+    lora = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(zoo.make("llama"), lora, mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(r=3, init_weights=False, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter(["default", "other"])
+    with GradientSketcher(model, SPEC) as sketcher:
+        got = zoo.padded().sketch(sketcher).sketches.double()
+    own = zoo.sketches(model, zoo.gradients(model), SPEC)
+    assert len(sketcher.coverage.names) == 2 * 2 * (2 + 4) and 0 < off(got, own) <= 5e-6

@@ -1,0 +1,42 @@
+"""Which taps the self-tests have heard: all of them are to be heard in later batches, and no others untested.
+
+A few token ids do not reach every module: an image tower is called where there are images. What its taps see may have
+the batch's sizes by accident (as many images as rows, and as many patches as tokens), and they would give the parts of
+one prompt to another. So a batch in which a tap is heard for the first time is itself made a test.
+"""
+
+from __future__ import annotations
+
+from .beside import check_heard
+from .segments import Segments
+from .selftest import SelfTest
+from .tapped import TappedModel
+
+
+class Heard:
+    """The taps of a model that were heard in self-tests, by the method that runs the batches."""
+
+    def __init__(self, tapped: TappedModel) -> None:
+        self._tapped = tapped
+        self._always: dict[str, frozenset[str]] = {}
+        self._tested: dict[str, frozenset[str]] = {}
+
+    def note(self, method: str, test: SelfTest) -> None:
+        """Take note of the first test of a method: what is heard in it is to be heard in every batch."""
+        self._always.setdefault(method, test.heard)
+        self._tested[method] = self._tested.get(method, frozenset()) | test.heard
+
+    def check(self, method: str, segments: Segments) -> None:
+        """See `check_heard`."""
+        if (heard := self._always.get(method)) is not None:
+            check_heard(self._tapped.model, self._tapped.plan, heard, segments, partly=method == "batch")
+
+    def untested(self, method: str, segments: Segments | None = None) -> frozenset[str]:
+        """The taps that no test has heard; those that were heard in the batch ``segments``, if it is given."""
+        sources = [source for _, source in self._tapped.plan.sources]
+        heard = {one.where for one in sources if segments is None or one.heard is segments}
+        return frozenset(heard - self._tested.get(method, frozenset()))
+
+    def leave(self, method: str, taps: frozenset[str]) -> None:
+        """Test these no more."""
+        self._tested[method] = self._tested.get(method, frozenset()) | taps
