@@ -88,9 +88,13 @@ class Lanes:
             self.registers[f"%ctaid.{axis}"] = blocks[:, i].astype(np.uint32)[self.block]
             self.registers[f"%nctaid.{axis}"] = np.uint32(grid[i])
         self.registers.update({"%laneid": thread & 31, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)})
-        self.shared = SharedMemory(len(blocks), shared_size, program.grain)
+        # Warps of different work wait for phases: what two of them touch between barriers of the block says nothing.
+        phases = any(i.name == "mbarrier" for i in program.instructions)
+        self.shared = SharedMemory(len(blocks), shared_size, program.grain, marks=not phases)
         self.at = np.zeros(lanes, np.int64)  # index of the next instruction
-        self.waiting = np.zeros(lanes, np.bool_)
+        self.waiting = np.zeros(lanes, np.bool_)  # at a barrier: which one, and of how many threads (0: all)
+        self.barrier, self.expected = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
+        self.blocked = np.zeros(lanes, np.bool_)  # until a phase of an mbarrier ends
         self.mask = np.ones(lanes, np.bool_)  # of the instruction that is being run
         self.count = lanes  # in the mask
 
@@ -98,11 +102,12 @@ class Lanes:
     def run(self) -> None:
         end, starts = len(self.program.instructions), set(self.program.labels.values())
         while True:
-            ready = ~self.waiting & (self.at < end)
+            ready = ~(self.waiting | self.blocked) & (self.at < end)
             if not ready.any():
-                if not self.waiting.any():
+                if not (self.waiting | self.blocked).any():
                     return
-                self._open_barrier(end)
+                if not self._open_barriers(end) and not self._deliver():
+                    raise Divergent("no block can go on: some threads wait for what others never reach")
                 continue
             here = int(self.at[ready].min())
             lanes = ready & (self.at == here)
@@ -114,13 +119,23 @@ class Lanes:
                 if not self._step(self.program.instructions[index], index, lanes, count):
                     break
 
-    def _open_barrier(self, end: int) -> None:
-        """For the blocks all of whose threads wait or have left."""
-        complete = (self.waiting | (self.at >= end)).reshape(-1, self.threads).all(1)
-        if not complete.any():
-            raise Divergent("no block can go on: some threads wait at a barrier that others never reach")
-        self.shared.epoch[complete] += 1
-        self.waiting &= ~complete[self.block]
+    def _open_barriers(self, end: int) -> bool:
+        """Those at which as many threads wait as they are for: a number, or all that have not left."""
+        there = np.bincount(self.block[self.at < end], minlength=len(self.shared.epoch))
+        key = self.block * 16 + self.barrier
+        arrived = np.bincount(key[self.waiting], minlength=16 * len(there))
+        expected = np.where(self.expected > 0, self.expected, there[self.block])
+        opened = self.waiting & (arrived[key] == expected)
+        self.shared.epoch[np.unique(self.block[opened & (self.expected == 0)])] += 1
+        self.waiting &= ~opened
+        return bool(opened.any())
+
+    def _deliver(self) -> bool:
+        """Where nobody can go on: whether something came to an end that was under way."""
+        return False
+
+    def _try_wait(self, i: Instruction, index: int, lanes: Array) -> bool:
+        raise NotImplementedError
 
     def _step(self, i: Instruction, index: int, lanes: Array, count: int) -> bool:
         """Whether the lanes, ``count`` of them, go on with the next instruction."""
@@ -130,6 +145,8 @@ class Lanes:
             self.count = np.count_nonzero(self.mask)
         if i.name in ("bra", "ret", "exit", "bar", "barrier"):
             return self._control(i, index, lanes)
+        if i.name == "mbarrier" and "try_wait" in i.modifiers:
+            return self._try_wait(i, index, lanes)
         if self.count:
             run = getattr(self, f"_{i.name}", None)
             if run is None:
@@ -151,7 +168,10 @@ class Lanes:
         if i.name == "bra":
             self.at[self.mask] = self.program.labels[str(i.operands[-1])]
         elif i.name.startswith("bar"):
-            self.waiting[self.mask] = True
+            assert "sync" in i.modifiers, "a barrier at which some arrive and do not wait"
+            which, *threads = (int(str(n)) for n in i.operands)
+            self.waiting[self.mask], self.barrier[self.mask] = True, which
+            self.expected[self.mask] = threads[0] if threads and threads[0] != self.threads else 0
         else:
             self.at[self.mask] = len(self.program.instructions)
         return False

@@ -12,6 +12,7 @@ from ptx_emulator import tensor_core as cores
 from ptx_emulator.arithmetic import Arithmetic
 from ptx_emulator.memory import TENSOR_CORES, GlobalMemory
 from ptx_emulator.numbers import KINDS, Array
+from ptx_emulator.phases import Phases
 from ptx_emulator.text import Instruction, Operand, Program
 
 LANES = 8192  # run at once: enough to hide the cost of Python, few enough to stay in the cache
@@ -39,6 +40,9 @@ class Machine(Arithmetic):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.uses: list[Use] = []
+        self.phases = Phases()
+        # Lanes, the mbarriers at which they arrive, and the copies that must end before.
+        self.arriving: list[tuple[Array, Array, list[tuple[Array, Array, Array]]]] = []
 
     # ------------------------------------------------------------------------------------------------ memory
     def _ld(self, i: Instruction) -> None:
@@ -89,6 +93,10 @@ class Machine(Arithmetic):
     def _cp(self, i: Instruction) -> None:
         """cp.async: delivered as late as its wait allows, so that a read that comes too early shows."""
         copies = self.shared.copies
+        if "mbarrier" in i.modifiers:
+            lanes = np.flatnonzero(self.mask)
+            at = self.address(i.operands[0], "u32")[lanes]
+            return self.arriving.append((lanes, at, copies.taken(self.mask)))
         if "commit_group" in i.modifiers:
             return copies.commit(self.mask)
         if "wait_group" in i.modifiers or "wait_all" in i.modifiers:
@@ -107,6 +115,44 @@ class Machine(Arithmetic):
 
     _membar = _fence
 
+    # ------------------------------------------------------------------------------------------------ phases
+    def _mbarrier(self, i: Instruction) -> None:
+        lanes = np.flatnonzero(self.mask)
+        if i.modifiers[0] == "init":
+            place, count = i.operands
+            at, n = self.address(place, "u32")[lanes], self.lanes_of(count, "u32")[lanes]
+            return self.phases.begin(self.block[lanes], at, n)
+        if i.modifiers[0] != "arrive" or len(i.operands) > 2:
+            raise NotImplementedError(f"mbarrier.{'.'.join(i.modifiers)}")
+        self._arrive(lanes, self.address(i.operands[1], "u32")[lanes])
+
+    def _arrive(self, lanes: Array, address: Array) -> None:
+        self.phases.arrive(self.block[lanes], address)
+        self.blocked &= ~np.isin(self.block, self.block[lanes])  # they look again
+
+    def _try_wait(self, i: Instruction, index: int, lanes: Array) -> bool:
+        """As if it waited as long as it takes: who looks in vain goes on when somebody has arrived."""
+        d, place, parity = i.operands
+        who = np.flatnonzero(lanes)
+        odd = self.lanes_of(parity, "u32")[who] & 1
+        ended = self.phases.ended(self.block[who], self.address(place, "u32")[who], odd)
+        self.at[who] = index + ended
+        self.blocked[who] = ~ended
+        self.assign_some(d, who[ended], np.ones(int(ended.sum()), np.bool_))
+        return False
+
+    def _deliver(self) -> bool:
+        """As late as can be: copies end, and arrive, where nobody can go on without them."""
+        if not self.arriving:
+            return False
+        lanes, address, copies = self.arriving.pop(0)
+        self.shared.copies.deliver(copies, self.block, self.warp)
+        self._arrive(lanes, address)
+        return True
+
+    def _setmaxnreg(self, i: Instruction) -> None:
+        """How many registers a warp has changes no value."""
+
     # ------------------------------------------------------------------------------------------------ warps
     def _shfl(self, i: Instruction) -> None:
         d, *rest = i.operands
@@ -117,14 +163,24 @@ class Machine(Arithmetic):
         at = np.where((at >= 0) & (at <= 31), at, lane)
         self.assign_some(d, warps, self.lanes_of(source, "u32")[np.take_along_axis(warps, at, 1)])
 
-    def _redux(self, i: Instruction) -> None:
-        """The sum of whole warps, in every lane: of 32 bits, with or without a sign."""
-        d, source, _ = i.operands
-        if i.modifiers[1] != "add":
-            raise NotImplementedError(f"redux.{i.modifiers[1]}")
+    def _elect(self, i: Instruction) -> None:
+        """One lane of every warp: the first."""
+        lane, chosen, _ = i.operands
         warps = self.whole_warps()
-        total = self.lanes_of(source, "u32")[warps].sum(1, dtype=np.uint32, keepdims=True)
-        self.assign_some(d, warps, np.broadcast_to(total, warps.shape))
+        self.assign_some(lane, warps, np.zeros(warps.shape, np.uint32))
+        self.assign_some(chosen, warps, np.broadcast_to(np.arange(32) == 0, warps.shape))
+
+    def _redux(self, i: Instruction) -> None:
+        """The sum, or the largest or smallest, of whole warps, in every lane: integers of 32 bits."""
+        d, source, _ = i.operands
+        how, kind = i.modifiers[1:]
+        if how not in ("add", "max", "min"):
+            raise NotImplementedError(f"redux.{how}")
+        warps = self.whole_warps()
+        values = self.lanes_of(source, kind)[warps]
+        operation = {"add": np.add, "max": np.maximum, "min": np.minimum}[how]
+        result = operation.reduce(values, axis=1, dtype=values.dtype, keepdims=True)
+        self.assign_some(d, warps, np.broadcast_to(result, warps.shape))
 
     def _ldmatrix(self, i: Instruction) -> None:
         """Lanes 8 m to 8 m + 7 point at the rows of matrix m."""

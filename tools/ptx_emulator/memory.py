@@ -80,11 +80,12 @@ def _others(marks: Array, mine: Array) -> Array:
 class SharedMemory:
     """Of several blocks at once. An access names its block and warp; ``epoch`` counts a block's barriers.
 
-    A place is ``grain`` bytes: every access touches whole places.
+    A place is ``grain`` bytes: every access touches whole places. Without ``marks``, two warps that touch a place
+    between barriers are no race; copies that are under way and operands of products that have not ended still are.
     """
 
-    def __init__(self, blocks: int, size: int, grain: int = 1) -> None:
-        self.size, self.grain = size, grain
+    def __init__(self, blocks: int, size: int, grain: int = 1, marks: bool = True) -> None:
+        self.size, self.grain, self.marks = size, grain, marks
         self.of_a_block = -(-size // grain)
         places = blocks * self.of_a_block
         # NaN, whatever the width: nobody may count on zeros.
@@ -111,15 +112,18 @@ class SharedMemory:
         return (self.epoch[block] * np.uint32(64) + warp.astype(np.uint32))[:, None]
 
     def _others_read(self, place: Array, mine: Array) -> bool:
-        return bool(_others(self.read[place], mine).any() or self.in_use[place].any())
+        read = self.marks and _others(self.read[place], mine).any()
+        return bool(read or self.in_use[place].any())
 
     def load(self, block: Array, warp: Array, address: Array, size: int) -> Array:
         """uint8 [accesses, size]"""
         place, mine = self.places(block, address, size, "a load"), self._marks(block, warp)
-        if _others(self.written[place], mine).any():
-            raise Race("a load of what another warp wrote since the last barrier")
         if self.in_flight[place].any():
             raise Race("a load of what an asynchronous copy has not delivered")
+        if not self.marks:
+            return self.bytes[place].reshape(len(place), size)
+        if _others(self.written[place], mine).any():
+            raise Race("a load of what another warp wrote since the last barrier")
         several = mine | np.uint32(SEVERAL)
         self.read[place] = np.where(_others(self.read[place], mine), several, mine)
         shared = self.read[place] != mine  # also by warps that read a place in this very call
@@ -135,7 +139,7 @@ class SharedMemory:
             raise Race("a store to where an asynchronous copy is under way")
         others = _others(self.written[place], mine)
         # Warps that write the same bytes do no harm.
-        if others.any() and (self.bytes[place[others]] != values[others]).any():
+        if self.marks and others.any() and (self.bytes[place[others]] != values[others]).any():
             raise Race("a store to what another warp wrote since the last barrier")
         self.bytes[place] = values
         if (self.bytes[place] != values).any():
@@ -175,14 +179,21 @@ class AsyncCopies:
 
     def wait(self, mask: Array, pending: int, block: Array, warp: Array) -> None:
         """Until no more than ``pending`` of a lane's committed groups are under way; -1: nor what is not committed."""
-        if self.group is None:
-            return
-        left = []
+        if self.group is not None:
+            self.deliver(self.taken(mask, self.group - pending), block, warp)
+
+    def taken(self, mask: Array, before: Array | None = None) -> list[tuple[Array, Array, Array]]:
+        """(lanes, addresses, bytes) of the lanes' pending copies, of groups below ``before``: no longer pending."""
+        left, taken = [], []
         for lanes, group, address, values in self.pending:
-            done = mask[lanes] & (group < self.group[lanes] - pending)
-            who = lanes[done]
-            if len(who):
-                self.shared.deliver(block[who], warp[who], address[done], values[done])
+            done = mask[lanes] if before is None else mask[lanes] & (group < before[lanes])
+            if done.any():
+                taken.append((lanes[done], address[done], values[done]))
             if not done.all():
                 left.append((lanes[~done], group[~done], address[~done], values[~done]))
         self.pending = left
+        return taken
+
+    def deliver(self, copies: list[tuple[Array, Array, Array]], block: Array, warp: Array) -> None:
+        for lanes, address, values in copies:
+            self.shared.deliver(block[lanes], warp[lanes], address, values)

@@ -152,7 +152,7 @@ def parse(ptx: str, entry: str | None = None) -> Program:
 
 def _bytes_of_shared(i: Instruction) -> int:
     """That one lane touches at once; 16 where it touches none. Matrices of tensor cores have rows of 16."""
-    if "shared" not in i.modifiers or i.name not in ("ld", "st", "cp"):
+    if "shared" not in i.modifiers or "mbarrier" in i.modifiers or i.name not in ("ld", "st", "cp"):
         return 16
     if i.name == "cp":
         return int(str(i.operands[2]))

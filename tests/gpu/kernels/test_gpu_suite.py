@@ -93,6 +93,21 @@ def test_correctness_as_the_sanitizer_runs_it(
     assert len(got) >= 8 and all(row["ok"] for row in got.values())
 
 
+BY_TURNS = {
+    "no fold, several groups": ([1312], 704, None, [3, 0, 20, 90], "out"),
+    "width 128, three matrices": ([304, 32, 48], 96, 128, [70, 1], "sums"),
+    "width 128, two parts, a long segment": ([304], 96, 128, [530, 33], "out"),
+    "width 64, two matrices": ([304, 528], 96, 64, [5, 0, 70, 130], "out"),
+}
+
+
+@pytest.mark.parametrize("case", BY_TURNS)
+def test_slabs_by_turns(case: str, suite: Any, stage: None) -> None:
+    """The case of the suite, in the emulator: `slab_turns_kernel` gives the bits of `slab_kernel`."""
+    rows, cols, width, lengths, into = BY_TURNS[case]
+    assert suite("correctness").slabs_by_turns(rows, cols, width, lengths, torch.bfloat16, into)["ok"]
+
+
 def test_launches(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = suite("launches")
     for name, size in {"TOKENS": 12, "FEATURES": 48, "ROWS": 40, "VOCAB": 70, "FLAT": 999}.items():

@@ -194,6 +194,38 @@ def test_shared_memory_begins_as_nan(operands: Operands) -> None:
     assert y.isnan().all()
 
 
+PHASES = """
+add.s32 %r10, %r2, 512;     // an mbarrier, at which 32 threads arrive
+setp.eq.s32 %p1, %r1, 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r10], 32;
+barrier.sync 1;
+setp.lt.u32 %p2, %r1, 32;
+@!%p2 bra $AGAIN;
+{copy}
+bar.sync 2, 32;             // of this warp alone
+cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r10];
+bra $END;
+$AGAIN:
+{wait}
+ld.shared.b32 %r8, [%r6];   // what the first warp has brought
+st.global.b32 [%rd5], %r8;
+$END:
+"""
+WAIT = "mbarrier.try_wait.parity.shared.b64 %p3, [%r10], {}; @!%p3 bra $AGAIN;"
+BRING = "cp.async.ca.shared.global [%r4], [%rd4], 0x4;"
+
+
+def test_warps_wait_for_a_phase(operands: Operands) -> None:
+    x, y = operands
+    run(PHASES.format(wait=WAIT.format(0), copy=BRING), x, y)
+    assert torch.equal(y[32:], x[:32]) and not y[:32].any()
+    for wait in ("", WAIT.format(1)):  # the phase before the first has ended
+        with pytest.raises(Race, match="not delivered"):
+            run(PHASES.format(wait=wait, copy=BRING), x, y)
+    with pytest.raises(Divergent, match="others never reach"):
+        run(PHASES.format(wait=WAIT.format(0), copy="bra $END;"), x, y)
+
+
 def test_what_needs_a_whole_warp_says_so(operands: Operands) -> None:
     shuffle = "@%p1 shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1;"
     run("setp.lt.u32 %p1, %r1, 32;" + shuffle, *operands)
