@@ -16,10 +16,12 @@ if [ ! -e "$venv/ready" ]; then
     > "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/base.pth"
   pins=$base/constraints.txt
   [ -e "$pins" ] || pins=constraints.txt
+  # hydra-core wants an older antlr4 than math-verify, which nothing here uses.
+  grep -v '^antlr4' "$pins" > "$venv/pins.txt"
   pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
   pip --no-deps "verl==$version" tensordict==0.10.0
   # pip names the pins of verl that these packages break; the adapters are tried without them.
-  pip -c "$pins" ray 'hydra-core>=1.3' codetiming dill torchdata pylatexenc datasets pybind11 pandas cachetools msgspec pyzmq \
+  pip -c "$venv/pins.txt" ray 'hydra-core>=1.3' codetiming dill torchdata pylatexenc datasets pybind11 pandas cachetools msgspec pyzmq \
     tensorboard orjson importlib_metadata pyvers aiohttp uvicorn fastapi TransferQueue
   touch "$venv/ready"
 fi

@@ -158,7 +158,7 @@ def test_the_sampler_walks_the_selection_and_takes_up_a_new_one(tmp_path: Path) 
             select_into(tmp_path / "selected.jsonl", second)
         sampler.update(batch=proto([i for i in seen[-1] for _ in range(2)], temperature=0.9))
     assert set(seen[0]) <= set(first) and sorted(seen[1] + seen[2]) == sorted(second) and len(seen) == 3
-    files = sorted((tmp_path / "rollouts").iterdir())
+    files = sorted((tmp_path / "rollouts").glob("*.jsonl"))
     assert [path.name for path in files] == ["1.jsonl", "2.jsonl", "3.jsonl"]
     groups = list(read_trajectories(files[0]))
     assert {int(group.id) for group in groups} == set(seen[0])
