@@ -23,14 +23,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError
 from cropi.ranking.exploring import FIRST, Noise, Values
 
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 LEAST = 1 / 16  # of V is t^2 at least
 RARE = 0.01  # shares that are less likely than this beside the likeliest are left out
 VISITS = 10  # that V counts as, in e^2
+CHUNK = 16384  # rows of features that are float64 at one time
 
 
 def known_alike(
@@ -77,8 +79,11 @@ def _under(
     own[seen] = one.own / (one.own + error)
     means, variances = np.full(len(values), mean), np.zeros(len(values))
     if one.share:
-        means += features @ one.center
-        variances = np.square(features @ one.root).sum(axis=1)
+        for start in range(0, len(values), CHUNK):
+            part = slice(start, start + CHUNK)
+            wide = features[part].astype(np.float64)
+            means[part] += wide @ one.center
+            variances[part] = np.square(wide @ one.root).sum(axis=1)
     means[seen] += own[seen] * (values[seen] - means[seen])
     return means, (1 - own) ** 2 * variances + (1 - own) * one.own
 
@@ -95,8 +100,8 @@ class _Shared:
             precision = scaled.T @ x
             precision[np.diag_indices_from(precision)] += 1 / share
             low = np.linalg.cholesky(precision)
-            solve = optional("scipy.linalg").solve_triangular
-            self.root = solve(low, np.eye(len(low)), lower=True).T
+            unit = torch.eye(len(low), dtype=torch.float64, device="cpu")
+            self.root = torch.linalg.solve_triangular(torch.from_numpy(low), unit, upper=False).numpy().T
             half = self.root.T @ (scaled.T @ off)
             self.center = self.root @ half
             gain = (
@@ -126,7 +131,7 @@ def prompt_features(prompts: Sequence[Sequence[int]], dim: int = 256) -> npt.NDA
     """
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
         raise CropiError(f"dim is {dim!r}: give a number of at least 1")
-    counts = np.zeros((len(prompts), dim))
+    counts = np.zeros((len(prompts), dim), dtype=np.float32)
     for number, prompt in enumerate(prompts):
         given = np.asarray(prompt)
         if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
@@ -136,10 +141,13 @@ def prompt_features(prompts: Sequence[Sequence[int]], dim: int = 256) -> npt.NDA
         length = np.array([(1 << 41) + len(ids).bit_length()], dtype=np.uint64)
         parts = np.concatenate([ids, before * np.uint64(0x9E3779B97F4A7C15) + ids, length])
         np.add.at(counts[number], (_mixed(parts) % np.uint64(dim)).astype(np.int64), 1.0)
-    rare = np.log((1 + len(counts)) / (1 + (counts > 0).sum(axis=0)))
-    rows = np.sqrt(counts) * rare
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / np.where(length > 0, length, 1.0)).astype(np.float32)
+    rare = np.log((1 + len(counts)) / (1 + np.count_nonzero(counts, axis=0)))
+    for start in range(0, len(counts), CHUNK):
+        part = slice(start, start + CHUNK)
+        rows = np.sqrt(counts[part], dtype=np.float64) * rare
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        counts[part] = rows / np.where(length > 0, length, 1.0)
+    return counts
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -326,8 +326,11 @@ class Stages(Recorder):
             forget_sketches(self.folder, {int(state["stage"]) for state in states}, stage)
 
     def _draw(self, live: LiveRun) -> Chosen:
-        """The next prompts by what the steps so far have shown."""
-        return Chosen(*live.choose(drawn(self.options, len(self.ids)), self.step))
+        """The next prompts by what the steps so far have shown.
+
+        Rank 0's draw: with another number of threads the last digits of what is known differ, and so may the order.
+        """
+        return Chosen(*self.ranks.share(live.choose(drawn(self.options, len(self.ids)), self.step)))
 
     def _check_recorded(self, stage: int, kinds: tuple[str, ...] = ("train", "valid")) -> None:
         """What a stage needs of this run's rollouts may be missing: no reward function may have scored one."""
