@@ -1,4 +1,4 @@
-"""The front door: what ``import cropi`` offers as functions."""
+"""What ``import cropi`` offers as functions."""
 
 from __future__ import annotations
 

@@ -264,9 +264,6 @@ def test_the_table_the_page_and_the_command_line_show_them(
     assert main(["influence", *stores.split(), "--aggregate", "nearest"]) == 0
     assert "no contributions: with --aggregate nearest" in capsys.readouterr().out
     assert read_scores(tmp_path / "s.parquet").contributions is None
-    write_scores(tmp_path / "again.parquet", scores)
-    again = read_scores(tmp_path / "again.parquet", contributions=False)
-    assert again.contributions is None and again.table.tolist() == scores.table.tolist()
 
 
 def test_a_table_without_groups_is_as_it_was(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ program may: each is read, or ends in words."""
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import random
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from support import fuzz
 from support.places import fill
+from support.sealed_files import put_summed
 
 from cropi.options import Selecting
 from cropi.pipeline import pick
@@ -23,7 +23,6 @@ from cropi.ranking.selection import write_selection
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import _run
 from cropi.report.html import _composition, _policy
-from cropi.sealed import sums_path
 from cropi.store import shards
 from cropi.store.manifest import MANIFEST, job_fingerprint, manifest_text
 from cropi.store.store import SketchStore
@@ -69,7 +68,7 @@ def test_any_manifest_is_read_or_ends_in_words(made: Path) -> None:
             text = manifest_text(changed)
             mine = copy.deepcopy(content)
             mine["header"]["__metadata__"]["job"] = job_fingerprint(changed)
-            put(shard, sealed(mine, data))
+            put_summed(shard, sealed(mine, data))
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
         return fuzz.outcome(partial(read_all, made))
 
@@ -83,7 +82,7 @@ def test_any_header_of_a_shard_is_read_or_ends_in_words(made: Path) -> None:
     places = [way for way in fuzz.ways(right) if len(way) > 1]
 
     def one(rng: random.Random) -> str:
-        put(file, sealed(fuzz.changed(rng, copy.deepcopy(right), places), data))
+        put_summed(file, sealed(fuzz.changed(rng, copy.deepcopy(right), places), data))
         return fuzz.outcome(partial(read_all, made))
 
     ends = fuzz.run(INPUTS, one)
@@ -97,12 +96,6 @@ def taken_apart(whole: bytes) -> tuple[dict[str, Any], bytes]:
     inside = {key: json.loads(header["__metadata__"].pop(key)) for key in ("rows", "checks")}
     del header["__metadata__"]["seal"]
     return {"header": header, **inside}, whole[8 + size :]
-
-
-def put(file: Path, whole: bytes) -> None:
-    """The shard, and the checksum beside it."""
-    file.write_bytes(whole)
-    sums_path(file).write_text(f"{hashlib.sha256(whole).hexdigest()}  {file.name}\n")
 
 
 def sealed(content: dict[str, Any], data: bytes) -> bytes:

@@ -115,7 +115,6 @@ def test_a_behaviour_model_beside_another_source_is_refused() -> None:
         ("convert NEMO --out OUT --allow-pickle", "--allow-pickle has no effect on training data of NeMo-RL"),
         ("convert NEMO --out OUT --columns reward=x", "--columns has no effect on training data of NeMo-RL"),
         ("convert NEMO --out OUT --trust-remote-code", "--trust-remote-code is for --model"),
-        ("info RECORDS --verify", "--verify is for stores"),
         ("info RECORDS --model x", "--model is for --show-tokens N"),
         ("info RECORDS --chat-template none", "--chat-template is for --show-tokens N"),
         ("info RECORDS --no-eos", "--no-eos is for --show-tokens N"),

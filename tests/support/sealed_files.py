@@ -254,6 +254,7 @@ def rolled_out(folder: Path) -> Kind:
 
 
 def put_summed(file: Path, whole: bytes) -> None:
+    """Write a file, and its checksum beside it."""
     file.write_bytes(whole)
     sums_path(file).write_text(f"{hashlib.sha256(whole).hexdigest()}  {file.name}\n")
 

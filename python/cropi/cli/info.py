@@ -28,7 +28,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "exports, reports, configs, and the folders of `cropi run` and `cropi curriculum`",
     )
     options.add(command, Reading)
-    command.add_argument("--verify", action="store_true", help="read every shard and check its checksum")
     command.add_argument(
         "--skip-bad", action="store_true", help="count bad records instead of stopping at the first"
     )
@@ -70,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
             flag = "no-eos" if name == "eos" else name.replace("_", "-")
             args.parser.error(f"--{flag} is for --show-tokens N; give it too, or leave --{flag} out")
     described = _described(args, path)
-    if args.verify and described["kind"] != "store":
-        args.parser.error(f"--verify is for stores, and {path} is none; leave it out")
     tell(args, path=args.path, **described)
     return 0
 
@@ -88,7 +85,7 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         from cropi.trainers.dumps.auto import files_of
 
         if is_there(path / "manifest.json") or not files_of(path):
-            return _store(path, args.verify)
+            return _store(path)
         return _trajectories(args)  # a trainer's dumps
     if path.suffix == ".parquet" and _is_scores(path):
         return _scores(path)
@@ -144,7 +141,7 @@ def _tokens(args: argparse.Namespace) -> None:
         print("\n".join(token_lines(tokens(group), tokenizer)))
 
 
-def _store(path: Path, verify: bool) -> dict[str, Any]:
+def _store(path: Path) -> dict[str, Any]:
     from cropi.store.shards import FAILED
     from cropi.store.store import SketchStore
 
@@ -165,11 +162,9 @@ def _store(path: Path, verify: bool) -> dict[str, Any]:
     for row in rows:
         if row.status == FAILED:
             print(f"  failed      {printable(row.id)}: {row.reason}")
-    if verify:
-        print(f"checksums     {store.verify()} shards are intact")
     return {
         "kind": "store", "prompts": len(store), "expected": store.expected, "manifest": store.manifest,
-        "status": dict(Counter(row.status for row in rows)), "verified": verify,
+        "status": dict(Counter(row.status for row in rows)),
     }  # fmt: skip
 
 

@@ -107,9 +107,7 @@ def write_scores(path: str | Path, scores: Scores, selection: Selection | None =
         parquet.write_table(table, temporary, write_page_checksum=True, row_group_size=1 << 16)
 
 
-def read_scores(
-    path: str | Path, *, only: Sequence[str] | None = None, errors: bool = True, contributions: bool = True
-) -> Scores:
+def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: bool = True) -> Scores:
     """Read what :func:`write_scores` wrote.
 
     Args:
@@ -117,7 +115,6 @@ def read_scores(
         only: what is read of the rows beside their ids, by its name in :class:`cropi.store.rows.RowInfo` or in its
             ``extra``; the rest is None. None reads all of it.
         errors: read the standard errors, too.
-        contributions: read those of groups of parameters, too, where there are any.
 
     Raises:
         CropiError: the file does not exist, is damaged, or is not a score table.
@@ -144,7 +141,7 @@ def read_scores(
             seal = _sealed(schema, table.metadata.num_rows, text)
             # Tables of other writers have no checksum.
             intact = metadata.get(b"cropi_sha256", seal.encode()).decode() == seal
-            scores = _scores(file, table, meta, only, errors, contributions)
+            scores = _scores(file, table, meta, only, errors)
     except CropiError:
         raise
     except (*DAMAGED, optional("pyarrow").ArrowException) as error:
@@ -165,7 +162,6 @@ def _scores(
     meta: dict[str, Any],
     only: Sequence[str] | None,
     errors: bool,
-    contributions: bool,
 ) -> Scores:
     """The table, read by batches: the whole of it as Arrow's takes as much memory again."""
     schema, count = file.schema_arrow, file.metadata.num_rows
@@ -175,7 +171,7 @@ def _scores(
     kinds = ["score", *(["stderr"] if errors and sets and f"stderr[{sets[0]}]" in schema.names else [])]
     numbers = {kind: np.full((count, len(sets)), np.nan) for kind in kinds}
     drawn = np.full(count, np.nan) if "p_selected" in schema.names else None
-    groups = list(meta.get("groups") or ()) if contributions else []
+    groups = list(meta.get("groups") or ())
     parts = np.full((count, len(sets), len(groups)), np.nan) if groups else None
     filled = {
         f"{kind}[{name}]": table[:, v] for kind, table in numbers.items() for v, name in enumerate(sets)
