@@ -181,7 +181,9 @@ def test_the_commands_choose_demonstrations(tmp_path: Path, capsys: pytest.Captu
     assert main(words) == 0 and "tokenised again" not in capsys.readouterr().err
     chosen = [json.loads(line) for line in open(tmp_path / "o" / "selected_trajectories.jsonl")]
     assert len(chosen) == 3 and all(record in FORMS["records"] for record in chosen)
-    assert main(words) == 0 and "6 from before" in capsys.readouterr().out
+    assert main([*words, "--fraction", "0.34", "--no-report"]) == 0
+    said = capsys.readouterr().out
+    assert "6 from before" in said and "report.html is of an earlier run, and not of this selection" in said
     assert main(["info", str(train)]) == 0
     assert "no rewards    in 6 records: demonstrations, for --estimator sft" in capsys.readouterr().out
     assert main([word for word in words if word not in ("--estimator", "sft")]) == 2

@@ -186,6 +186,7 @@ def _noise_stores(
 
 def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selection) -> None:
     """Write the report and the other forms of the selection, and print the figures."""
+    from cropi.files import is_there
     from cropi.ranking.table import SCORES
     from cropi.report.folder import report_folder
 
@@ -204,6 +205,8 @@ def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selecti
         held = {part.name: part.groups for part in (checked.train, *checked.valid)}
         page = report_folder(out, every_text=False, records=lambda store: held.get(store.path.name))
         print(f"report        {page}")
+    elif is_there(out / "report.html"):
+        print(f"report        {out / 'report.html'} is of an earlier run, and not of this selection")
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
     print(f"sketches      {', '.join(map(str, stores))}")
     tell(
