@@ -67,6 +67,7 @@ MEASURED = (
     Part("jobs", 110, script("jobs"), needs=("build",)),
     Part("model_7b", 75, script("model", "7b")),
     Part("model_moe", 45, script("model", "moe")),
+    Part("variants_short", 35, script("variants_short")),
     Part("variants", 40, script("variants")),
     Part("counters", 25, shell("counters")),
     Part("project_correctness", 35, script("project_correctness"), processes=4, needs=PROJECT),

@@ -354,6 +354,23 @@ def test_variants(
     assert (module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS) == before
 
 
+def test_variants_of_short_segments(
+    suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every form has the bits of what ships, where programs stay for several items and segments end within a step."""
+    module, name = suite("variants_short"), "no fold, 1536 x 8960"
+    monkeypatch.setattr(module.slab, "takes_turns", lambda device: True)
+    tiny = {name: (656, 192, None, 2, dict.fromkeys(module.FORMS, 1.0))}
+    cut_down(monkeypatch, module, TOKENS=70, CALLS=1, SHAPES=tiny, PAIRS={8: 1.0}, LAYERS=[(64, 2)])
+    linears = [("q_proj", 32, 96), ("k_proj", 16, 96), ("o_proj", 96, 32), ("gate_proj", 64, 96)]
+    cut_down(monkeypatch, module.common, MODELS={module.LAYER: {"linears": linears}})
+    finish(module)
+    got = rows(tmp_path, "variants_short")
+    assert got[name]["ok"] and got[name]["finite"] and got[name]["mm_us"] > 0
+    assert got[f"{name}: 8 pairs a group"]["us"] > 0
+    assert got["a layer in a pass, width 64, 2"]["times_read"] > 0
+
+
 def test_races_are_told_from_what_the_compiler_hands_over(
     suite: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
