@@ -167,9 +167,9 @@ def column_fold(plan: MatrixPlan) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=16384)
-def vector_plan(plan: VectorPlan) -> tuple[int, int]:
-    """Addresses of the positions and signs of a vector's numbers. Valid while ``plan`` lives."""
-    return address(plan.position), address(plan.sign)
+def vector_plan(plan: VectorPlan) -> tuple[int, int, int]:
+    """The address of a vector's blocks, their size, and the address of its signs. Valid while ``plan`` lives."""
+    return address(plan.blocks), plan.block, address(plan.sign)
 
 
 def threads() -> int:

@@ -48,7 +48,7 @@ def signs(key: tuple[int, int], n: int, purpose: int, first: int = 0) -> NDArray
     words = philox(key, np.arange(start, (first + n - 1) // 128 + 1), 0, purpose)
     bits = np.unpackbits(words.astype("<u4").view(np.uint8).reshape(-1), bitorder="little")
     chosen = bits[first - 128 * start : first - 128 * start + n]
-    return (1.0 - 2.0 * chosen).astype(np.float32)
+    return 1 - 2 * chosen.astype(np.float32)
 
 
 def offsets(key: tuple[int, int], n_blocks: int, width: int, purpose: int) -> U32:

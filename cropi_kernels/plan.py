@@ -84,7 +84,8 @@ class MatrixPlan:
 class VectorPlan:
     """Plan of a vector parameter: coordinate i is added to ``position[i]``, below ``dim``, with ``sign[i]``.
 
-    Made by `plan_vector`.
+    Made by `plan_vector`. ``blocks`` int64 [blocks, 2]: the slab's first position, and the XOR of the places within it,
+    of every ``block`` coordinates; ``sign`` int8 [size].
 
     >>> plan_vector(SketchSpec(1024), "norm.weight", 32).size
     32
@@ -93,9 +94,17 @@ class VectorPlan:
     name: str
     size: int
     dim: int
-    position: NDArray[np.int64]
-    sign: NDArray[np.float32]
+    block: int
+    blocks: NDArray[np.int64]
+    sign: NDArray[np.int8]
     recipe: str = dataclasses.field(default="", init=False)
+
+    @property
+    def position(self) -> NDArray[np.int64]:
+        """int64 [size], made anew: for large vectors eight times the plan."""
+        index = np.arange(self.size)
+        start, xor = self.blocks[index // self.block].T
+        return start + (index % self.block ^ xor)
 
 
 def plan_matrix(spec: SketchSpec, name: str, rows: int, cols: int, role: Role = "linear") -> MatrixPlan:
@@ -198,14 +207,11 @@ def plan_vector(spec: SketchSpec, name: str, size: int) -> VectorPlan:
 @functools.lru_cache(maxsize=16384)
 def _plan_vector(version: int, seed: int, dim: int, name: str, size: int) -> VectorPlan:
     key = px.key_of(version, seed, name)
-    slab_size = min(dim, SLAB_SIZE)
-    index = np.arange(size, dtype=np.int64)
-    draw = px.philox(key, np.arange(-(-size // slab_size)), 0, px.PAIR)
-    xor = px.xor_offset(draw[:, 1], slab_size).astype(np.int64)
-    slab = (draw[:, 3] & np.uint32(dim // slab_size - 1)).astype(np.int64)
-    block = index // slab_size
-    position = slab[block] * slab_size + ((index % slab_size) ^ xor[block])
-    plan = VectorPlan(name, size, dim, position, px.signs(key, size, px.ROW_SIGN))
+    block = min(dim, SLAB_SIZE)
+    draw = px.philox(key, np.arange(-(-size // block)), 0, px.PAIR)
+    slab = draw[:, 3] & np.uint32(dim // block - 1)
+    blocks = np.stack([slab.astype(np.int64) * block, px.xor_offset(draw[:, 1], block)], 1)
+    plan = VectorPlan(name, size, dim, block, blocks, px.signs(key, size, px.ROW_SIGN).astype(np.int8))
     return _with_recipe(plan, version, seed, dim, name, size)
 
 

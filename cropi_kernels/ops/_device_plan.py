@@ -148,12 +148,13 @@ def _build_matrix(plan: MatrixPlan, device: torch.device) -> MatrixTables:
 
 
 def _build_vector(plan: VectorPlan, device: torch.device) -> VectorTables:
-    order = np.argsort(plan.position, kind="stable")
-    position, start, count = np.unique(plan.position[order], return_index=True, return_counts=True)
+    places = plan.position
+    order = np.argsort(places, kind="stable")
+    position, start, count = np.unique(places[order], return_index=True, return_counts=True)
     depth = np.arange(int(count.max()))[:, None]
     source = np.where(depth < count, order[np.minimum(start + depth, plan.size - 1)], -1)
     return VectorTables(
         position=torch.from_numpy(position).to(device),
         source=torch.from_numpy(source.astype(np.int32)).to(device),
-        sign=torch.from_numpy(plan.sign.astype(np.int8)).to(device),
+        sign=upload(plan.sign, np.int8, device),
     )

@@ -32,7 +32,7 @@ from .slab import MatrixSketch
 from .spread import Share, settled
 
 NO_LAYOUT = "none"  # of an output that does not hold every token once
-LARGEST = 1 << 22  # numbers of a parameter: its gradient exists, one segment at a time
+LARGEST = 1 << 24  # numbers of a parameter: its gradient exists, one segment at a time
 
 
 @dataclasses.dataclass(eq=False)

@@ -104,10 +104,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
   m.def("sketch_vector", [](uintptr_t gradient, int64_t n_segments, int64_t size, int64_t gradient_stride,
-                            uintptr_t position, uintptr_t sign, uintptr_t out, int64_t out_stride) {
+                            uintptr_t blocks, int64_t block, uintptr_t sign, uintptr_t out, int64_t out_stride) {
     call(kernels().sketch_vector,
-         SketchVectorArgs{ptr<const float>(gradient), n_segments, size, gradient_stride, ptr<const int64_t>(position),
-                          ptr<const float>(sign), ptr<float>(out), out_stride});
+         SketchVectorArgs{ptr<const float>(gradient), n_segments, size, gradient_stride, ptr<const int64_t>(blocks),
+                          block, ptr<const int8_t>(sign), ptr<float>(out), out_stride});
   });
 
   m.def("head_logits", [](const py::tuple& hidden, const py::tuple& head, uintptr_t bias, uintptr_t out,

@@ -110,12 +110,14 @@ struct SwigluBackwardArgs {
   int n_threads;
 };
 
-// out[s, position[i]] += sign[i] * gradient[s, i], in the order of i.
+// out[s, start + (i ^ xor)] += sign * gradient[s, i], in the order of i; of `block` numbers each, counted from 0, start
+// and xor are an entry of `blocks`. Each xor is a multiple of 8 below `block`, which is a power of two.
 struct SketchVectorArgs {
   const float* gradient;
   int64_t n_segments, size, gradient_stride;
-  const int64_t* position;
-  const float* sign;
+  const int64_t* blocks;
+  int64_t block;
+  const int8_t* sign;
   float* out;
   int64_t out_stride;
 };

@@ -380,6 +380,14 @@ def test_adapters(settings: dict[str, Any], name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- limits
+def test_a_convolution_of_a_large_audio_encoder_is_covered() -> None:
+    """Whisper's, of 4.9 million numbers. Its plan is a byte for each, and a few for 32768 of them."""
+    sketcher = GradientSketcher(nn.Conv1d(1280, 1280, 3), SPEC)
+    assert sketcher.coverage.covered == sketcher.coverage.total == 1280 * 1280 * 3 + 1280
+    (plan,) = (one.plan for one in sketcher._tapped.plan.exact.parameters if one.name == "weight")
+    assert plan is not None and plan.sign.nbytes + plan.blocks.nbytes <= 1.001 * plan.size
+
+
 def test_what_is_too_large_is_named_all_at_once_and_left_out_on_purpose(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

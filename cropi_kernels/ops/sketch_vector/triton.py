@@ -109,10 +109,9 @@ def entries_of(plans: tuple[VectorPlan, ...], device: torch.device) -> Entries:
     def build() -> Entries:
         rows, start = [], 0
         for plan in plans:
-            for shift in range(0, plan.size, SLAB_SIZE):
-                # Of the piece's first number, 0 ^ xor.
-                slab, xor = divmod(int(plan.position[shift]), SLAB_SIZE)
-                rows.append((min(SLAB_SIZE, plan.size - shift), plan.size, start, shift, xor, slab))
+            for shift, (place, xor) in zip(range(0, plan.size, SLAB_SIZE), plan.blocks.tolist(), strict=True):
+                size = min(SLAB_SIZE, plan.size - shift)
+                rows.append((size, plan.size, start, shift, xor, place // SLAB_SIZE))
             start += plan.size
         signs = np.concatenate([plan.sign for plan in plans])
         return Entries(upload(np.array(rows), np.int32, device), upload(signs, np.int8, device))
