@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,23 @@ def with_buffer() -> Any:
     model = make_model()
     model.register_buffer("scale", model.lm_head.weight.new_ones(2))
     return model
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_model_that_ends_its_responses_by_other_tokens_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """``generation_config.json`` may be mended between two runs: what was sampled before went on behind the new end."""
+    out, model = tmp_path / "out.jsonl", make_model()
+    with monkeypatch.context() as patched:
+        if not finished:
+            patched.setattr(RolloutFile, "finish", interrupted)
+        with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+            rolled(out, model, 2)
+    model.generation_config.eos_token_id = [1, 20]
+    said = "not made with these settings" if finished else r"begun with ends = \[1\], and now it is \[1, 20\]"
+    with pytest.raises(CropiError, match=said):
+        rolled(out, model, 3)
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -126,6 +126,10 @@ def test_the_end_token_is_a_part_of_what_a_store_depends_on(tmp_path: Path) -> N
         off = {"enable_thinking": False}
         made = manifest(TURNS, chat_template_kwargs=off, tools=[{"name": "w"}])
         assert (made["chat_template_kwargs"], made["tools"]) == (off, [{"name": "w"}])
+        # Text that ends with any token of these gets no other.
+        assert "ends" not in made
+        model.generation_config.eos_token_id = [1, 0]
+        assert manifest(None)["ends"] == manifest(None, eos=False)["ends"] == [0]
 
 
 # ----------------------------------------------------------------------------------------------------- prompts

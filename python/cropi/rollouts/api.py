@@ -194,7 +194,7 @@ def _settings(policy: Policy, given: Rollout, tokens: Tokenize, scorer: Reward) 
         }
         if tokens.template is not None and prints_date(tokenizer, tokens.chat_template):
             settings["template_date"] = str(tokens.template.date)
-    return settings | {"reward": scorer.name, "max_length": tokens.context}
+    return settings | {"reward": scorer.name, "max_length": tokens.context, "ends": sorted(tokens.all_ends)}
 
 
 def _silent(text: str) -> None:

@@ -233,9 +233,12 @@ def _text_rules(policy: Policy, job: SketchJob, scan: Scan | None) -> dict[str, 
     if scan.with_prompt_ids < scan.prompts:
         rules = ("template_date", "tools", "chat_template_kwargs")
         made |= {name: value for name in rules if (value := getattr(job, name))}
-    end = make_tokenize(policy, job).end if job.eos else None
-    if scan.with_ids < scan.prompts and end is not None and end != policy.tokenizer.eos_token_id:
-        made["end"] = end
+    if scan.with_ids < scan.prompts:
+        tokens, own = make_tokenize(policy, job), policy.tokenizer.eos_token_id
+        if job.eos and tokens.end not in (None, own):
+            made["end"] = tokens.end
+        if further := tokens.all_ends - {tokens.end, own}:
+            made["ends"] = sorted(further)
     return made
 
 
