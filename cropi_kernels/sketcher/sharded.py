@@ -41,8 +41,8 @@ def check_parallel(model: nn.Module) -> None:
     """Refuse the ways of spreading a model that a pass cannot follow.
 
     Raises:
-        ValueError: FSDP1, DeepSpeed ZeRO-3, pipeline, context or expert parallel, or tensor parallel within FSDP2;
-            names the supported way.
+        ValueError: FSDP1, DeepSpeed's engine or ZeRO-3, pipeline, context or expert parallel, or tensor parallel within
+            FSDP2; names the supported way.
     """
     remedy = (
         "shard the model by torch.distributed.fsdp.fully_shard (FSDP2) or by tensor parallel alone, or give every rank "
@@ -53,8 +53,13 @@ def check_parallel(model: nn.Module) -> None:
     inside = {type(m).__name__ for m in model.modules()}
     if "FullyShardedDataParallel" in inside:
         raise ValueError(f"{type(model).__name__} is wrapped by FullyShardedDataParallel (FSDP1): {remedy}")
-    if "DeepSpeedEngine" in inside or any(hasattr(p, "ds_id") for p in model.parameters()):
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(f"{type(model).__name__} is sharded by DeepSpeed (ZeRO-3): {remedy}")
+    if "DeepSpeedEngine" in inside:
+        raise ValueError(
+            f"{type(model).__name__} holds DeepSpeed's engine: give the model inside, engine.module, whose weights are "
+            "whole on every rank up to ZeRO-2"
+        )
     inside_units = {id(p) for unit in units(model) for p in unit.parameters()}
     for name, p in model.named_parameters():
         if not is_spread(p):

@@ -138,6 +138,17 @@ def test_deepspeed_is_refused() -> None:
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
     refused(model, "sharded by DeepSpeed .ZeRO-3.: shard the model by")
 
+    class DeepSpeedEngine(nn.Module):
+        """As it holds a model up to ZeRO-2."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = zoo.make("llama")
+
+    refused(
+        DeepSpeedEngine(), "DeepSpeedEngine holds DeepSpeed's engine: give the model inside, engine.module"
+    )
+
 
 def test_a_tied_weight_that_was_taken_apart_is_refused(one_rank: None) -> None:
     from torch.distributed.fsdp import fully_shard

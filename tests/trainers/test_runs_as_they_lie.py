@@ -322,7 +322,8 @@ def test_what_is_not_one_sequence_of_a_prompt_and_a_response_is_refused(
 
 
 @lossy
-def test_an_example_in_the_prompt_is_not_what_the_policy_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("release", ["0.5.18", "later"])
+def test_an_example_in_the_prompt_is_not_what_the_policy_said(tmp_path: Path, release: str) -> None:
     calls = json.dumps([{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}])
     schema = {"type": "function", "function": {"name": "f"}}
     content = made("art")
@@ -334,6 +335,11 @@ def test_an_example_in_the_prompt_is_not_what_the_policy_said(tmp_path: Path) ->
         ]
         row["messages"] += [said]
         row["tools"] = json.dumps([schema])
+        if release == "0.5.18":
+            for name in ("format_version", "trajectory_index", "group_json", "trajectory_json"):
+                del row[name]
+            row |= dict.fromkeys(("group_metadata", "group_metrics", "group_logs", "metadata", "logs"))
+            row["metrics"] = '{"n": 1}'
     found = groups(write(tmp_path / "0007.parquet", content), id_key="group_index")
     for n, group in enumerate(found):
         example = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]

@@ -1,9 +1,9 @@
 """Reader of the trajectories that ART (openpipe-art) logs: ``trajectories/{split}/{step}.parquet``.
 
-A row is a trajectory: ``group_index``, ``trajectory_index``, ``reward``, ``messages`` with ``trainable`` (true where
-the policy said it), and ``tools`` as JSON. The prompt ends where the policy first speaks: what an assistant says
-before that is an example. Text alone is read: the choices with their log-probs, in ``trajectory_json``, do not say
-the prompt's tokens.
+A row is a trajectory: ``group_index``, ``reward``, ``messages`` with ``trainable`` (true where the policy said it),
+``tools`` as JSON, and in sources later than 0.5.18 ``trajectory_index`` and ``trajectory_json``. The prompt ends where
+the policy first speaks: what an assistant says before that is an example. Text alone is read: the choices with their
+log-probs, in ``trajectory_json``, do not say the prompt's tokens.
 """
 
 from __future__ import annotations

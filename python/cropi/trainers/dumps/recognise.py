@@ -108,6 +108,8 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
     for source, keys in KEYS:
         if row.keys() >= set(keys) and set(keys) - held <= SCORES:
             return Found(source)
+    if "group_index" in held and _says_who_spoke(row.get("messages")):
+        return Found("art")
     if "choices" in held or _answer(row.get("response")):
         return Found("openai")
     if renamed:
@@ -129,6 +131,11 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
         )
     form_of(row, where, rewards=None)  # says what is missing; the reader, whether there must be rewards
     return Found(RECORDS)
+
+
+def _says_who_spoke(messages: Any) -> bool:
+    """Whether ART 0.5 wrote them: most of its other columns may be empty."""
+    return isinstance(messages, list) and any(isinstance(m, Mapping) and "trainable" in m for m in messages)
 
 
 def _answer(value: Any) -> bool:
