@@ -16,7 +16,6 @@ import model as whole
 import sketch
 import taps
 import torch
-import variants_short
 
 from cropi_kernels import GradientSketcher, SketchSpec, linear_logprob, logprob_and_grad
 
@@ -60,9 +59,6 @@ def main() -> None:
     for width in (64, 128, 256, None):
         results.attempt(f"maps, width {width}", lambda w=width: maps(w))
     results.attempt("log-probs", head)
-    variants_short.TOKENS = TOKENS
-    for name, shape in variants_short.SHAPES.items():
-        results.attempt(f"forms, {name}", lambda s=shape: variants_short.warm(*s))
     results.attempt("taps", taps.check)
     results.attempt("rows of an embedding", lambda: first.correctness.embedding("tied", torch.bfloat16))
     results.finish()

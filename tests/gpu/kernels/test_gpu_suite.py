@@ -369,6 +369,10 @@ def test_variants_of_short_segments(
     assert got[name]["ok"] and got[name]["finite"] and got[name]["mm_us"] > 0
     assert got[f"{name}: 8 pairs a group"]["us"] > 0
     assert got["a layer in a pass, width 64, 2"]["times_read"] > 0
+    cut_down(monkeypatch, module, layer=lambda width, n: {}, SHAPES={})
+    with pytest.raises(SystemExit, match="0"):
+        module.warm()
+    assert len(rows(tmp_path, "warm_short")) == 3
 
 
 def test_races_are_told_from_what_the_compiler_hands_over(
