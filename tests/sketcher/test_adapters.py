@@ -353,6 +353,26 @@ def test_adapters_on_bitsandbytes(bits: int, tmp_path: Path) -> None:
     assert 0 < off(got.double(), want) <= 5e-6
 
 
+@pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
+def test_8_bit_products_that_depend_on_other_tokens_are_named(tmp_path: Path) -> None:
+    import transformers
+
+    model = zoo.make("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(2.5 if "layernorm" in name else 1)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
+    )
+    model = zoo.with_adapter(base, peft.LoraConfig(r=4, **ATTENTION))
+    with (
+        GradientSketcher(model, SPEC) as sketcher,
+        pytest.raises(ValueError, match=r"not causal.*8-bit.*llm_int8_threshold=0.0"),
+    ):
+        sketcher.check_model()
+
+
 def test_adapters_behind_invocation_tokens_are_sketched_by_the_whole_model() -> None:
     """PEFT finds the tokens in its own forward, which policy_gradient does not run: its sketches would be zero."""
     config = peft.LoraConfig(r=4, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM", **ATTENTION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -23,7 +24,7 @@ def quantization(
     """Options of ``from_pretrained`` that pack the linear layers' weights; none for None.
 
     Args:
-        kind: "4bit" (NF4) or "8bit" (LLM.int8()).
+        kind: "4bit" (NF4) or "8bit" (int8, a scale for each output of a weight and each token of its input).
         dtype: what products are computed in, and the dtype of all other weights.
         device: where they go.
         options: the other options of ``from_pretrained``.
@@ -47,9 +48,13 @@ def quantization(
             f"quantize {kind!r} is not for .gguf files, whose weights are unpacked to the dtype; leave it out"
         )
     optional("bitsandbytes")
+    # It warns at every product that inputs are rounded to float16 first.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # Beyond a threshold, LLM.int8 computes a column in float16 where any token of a batch is large there: a token's
+    # log-prob would depend on later tokens and on other rows.
     config = optional("transformers").BitsAndBytesConfig(
-        load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit", bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit", llm_int8_threshold=0.0,
+        bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
     )  # fmt: skip
     return {"quantization_config": config, "device_map": {"": device}}
 
