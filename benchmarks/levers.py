@@ -28,7 +28,7 @@ from cropi.gradient.tokenize import TokenGroup
 from cropi.model.load import load_model
 from cropi.model.policy import Policy
 from cropi.options import Selecting
-from cropi.ranking.influence import Scores
+from cropi.ranking.scores import Scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.sketching.groups import sketch_groups
 from cropi.store.memory import MemoryStore

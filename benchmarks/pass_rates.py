@@ -34,8 +34,8 @@ from cropi.files import write_atomic
 from cropi.gradient.estimators import make_estimator
 from cropi.options import Selecting
 from cropi.ranking.cut import Drift, anew
-from cropi.ranking.influence import Scores
 from cropi.ranking.rule import Rule
+from cropi.ranking.scores import Scores
 from cropi.ranking.table import read_scores, write_scores
 from cropi.store.rows import RowInfo
 

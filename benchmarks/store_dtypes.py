@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError
-from cropi.ranking.influence import DEFAULT_SET, score_rows
+from cropi.ranking.influence import score_rows
+from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.codec import DTYPES, decode, encode
 from cropi.store.store import SketchStore
 

@@ -28,14 +28,15 @@ from cropi.model.moments import read_moments
 from cropi.model.policy import Policy
 from cropi.options import Rescoring
 from cropi.pipeline import Setup
-from cropi.ranking.influence import Scores, influence
+from cropi.ranking.influence import influence
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 from cropi.rescoring import Anew
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, open_store
 from cropi.sketching.summary import Summary
 from cropi.store.earlier import EARLIER
-from cropi.store.shards import OK, SKIPPED, RowInfo
+from cropi.store.rows import OK, SKIPPED, RowInfo
 from cropi_kernels import SketchSpec
 from cropi_kernels.sketcher.decoder import split_model
 from cropi_kernels.sketcher.formed import FormedSketcher

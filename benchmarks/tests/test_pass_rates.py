@@ -16,7 +16,7 @@ from benchmarks import pass_rates
 from benchmarks.pass_rates import MEASURES, measured
 from benchmarks.rlvr_mini.data import base_model, save_torch
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores
+from cropi.ranking.scores import Scores
 from cropi.ranking.table import read_scores, write_scores
 from cropi.store.rows import RowInfo
 

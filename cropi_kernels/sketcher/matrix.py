@@ -7,8 +7,6 @@ from ..spec import SketchSpec
 from .baselines import FlatMatrix, KronMatrix, TensorMatrix
 from .slab import MatrixSketch, SlabMatrix
 
-__all__ = ["FlatMatrix", "KronMatrix", "MatrixSketch", "SlabMatrix", "TensorMatrix", "matrix_sketch"]
-
 
 def matrix_sketch(spec: SketchSpec, name: str, rows: int, cols: int, role: Role) -> MatrixSketch:
     """The sketch of a matrix parameter for ``spec.kind``."""

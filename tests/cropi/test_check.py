@@ -29,7 +29,7 @@ from cropi.report.check import check_groups, check_job, error_by_seeds
 from cropi.report.exact import exact_gradients, leave_one_out, standard_errors
 from cropi.sketching.interrupt import Interrupt, Interrupted
 from cropi.sketching.job import SketchJob
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 from cropi_kernels import GradientSketcher, SketchSpec
 
 SPEC = SketchSpec(dim=8192)

@@ -22,7 +22,7 @@ from cropi.sketching import chunks as chunks_module
 from cropi.sketching.chunks import Chunk, Dealt, make_chunks
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 

@@ -29,7 +29,8 @@ from cropi.cli import main
 from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection import read_selection, select
+from cropi.ranking.selection import select
+from cropi.ranking.selection_files import read_selection
 from cropi.ranking.selector import Selector
 from cropi.sealed import check_sums, read_sealed, sealed, summed, sums_path
 from cropi.store import SketchStore, export

@@ -22,10 +22,11 @@ from cropi.data.export import export
 from cropi.data.readers import read_trajectories
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores
-from cropi.ranking.selection import read_selection, select, write_selection
+from cropi.ranking.scores import Scores
+from cropi.ranking.selection import select
+from cropi.ranking.selection_files import read_selection, write_selection
 from cropi.ranking.table import write_scores
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 from cropi.trainers.dumps.nemo_rl import read_dump as read_nemo
 from cropi.trainers.dumps.rollout import group_rollouts
 from cropi.trainers.dumps.verl import read_dump as read_verl

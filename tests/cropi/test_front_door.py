@@ -19,11 +19,12 @@ from support.stores import in_memory
 import cropi
 from cropi.cli import main
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores, SharedPrompts
-from cropi.ranking.selection import read_selection
+from cropi.ranking.influence import SharedPrompts
+from cropi.ranking.scores import Scores
+from cropi.ranking.selection_files import read_selection
 from cropi.ranking.table import read_scores
 from cropi.store.memory import MemoryStore
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 TRAIN, VALID = make_records(12), make_records(8, seed=1, sets=["x", "y"])

@@ -15,12 +15,15 @@ from support.commands import json_lines
 from support.made_data import write_lines
 
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores, influence, score_rows, validation_means
-from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts
-from cropi.ranking.selection import fuse_ranks, select, write_selected_records, write_selection
-from cropi.ranking.selection_files import CopiedPrompts
+from cropi.ranking.influence import influence, score_rows, validation_means
+from cropi.ranking.plot import plot_scores
+from cropi.ranking.report import best_and_worst, prompt_texts
+from cropi.ranking.scores import Scores
+from cropi.ranking.selection import select
+from cropi.ranking.selection_files import CopiedPrompts, write_selected_records, write_selection
 from cropi.ranking.table import read_scores, write_scores
-from cropi.store.shards import RowInfo
+from cropi.ranking.values import fuse_ranks
+from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 
 MANIFEST: dict[str, Any] = {

@@ -21,7 +21,7 @@ import cropi_kernels
 from cropi.cli import COMMANDS, main, make_parser
 from cropi.cli.manners import speaking
 from cropi.errors import warn
-from cropi.ranking.selection import read_selection
+from cropi.ranking.selection_files import read_selection
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from cropi import locks
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.pipeline import Setup, choosing
-from cropi.ranking.selection import read_selection
+from cropi.ranking.selection_files import read_selection
 from cropi.ranking.table import SCORES, read_scores
 from cropi.report.folder import report_folder, selection_of
 from cropi.sealed import check_sums, summed

@@ -240,8 +240,9 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     from cropi.model.adapting import QUANTIZE
     from cropi.model.load import DTYPES
     from cropi.ranking.influence import MEANS, METRICS
-    from cropi.ranking.selection import METHODS, POOLS
-    from cropi.store.shards import DTYPES as STORED
+    from cropi.ranking.selection import POOLS
+    from cropi.ranking.values import METHODS
+    from cropi.store.codec import DTYPES as STORED
     from cropi_kernels import SketchSpec
     from cropi_kernels.spec import KINDS
 

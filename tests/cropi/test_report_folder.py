@@ -12,7 +12,7 @@ from test_report_page import data_of
 
 from cropi.cli import main
 from cropi.errors import CropiError
-from cropi.ranking.selection import read_selection
+from cropi.ranking.selection_files import read_selection
 from cropi.report.folder import report_folder
 
 

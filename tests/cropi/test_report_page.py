@@ -18,14 +18,14 @@ import pytest
 import cropi
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores
 from cropi.ranking.pairwise import Neighbour, Pairwise
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.ranking.uncertainty import uncertainty
 from cropi.report.browser import shown_in_full
 from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
 from cropi.report.html import ReportInput, render, write_report
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

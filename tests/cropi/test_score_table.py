@@ -18,7 +18,7 @@ from test_uncertainty import two_stores
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.pipeline import pick, score
-from cropi.ranking.influence import Scores
+from cropi.ranking.scores import Scores
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, with_uncertainty
 from cropi.store.store import SketchStore

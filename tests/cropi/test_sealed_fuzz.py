@@ -26,7 +26,7 @@ from cropi.curriculum.learnt import nothing_learnt, read_training
 from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.pipeline import pick
-from cropi.ranking import selection, table
+from cropi.ranking import selection_files, table
 from cropi.ranking.selector import Selector
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report import folder as folders
@@ -93,7 +93,9 @@ def changed_table(rng: random.Random, whole: Any, meta: Any) -> Any:
 def test_any_table_of_scores_is_read_or_ends_in_words(tmp_path: Path) -> None:
     file, scores = tmp_path / table.SCORES, made_scores()
     table.write_scores(file, scores)
-    selection.write_selection(tmp_path / "selected.jsonl", scores, pick(scores, Selecting(fraction=0.25)))
+    selection_files.write_selection(
+        tmp_path / "selected.jsonl", scores, pick(scores, Selecting(fraction=0.25))
+    )
     right, whole = scores.meta, pyarrow.parquet.read_table(file)
     places = list(fuzz.ways(right))
     # What is wrong with a table that can be read is said of the option that asks for it.
@@ -127,7 +129,7 @@ def read_all(file: Path) -> None:
     ):
         chosen = pick(scores, Selecting(fraction=0.25, **options))
         assert len(set(chosen.ids)) == len(chosen.ids)
-    selection.write_selection(file.parent / "other.jsonl", scores, chosen)
+    selection_files.write_selection(file.parent / "other.jsonl", scores, chosen)
     repr(scores), scores._repr_html_(), str(Uncertainty.of(scores)), chosen.weights
     info._scores(file)
     folders.report_folder(file.parent)

@@ -11,8 +11,8 @@ import pytest
 from cropi.cli import main
 from cropi.curriculum.state import FORMAT, State
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores
-from cropi.ranking.selection import read_selection
+from cropi.ranking.scores import Scores
+from cropi.ranking.selection_files import read_selection
 from cropi.ranking.table import read_scores, write_scores
 from cropi.report.html import _composition
 from cropi.store.rows import RowInfo

@@ -20,9 +20,10 @@ from cropi.cli import main
 from cropi.data.export import FORMATS, export
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
-from cropi.ranking.influence import Scores
-from cropi.ranking.selection import Selection, read_selection
-from cropi.store.shards import RowInfo
+from cropi.ranking.scores import Scores
+from cropi.ranking.selection import Selection
+from cropi.ranking.selection_files import read_selection
+from cropi.store.rows import RowInfo
 
 RECORDS = [
     {

@@ -18,13 +18,14 @@ from cropi.options import Influence, Selecting
 from cropi.ranking import distinct
 from cropi.ranking.distinct import Distinct, diverse, unit_sketches
 from cropi.ranking.draws import draw, normal_scores, soft_weights
-from cropi.ranking.influence import Scores, influence
+from cropi.ranking.influence import influence
 from cropi.ranking.rule import Rule
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection import OtherChoices, select
 from cropi.ranking.shares import apportion, read_quotas
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.values import FROM_SCORES, best_of, fuse_ranks, order_of
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 
 
 def table_of(

@@ -151,10 +151,10 @@ def test_a_tokenizer_that_names_no_tokens_is_not_compared() -> None:
     assert sketched(policy).origin["tokens"] != first
 
 
-def test_a_state_of_an_earlier_release_knows_the_names_alone() -> None:
+def test_a_state_may_know_the_names_alone() -> None:
     selector, batch = Selector([0, 1], SPEC, dim=64), sketched()
     selector.update([0, 1], batch, 1)
-    old = {key: value for key, value in selector.state_dict().items() if key != "origin"}
+    old = selector.state_dict() | {"origin": "{}"}
     again = Selector([0, 1], SPEC, dim=64)
     again.load_state_dict(old)
     with pytest.raises(CropiError, match="another model: their 19 parameters"):

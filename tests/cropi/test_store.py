@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from cropi.errors import CropiError
+from cropi.store.codec import DTYPES, decode, encode
 from cropi.store.memory import MemoryStore
-from cropi.store.rows import rows_from_json, rows_to_json
-from cropi.store.shards import DTYPES, RowInfo, decode, encode
+from cropi.store.rows import RowInfo, rows_from_json, rows_to_json
 from cropi.store.store import SketchStore
 
 DIM = 64

@@ -19,7 +19,7 @@ from support.sealed_files import put_summed
 from cropi.options import Selecting
 from cropi.pipeline import pick
 from cropi.ranking.influence import influence
-from cropi.ranking.selection import write_selection
+from cropi.ranking.selection_files import write_selection
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import _run
 from cropi.report.html import _composition, _policy

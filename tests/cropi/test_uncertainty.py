@@ -18,7 +18,7 @@ from cropi.ranking.response_noise import ResponseNoise
 from cropi.ranking.rule import Rule
 from cropi.ranking.selection import select
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 
 

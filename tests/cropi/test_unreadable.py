@@ -37,7 +37,7 @@ from cropi.gradient.template import template_text
 from cropi.model.adapting import with_adapter
 from cropi.model.load import load_generation_config, load_model, load_tokenizer
 from cropi.model.moments import file_of, read_moments
-from cropi.ranking.selection import read_selection
+from cropi.ranking.selection_files import read_selection
 from cropi.sealed import read_sealed, summed
 from cropi.store.parts import part_paths
 from cropi.trainers.dumps.auto import expanded, read_rollouts

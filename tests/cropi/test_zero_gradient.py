@@ -22,7 +22,7 @@ from cropi.model.policy import Policy
 from cropi.ranking.influence import validation_means
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 

@@ -19,7 +19,7 @@ from cropi.curriculum.report import write_report
 from cropi.curriculum.state import FORMAT, State
 from cropi.options import Selecting
 from cropi.pipeline import pick
-from cropi.ranking import selection, selection_files, table
+from cropi.ranking import selection_files, table
 from cropi.ranking.scores import Scores
 from cropi.report import folder as folders
 from cropi.report import html
@@ -185,7 +185,7 @@ def budget(folder: Path) -> Kind:
 
 def chosen_prompts(folder: Path) -> Kind:
     scores, file = made_scores(), folder / "selected.jsonl"
-    selection.write_selection(file, scores, pick(scores, Selecting(fraction=0.5)))
+    selection_files.write_selection(file, scores, pick(scores, Selecting(fraction=0.5)))
     right = json_lines(file)
     for row in right:
         del row["check"]

@@ -21,7 +21,8 @@ from cropi.cli import main
 from cropi.data.readers import read
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
-from cropi.trainers.dumps.auto import Reading, opened
+from cropi.trainers.dumps.auto import opened
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import SOURCES, WORDS, recognise
 from cropi.trainers.dumps.vocabulary import bytes_of_tokens
 

@@ -11,7 +11,7 @@ from cropi.files import is_folder, is_there
 from cropi.options import SOURCES
 
 if TYPE_CHECKING:
-    from cropi.trainers.dumps.auto import Reading
+    from cropi.trainers.dumps.reading import Reading
 
 EXAMPLE = "cropi convert rollouts/*.jsonl --out train.jsonl"
 
@@ -155,7 +155,7 @@ def _source(args: argparse.Namespace) -> str:
 def _reading(args: argparse.Namespace, source: str) -> Reading:
     """How the files are read, by the options."""
     from cropi.data.forms import parse_columns
-    from cropi.trainers.dumps.auto import Reading
+    from cropi.trainers.dumps.reading import Reading
     from cropi.trainers.dumps.scoring import Scorer
 
     by_text = args.dataset and source != "openai"

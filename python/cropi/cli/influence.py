@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cropi.cli import options
 from cropi.cli.manners import tell
-from cropi.cli.options import count
+from cropi.cli.parser import count
 from cropi.errors import CropiError
 from cropi.options import Influence
 

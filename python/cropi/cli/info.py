@@ -142,7 +142,7 @@ def _tokens(args: argparse.Namespace) -> None:
 
 
 def _store(path: Path) -> dict[str, Any]:
-    from cropi.store.shards import FAILED
+    from cropi.store.rows import FAILED
     from cropi.store.store import SketchStore
 
     store = SketchStore.open(path)

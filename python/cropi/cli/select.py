@@ -60,7 +60,8 @@ def add_table(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
     from cropi.files import check_outputs
-    from cropi.ranking.selection import select, write_selection
+    from cropi.ranking.selection import select
+    from cropi.ranking.selection_files import write_selection
     from cropi.ranking.table import read_scores
 
     if args.out_trajectories and not args.trajectories:
@@ -134,8 +135,9 @@ class Written:
 def show(selection: Selection, written: Written, groups: PromptGroups | None) -> None:
     """Write the plot and the records, and print the table; ``groups`` are the training prompts, or None."""
     from cropi.ranking.contributions import lines
-    from cropi.ranking.report import best_and_worst, plot_scores, prompt_texts
-    from cropi.ranking.selection import write_selected_records
+    from cropi.ranking.plot import plot_scores
+    from cropi.ranking.report import best_and_worst, prompt_texts
+    from cropi.ranking.selection_files import write_selected_records
 
     scores = selection.scores
     if written.records and groups is not None:

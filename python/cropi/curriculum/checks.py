@@ -20,7 +20,8 @@ from cropi.errors import CropiError, did_you_mean, optional
 from cropi.files import check_room
 from cropi.model.load import DTYPES, check_device
 from cropi.model.sources import locate
-from cropi.ranking.selection import check_selecting, how_many
+from cropi.ranking.selection import check_selecting
+from cropi.ranking.shares import how_many
 from cropi.store.codec import row_bytes
 from cropi.trainers.trl.in_process import check_options, prompts_a_batch
 from cropi_kernels import canonical_name

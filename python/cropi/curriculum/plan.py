@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from cropi.checked import check_fields
 from cropi.commands import check_template
 from cropi.errors import CropiError, did_you_mean, shown
-from cropi.gradient.tokenize import template_text
+from cropi.gradient.template import template_text
 from cropi.option_fields import changed, names_of
 from cropi.options import SOURCES, Influence, Rescoring, Selecting
 from cropi.sketching.job import SketchJob

@@ -26,14 +26,14 @@ from cropi.errors import CropiError
 from cropi.files import is_file, is_there, make_folder, sync_all, writing
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
-from cropi.ranking.report import plot_scores
-from cropi.ranking.selection import read_selection, write_selected_records, write_selection
+from cropi.ranking.plot import plot_scores
+from cropi.ranking.selection_files import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
 from cropi.rescoring import Anew, Choice, training_store
 from cropi.sketching.job import SketchJob, make_tokenize
 from cropi.store.earlier import EARLIER
-from cropi.store.shards import OK
+from cropi.store.rows import OK
 from cropi.store.store import SketchStore
 from cropi.trainers.trl.in_process import train_stage
 

@@ -22,7 +22,7 @@ from cropi.distributed.team import check_same
 from cropi.errors import CropiError, optional
 from cropi.sketching.summary import Summary
 from cropi.store.parts import next_part, take_parts
-from cropi.store.shards import FAILED, OK
+from cropi.store.rows import FAILED, OK
 from cropi.store.store import InUse, SketchStore
 
 # So many workers may die over one chunk, or one after the other before a chunk is done, until the job ends in words.

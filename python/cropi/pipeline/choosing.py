@@ -18,7 +18,8 @@ from cropi.pipeline.checks import Checked, Setup, check
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.influence import influence_by
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection import Selection, select, write_selection
+from cropi.ranking.selection import Selection, select
+from cropi.ranking.selection_files import write_selection
 from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
 from cropi.rescoring import Anew, Choice

@@ -9,11 +9,8 @@ from typing import Any
 from cropi.data.chat import text_of
 from cropi.data.readers import read
 from cropi.errors import printable
-from cropi.ranking.plot import plot_scores
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
-
-__all__ = ["best_and_worst", "last_message", "plot_scores", "prompt_texts"]
 
 LONGEST = 80  # characters of a name in the table
 

@@ -206,7 +206,7 @@ class Scores:
 
     def plot(self, path: str | Path, *, fraction: float = 0.1, method: str = "rrf") -> None:
         """Write a plot (.png, .pdf or .svg) of the scores, with the prompts that would be selected."""
-        from cropi.ranking.report import plot_scores
+        from cropi.ranking.plot import plot_scores
 
         plot_scores(path, self, self.select(fraction, method=method))
 

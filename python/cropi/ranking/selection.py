@@ -31,10 +31,9 @@ from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
 from cropi.ranking.rule import Rule, shared_out
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection_files import read_selection, write_selected_records, write_selection
 from cropi.ranking.shares import how_many, read_quotas
 from cropi.ranking.table_rows import values_of
-from cropi.ranking.values import METHODS, fuse_ranks, order_of, ranks_of, students_quantile
+from cropi.ranking.values import order_of, students_quantile
 
 # How messages name what :meth:`Selection.save` and others take.
 OF_ROWS = {"--dataset": "rows=", "--trajectories": "rows=", "--id-key": "id_key=", "--format": "format="}
@@ -43,10 +42,6 @@ if TYPE_CHECKING:  # a selection by scores alone needs no torch
     from cropi.ranking.distinct import Distinct
     from cropi.store.store import SketchStore
 
-__all__ = [
-    "METHODS", "POOLS", "Selection", "check_selecting", "fuse_ranks", "how_many", "order_of", "ranks_of",
-    "read_selection", "select", "write_selected_records", "write_selection",
-]  # fmt: skip
 POOLS = ("all", "usable")
 
 

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import torch
 
-from cropi.rollouts.engine import Sampling
+from cropi.rollouts.options import Sampling
 
 # Tokens in a block of the first level. A cumulative sum over the vocabulary would be the slowest part of a step.
 BLOCK = 512

@@ -20,7 +20,8 @@ import torch
 from cropi.rollouts.beginnings import Level, levels
 from cropi.rollouts.cache import keeps_all, make_cache
 from cropi.rollouts.draw import draw, uniforms
-from cropi.rollouts.engine import Request, Response, Sampling
+from cropi.rollouts.engine import Request, Response
+from cropi.rollouts.options import Sampling
 
 PIECE = 8192  # tokens of a forward over prompts
 

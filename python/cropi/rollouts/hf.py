@@ -21,9 +21,10 @@ from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy, check_dropout
 from cropi.rollouts.beginnings import families
 from cropi.rollouts.cache import bytes_of, make_cache
-from cropi.rollouts.engine import Request, Response, Sampling
+from cropi.rollouts.engine import Request, Response
 from cropi.rollouts.file import MODEL
 from cropi.rollouts.generate import generate, past
+from cropi.rollouts.options import Sampling
 from cropi.rollouts.trial import way_of
 from cropi.store.differences import OPTIONAL
 from cropi_kernels.frozen import Linears, PackedLinears, unsupported

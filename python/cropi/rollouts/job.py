@@ -12,8 +12,9 @@ from cropi.data.records import make_group
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, RecordError, optional, warn
 from cropi.gradient.tokenize import Tokenize
-from cropi.rollouts.engine import Engine, Request, Response, Sampling
+from cropi.rollouts.engine import Engine, Request, Response
 from cropi.rollouts.file import SCORER, RolloutFile
+from cropi.rollouts.options import Sampling
 from cropi.rollouts.prompts import Prompt
 from cropi.rollouts.rewards import Reward
 

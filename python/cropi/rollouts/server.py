@@ -16,8 +16,9 @@ from typing import Any
 
 from cropi.errors import CropiError, shown, warn
 from cropi.gradient.tokenize import Tokenize
-from cropi.rollouts.engine import Request, Response, Sampling, is_cut
+from cropi.rollouts.engine import Request, Response, is_cut
 from cropi.rollouts.http import Server, ServerError
+from cropi.rollouts.options import Sampling
 
 TOKEN = re.compile(r"token_id:(\d+)")
 # What is asked of servers that know it; the first set that the server takes is used. Servers take what is not given

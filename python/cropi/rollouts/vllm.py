@@ -11,8 +11,9 @@ from cropi.errors import CropiError, optional
 from cropi.files import is_folder
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.fingerprint import checkpoint_fingerprint
-from cropi.rollouts.engine import Request, Response, Sampling, is_cut
+from cropi.rollouts.engine import Request, Response, is_cut
 from cropi.rollouts.file import MODEL
+from cropi.rollouts.options import Sampling
 
 BATCH = 256  # prompts that are handed over at once; vLLM schedules their responses itself
 

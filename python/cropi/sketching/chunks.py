@@ -17,7 +17,7 @@ from cropi.gradient.batches import MicroBatch, Row, built, cut_batches
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
-from cropi.store.shards import RowInfo
+from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 
 # A chunk holds at least so many micro-batches, so that whoever hands out chunks has little to do.

@@ -27,7 +27,7 @@ from cropi.sketching.passes import Others, Passes
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.manifest import groups_in
-from cropi.store.shards import SKIPPED, RowInfo
+from cropi.store.rows import SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher.formed import FormedSketcher

@@ -27,7 +27,7 @@ from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
 from cropi.sketching import chunks
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
-from cropi.store.shards import FAILED, OK, SKIPPED, RowInfo
+from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.adding import add_rows
 from cropi_kernels.memory import is_out_of_memory

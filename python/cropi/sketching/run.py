@@ -31,7 +31,7 @@ from cropi.sketching.groups import bar_of, sketch_groups
 from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
-from cropi.store.shards import FAILED, SKIPPED, RowInfo
+from cropi.store.rows import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 
 

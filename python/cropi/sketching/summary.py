@@ -14,7 +14,7 @@ import torch
 
 from cropi.gradient.behaviour_check import Finding
 from cropi.gradient.health import Health
-from cropi.store.shards import FAILED, OK, RowInfo
+from cropi.store.rows import FAILED, OK, RowInfo
 from cropi.store.store import SketchStore
 
 

@@ -28,13 +28,8 @@ import torch
 
 from cropi.errors import CropiError, optional, shown
 from cropi.files import forget, reading, write_atomic, writing
-from cropi.store.codec import DTYPES, PACKED, decode, encode
-from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo, from_json, rows_from_json, rows_to_json
-
-__all__ = [
-    "DTYPES", "FAILED", "OK", "SKIPPED", "RowInfo", "Shard", "commit_path", "damaged", "decode", "encode",
-    "read_shard", "shard_number", "write_shard",
-]  # fmt: skip
+from cropi.store.codec import PACKED
+from cropi.store.rows import RowInfo, from_json, rows_from_json, rows_to_json
 
 _SEAL = b'{"__metadata__":{"seal":"'
 _KINDS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
 from cropi.files import reading
-from cropi.ranking.selection import read_selection
+from cropi.ranking.selection_files import read_selection
 
 
 class Selected:
