@@ -73,8 +73,10 @@ def check_exact(model: Any, records: list[dict[str, Any]]) -> None:
             assert cut == (ids[-1] != 1)
 
 
-@pytest.mark.parametrize("api", ["completions", "chat"])
-@pytest.mark.parametrize("kind", ["vllm", "tokens"])
+@pytest.mark.parametrize(
+    ("kind", "api"),
+    [("vllm", "completions"), ("vllm", "chat"), ("tokens", "completions"), ("tokens", "chat"), ("sglang", "chat")],
+)
 def test_a_server_with_token_ids_gives_exact_records(tmp_path: Path, api: str, kind: str) -> None:
     model, tokenizer = make_model(), make_tokenizer(chat=True)
     with serve(model, tokenizer, kind=kind) as server:

@@ -18,7 +18,7 @@ class Served:
     """What the server is, and what was asked of it.
 
     Attributes:
-        kind: "vllm" (token ids by request), "tokens" (only ``return_tokens_as_token_ids``), "plain" (OpenAI's own keys
+        kind: "vllm", "sglang" (token ids by request, of chats under another name), "tokens" (only ``return_tokens_as_token_ids``), "plain" (OpenAI's own keys
             alone: others are refused, no token ids) or "bare" (as plain, one choice a request, no log-probs).
         processed: log-probs are those after the temperature.
         failures: statuses that the next requests get; 0 closes the connection, -1 sleeps.
@@ -58,7 +58,7 @@ class Served:
         n = 1 if self.kind == "bare" else body["n"]
         choices = [self._choice(k, ids, body, chat) for k in range(n)]
         made: dict[str, Any] = {"choices": choices, "usage": {"prompt_tokens": len(ids)}}
-        if self.kind == "vllm" and body.get("return_token_ids"):
+        if self.kind in ("vllm", "sglang") and body.get("return_token_ids"):
             for choice in choices:
                 choice["prompt_token_ids"] = ids
         return made
@@ -87,8 +87,8 @@ class Served:
             made |= {"text": text, "logprobs": {"tokens": words, "token_logprobs": values}}
         if self.kind == "bare":
             made["logprobs"] = None
-        if self.kind == "vllm" and body.get("return_token_ids"):
-            made["token_ids"] = new
+        if self.kind in ("vllm", "sglang") and body.get("return_token_ids"):
+            made["response_token_ids" if self.kind == "sglang" and chat else "token_ids"] = new
         return made
 
 

@@ -224,6 +224,8 @@ class ServerEngine:
         text = message.get("content") if self.api == "chat" else choice.get("text")
         tokens, values = _tokens(choice)
         ids = choice.get("token_ids")
+        if ids is None:
+            ids = choice.get("response_token_ids")  # of SGLang's chat
         if ids is None and tokens and all(TOKEN.fullmatch(token) for token in tokens):
             ids = [int(token.partition(":")[2]) for token in tokens]
         truncated = is_cut(choice.get("finish_reason"), f"the server at {self.server.url}: {what}")

@@ -4,10 +4,11 @@ A row is an answer (``choices``, each with ``message`` and ``logprobs``), an ans
 ``response.body``), with the prompt beside it: ``messages`` or ``prompt`` of the row, of its ``request`` or ``body``. A
 batch output file holds no prompts: the input file of the batch (``--dataset``) has them, by ``custom_id``.
 
-Tokens are exact where the server says their ids: vLLM's ``token_ids`` and ``prompt_token_ids`` (``return_token_ids``),
-or tokens written ``token_id:123`` (``return_tokens_as_token_ids``). Elsewhere ``logprobs.content`` holds the bytes of
-each sampled token, which name one token of the model's vocabulary: with the tokenizer they become ids. Without either,
-responses are text, and their log-probs are left out, and a message says so.
+Tokens are exact where the server says their ids: ``token_ids`` (in SGLang's chats ``response_token_ids``) and
+``prompt_token_ids`` (``return_token_ids``), or tokens written ``token_id:123`` (``return_tokens_as_token_ids``).
+Elsewhere ``logprobs.content`` holds the bytes of each sampled token, which name one token of the model's vocabulary:
+with the tokenizer they become ids. Without either, responses are text, and their log-probs are left out, and a message
+says so.
 
 Rewards are ``reward`` of each choice, or ``rewards`` (``reward`` of a single choice) beside the choices.
 """
@@ -225,8 +226,8 @@ def _tokens(
     choice: Mapping[str, Any], vocabulary: Vocabulary, where: str
 ) -> tuple[list[int] | None, list[float] | None, bool]:
     """The ids of a choice and their log-probs, None where the file does not tell; and whether it has log-probs."""
-    given = choice.get("token_ids")
-    ids = token_ids(given, "token_ids", where) if given else None
+    name = "token_ids" if choice.get("token_ids") else "response_token_ids"
+    ids = token_ids(choice[name], name, where) if choice.get(name) else None
     held = choice.get("logprobs")
     if not isinstance(held, Mapping):
         return ids, None, False
