@@ -75,7 +75,13 @@ def check_exact(model: Any, records: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "api"),
-    [("vllm", "completions"), ("vllm", "chat"), ("tokens", "completions"), ("tokens", "chat"), ("sglang", "chat")],
+    [
+        ("vllm", "completions"),
+        ("vllm", "chat"),
+        ("tokens", "completions"),
+        ("tokens", "chat"),
+        ("sglang", "chat"),
+    ],
 )
 def test_a_server_with_token_ids_gives_exact_records(tmp_path: Path, api: str, kind: str) -> None:
     model, tokenizer = make_model(), make_tokenizer(chat=True)

@@ -18,8 +18,9 @@ class Served:
     """What the server is, and what was asked of it.
 
     Attributes:
-        kind: "vllm", "sglang" (token ids by request, of chats under another name), "tokens" (only ``return_tokens_as_token_ids``), "plain" (OpenAI's own keys
-            alone: others are refused, no token ids) or "bare" (as plain, one choice a request, no log-probs).
+        kind: "vllm", "sglang" (token ids by request, in SGLang's chats under another name), "tokens" (only
+            ``return_tokens_as_token_ids``), "plain" (OpenAI's own keys alone: others are refused, no token ids) or
+            "bare" (as plain, one choice a request, no log-probs).
         processed: log-probs are those after the temperature.
         failures: statuses that the next requests get; 0 closes the connection, -1 sleeps.
         dies_after: so many answers, and then nothing but closed connections; None: never.

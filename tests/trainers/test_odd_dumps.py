@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.made_data import write_lines
-from support.made_dumps import trl, write
+from support.made_dumps import ROLLOUTS, chat, logprobs, trl, write
 
 from cropi.cli import main
 from cropi.data.readers import read
-from cropi.trainers.dumps.auto import read_rollouts
+from cropi.trainers.dumps.auto import opened, read_rollouts
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import MOST_OPCODES, recognise
@@ -54,3 +54,19 @@ def test_a_column_of_trl_without_a_name_is_a_column(tmp_path: Path) -> None:
     write_lines(path, rows)
     rollouts = read_rollouts(path, "trl", Reading(temperature=0.7), Left())
     assert [one.reward for one in rollouts] == [1.0, 0.0, 0.5, 1.0]
+
+
+def test_token_ids_of_sglangs_chats(tmp_path: Path) -> None:
+    """SGLang 0.5.23 writes both kinds into the choices, and the tokens beside log-probs as text."""
+    rows = chat()
+    for row, (_, ids, *_) in zip(rows, ROLLOUTS):
+        body = row["response"]["body"]
+        (choice,) = body["choices"]
+        choice |= {"prompt_token_ids": body.pop("prompt_token_ids"), "response_token_ids": ids}
+        for entry in choice["logprobs"]["content"]:
+            entry["token"] = "A"
+    groups = list(read(opened(write(tmp_path / "sglang.jsonl", rows))))
+    wanted = [ROLLOUTS[n : n + 2] for n in (0, 2)]
+    assert [group.prompt_ids for group in groups] == [two[0][0] for two in wanted]
+    assert [group.response_ids for group in groups] == [[ids for _, ids, *_ in two] for two in wanted]
+    assert [group.logprobs for group in groups] == [[logprobs(ids) for _, ids, *_ in two] for two in wanted]

@@ -350,20 +350,6 @@ def test_an_example_in_the_prompt_is_not_what_the_policy_said(tmp_path: Path, re
         assert group.responses[0][0]["tool_calls"] == json.loads(calls)
 
 
-def test_token_ids_of_sglangs_chats(tmp_path: Path) -> None:
-    """SGLang 0.5.23 writes both kinds into the choices, and the tokens beside log-probs as text."""
-    rows = made("openai")
-    wanted = groups(write(tmp_path / "vllm.jsonl", rows))
-    for row, (_, ids, *_) in zip(rows, ROLLOUTS):
-        body = row["response"]["body"]
-        (choice,) = body["choices"]
-        choice |= {"prompt_token_ids": body.pop("prompt_token_ids"), "response_token_ids": ids}
-        for entry in choice["logprobs"]["content"]:
-            entry["token"] = "A"
-    found = groups(write(tmp_path / "sglang.jsonl", rows))
-    assert found == wanted and found[0].response_ids and found[0].logprobs
-
-
 def test_what_closes_a_rollout_of_nemo_gym_without_tokens_is_left_out(tmp_path: Path) -> None:
     said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": ""}]}
     content, path = made("nemo-gym"), tmp_path / "rollouts.jsonl"
