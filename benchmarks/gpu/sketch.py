@@ -11,6 +11,8 @@ import common
 import torch
 
 from cropi_kernels import MatrixPlan, SketchSpec, fold_inputs, plan_matrix, sketch_linear
+from cropi_kernels.ops._triton_segments import cut
+from cropi_kernels.ops.sketch_linear import triton as slab
 
 TOKENS = 16384
 SEGMENTS = (4, 16, 64)
@@ -87,6 +89,43 @@ def layer(model: str, n_segments: int, width: int | None, bandwidth: float) -> d
     return row
 
 
+def in_a_pass(model: str, n_segments: int, width: int, bandwidth: float) -> dict[str, Any]:
+    """The layer as a pass launches it: matrices that read the same inputs in one launch, all into the pass's sums. The
+    table of chunks and the reduction, once a pass, are left out."""
+    shapes = {name: (rows, cols) for name, rows, cols in common.MODELS[model]["linears"]}
+    spec, offsets = SketchSpec(width=width), common.ragged(TOKENS, n_segments).cuda()
+    made, folds, size = [], [], 0.0
+    for group in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"):
+        names = [name for name in group.split() if name in shapes]
+        if not names:
+            continue
+        plans = tuple(plan_matrix(spec, f"model.layers.0.{name}.weight", *shapes[name]) for name in names)
+        x, *ds = (
+            torch.randn(TOKENS, n, device="cuda", dtype=torch.bfloat16)
+            for n in (shapes[names[0]][1], *(shapes[name][0] for name in names))
+        )
+        folds.append(lambda x=x, plan=plans[0]: fold_inputs(x, plan))  # type: ignore[misc]
+        made.append((slab.stack_of(plans, x.device, x.dtype), ds, folds[-1]()))
+        size += 2.0 * sum(t.numel() for t in (x, *ds))
+    chunks = cut(offsets, TOKENS, made[0][0].chunk, True)
+    sums = torch.zeros(chunks.n_slots, max(stack.groups for stack, _, _ in made), 32768, device="cuda")
+
+    def slabs() -> None:
+        for stack, ds, a in made:
+            slab.add_slabs(stack, ds, None, a, a.stride(0), sums, sums, chunks, "sums")
+
+    fold_ms, slab_ms = timed([lambda: [fold() for fold in folds]])["ms"], timed([slabs])["ms"]
+    row = {
+        "model": model,
+        "segments": n_segments,
+        "width": width,
+        "pass_ms": fold_ms + slab_ms,
+        "fold_ms": fold_ms,
+    }
+    read_ms = size / bandwidth * 1000
+    return row | {"read_ms": read_ms, "times_read": (fold_ms + slab_ms) / read_ms}
+
+
 def lengths(length: int) -> dict[str, Any]:
     """Segments of one length, gate_proj of Qwen2.5-1.5B folded to 64: short ones pay for partly filled tiles."""
     plan = plan_matrix(SketchSpec(), "model.layers.0.mlp.gate_proj.weight", 8960, 1536)
@@ -108,6 +147,10 @@ def main() -> None:
                 todo.append(
                     (f"{model} w={width} S={n}", lambda m=model, n=n, w=width: layer(m, n, w, bandwidth))
                 )
+    for width in (64, 128, 256):
+        for n in SEGMENTS:
+            name = f"qwen2.5-1.5b in a pass w={width} S={n}"
+            todo.append((name, lambda n=n, w=width: in_a_pass("qwen2.5-1.5b", n, w, bandwidth)))
     todo += [(f"segments of {n}", lambda n=n: lengths(n)) for n in LENGTHS]
     for name, run in todo:
         results.attempt(name, run)

@@ -50,7 +50,6 @@ def shell(*words: str) -> tuple[str, ...]:
 BUILDS = (
     Part("build", 55, shell("build"), needs=()),
     Part("warm", 45, script("warm"), processes=10, needs=("build",)),
-    Part("warm_short", 40, script("variants_short", "warm"), processes=10, needs=("build",)),
     Part("cuda", 65, shell("cuda"), needs=("build",)),
 )
 PROJECT = ("build", "cuda")
@@ -68,7 +67,6 @@ MEASURED = (
     Part("jobs", 110, script("jobs"), needs=("build",)),
     Part("model_7b", 75, script("model", "7b")),
     Part("model_moe", 45, script("model", "moe")),
-    Part("variants_short", 60, script("variants_short"), needs=("build", "warm_short")),
     Part("variants", 40, script("variants")),
     Part("counters", 25, shell("counters")),
     Part("project_correctness", 35, script("project_correctness"), processes=4, needs=PROJECT),

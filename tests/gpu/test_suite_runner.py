@@ -189,8 +189,7 @@ def test_unknown_parts_are_refused(
     monkeypatch.setenv("GPU_SUITE_KEEP", str(tmp_path / "keep"))
     monkeypatch.setenv("GPU_SUITE_PARTS", "sketch skech")
     assert (
-        runner.main() == 2
-        and "names skech: the parts are build, warm, warm_short, cuda, new" in capsys.readouterr().err
+        runner.main() == 2 and "names skech: the parts are build, warm, cuda, new" in capsys.readouterr().err
     )
 
 

@@ -126,11 +126,19 @@ def test_sketch(
     monkeypatch.setattr(module, "TOKENS", 32)
     monkeypatch.setattr(module, "SEGMENTS", (2,))
     monkeypatch.setattr(module, "LENGTHS", (16,))
+    linears = [("q_proj", 32, 96), ("k_proj", 16, 96), ("o_proj", 96, 32), ("gate_proj", 64, 96)]
+    monkeypatch.setattr(
+        module.common, "MODELS", {"qwen2.5-1.5b": TINY["qwen2.5-1.5b"] | {"linears": linears}}
+    )
+    launches: list[int] = []
+    monkeypatch.setattr(module.slab, "add_slabs", lambda stack, ds, *rest: launches.append(len(ds)))
     finish(module)
+    assert {1, 2} == set(launches), "q and k in one launch"
     got = rows(tmp_path, "sketch")
     assert {"copy bandwidth", "qwen2.5-1.5b w=64 S=2", "qwen2.5-1.5b w=None S=2", "segments of 16"} <= set(
         got
     )
+    assert got["qwen2.5-1.5b in a pass w=128 S=2"]["times_read"] > 0
     assert {"of_mm_rate", "mm_ms"} <= set(got["qwen2.5-1.5b w=None S=2"]) and got["qwen2.5-1.5b w=64 S=2"][
         "times_read"
     ] > 0
@@ -346,33 +354,12 @@ def test_variants(
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 63 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 67 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]
     )
     assert (module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS) == before
-
-
-def test_variants_of_short_segments(
-    suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every form has the bits of what ships, where programs stay for several items and segments end within a step."""
-    module, name = suite("variants_short"), "no fold, 1536 x 8960"
-    monkeypatch.setattr(module.slab, "takes_turns", lambda device: True)
-    tiny = {name: (656, 192, None, 2, dict.fromkeys(module.FORMS, 1.0))}
-    cut_down(monkeypatch, module, TOKENS=70, CALLS=1, SHAPES=tiny, PAIRS={8: 1.0}, LAYERS=[(64, 2)])
-    linears = [("q_proj", 32, 96), ("k_proj", 16, 96), ("o_proj", 96, 32), ("gate_proj", 64, 96)]
-    cut_down(monkeypatch, module.common, MODELS={module.LAYER: {"linears": linears}})
-    finish(module)
-    got = rows(tmp_path, "variants_short")
-    assert got[name]["ok"] and got[name]["finite"] and got[name]["mm_us"] > 0
-    assert got[f"{name}: 8 pairs a group"]["us"] > 0
-    assert got["a layer in a pass, width 64, 2"]["times_read"] > 0
-    cut_down(monkeypatch, module, layer=lambda width, n: {}, SHAPES={})
-    with pytest.raises(SystemExit, match="0"):
-        module.warm()
-    assert len(rows(tmp_path, "warm_short")) == 3
 
 
 def test_races_are_told_from_what_the_compiler_hands_over(
@@ -444,9 +431,9 @@ def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch
     assert "not measured" in (tmp_path / "empty.md").read_text()
     lines: dict[str, list[dict[str, Any]]] = {
         "sketch": [
-            {"name": "a", "width": None, "of_mm_rate": 0.8},
-            {"name": "b", "width": 128, "times_read": 1.2},
-            {"name": "c", "width": 256, "times_read": 1.9},
+            {"name": "a", "width": None, "of_mm_rate": 0.8, "ms": 3.0},
+            *({"name": f"b {w}", "width": w, "times_read": 1.9, "ms": 2.0} for w in (128, 256)),
+            *({"name": f"c {w}", "width": w, "times_read": 1.2, "pass_ms": 1.0} for w in (128, 256)),
         ],
         "logprob": [
             {
@@ -490,4 +477,5 @@ def test_report_of_whatever_was_measured(suite: Any, tmp_path: Path, monkeypatch
         and "ERROR SUMMARY: 0 errors" in text
         and "2 rows, 1 of them failed" in text
     )
+    assert "folded to 128, times one read (worst) | 1.9 |" in text and "128 (worst) | 1.2 |" in text
     assert "| 918.5 |" in text, "620 ms a prompt against 10.8 / 16"
