@@ -388,9 +388,7 @@ def test_a_convolution_of_a_large_audio_encoder_is_covered() -> None:
     assert plan is not None and plan.sign.nbytes + plan.blocks.nbytes <= 1.001 * plan.size
 
 
-def test_what_is_too_large_is_named_all_at_once_and_left_out_on_purpose(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_too_large_is_named_and_left_out_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "LARGEST", 1000)
     monkeypatch.setattr(tap_builder, "recognise_experts", lambda module: None)
     model = odd_models.make("mixtral")
