@@ -94,9 +94,12 @@ class Segments:
         With as many heads as tokens only the strides tell. A gradient may have other strides than its tensor, so this
         is asked once per module call, of the input.
         """
-        if x.ndim != 4 or x.shape[0] != self.batch or self.length not in x.shape[1:3]:
-            return False
-        return x.shape[1] != self.length or (x.shape[2] == self.length and x.stride(1) < x.stride(2))
+        # Sizes are compared one by one, and the result is a constant. Where a graph is traced with dynamic shapes, no
+        # number is found in a tuple of sizes, and a comparison is no index.
+        if x.ndim == 4 and x.shape[0] == self.batch and x.shape[2] == self.length:
+            if x.shape[1] != self.length or x.stride(1) < x.stride(2):
+                return True
+        return False
 
     def tokens_first(
         self, x: torch.Tensor, where: str, heads_first: bool = False

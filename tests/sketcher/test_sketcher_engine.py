@@ -156,3 +156,23 @@ def test_a_graph_that_is_kept_is_sketched_again() -> None:
             loss.backward(retain_graph=True)
             loss.backward()
     torch.testing.assert_close(twice.sketches, 2 * once.sketches, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+def test_layouts_are_told_apart_in_graphs_with_dynamic_shapes() -> None:
+    """There the sizes are symbols: a tuple of them holds no number, and what compares them is no index."""
+    segments = Segments.of(torch.zeros(4, dtype=torch.int64), 4, 11, None)
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return (x + 0.0, x + 1.0)[segments.heads_first(x)]
+
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True, dynamic=True)
+    square = torch.zeros(4, 11, 11, 8)
+    for x, heads_first in (
+        (torch.zeros(4, 2, 11, 8), True),
+        (torch.zeros(4, 11, 2, 8), False),
+        (square.transpose(1, 2), True),
+        (square, False),
+        (torch.zeros(4, 2, 3, 8), False),
+    ):
+        assert bool(compiled(x).all()) == bool(chosen(x).all()) == segments.heads_first(x) == heads_first
