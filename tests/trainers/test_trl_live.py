@@ -228,8 +228,7 @@ def test_stages_are_drawn_from_what_steps_have_shown(tmp_path: Path, valid: Path
 
 @pytest.mark.long
 def test_prompts_that_are_alike_share(tmp_path: Path, valid: Path) -> None:
-    options = LIVE | {"valid": valid, "live": Live(dim=1024, alike=True)}
-    trainer = staged(tmp_path / "out", options, max_steps=4)
+    trainer = staged(tmp_path / "out", LIVE | {"valid": valid}, max_steps=4)
     trainer.train()
     selector, tokenizer = trainer._cropi.live.selector, make_tokenizer()
     texts = [row["prompt"] for row in trainer.train_dataset]
@@ -237,6 +236,13 @@ def test_prompts_that_are_alike_share(tmp_path: Path, valid: Path) -> None:
     np.testing.assert_allclose(selector._features, want, rtol=1e-5)
     assert selector.ids == [str(row["id"]) for row in trainer.train_dataset]
     assert selector.seen.any() and np.isfinite(selector.known()[0]).all()
+    trainer._cropi.live.save(tmp_path)
+    alone = staged(
+        tmp_path / "alone", LIVE | {"valid": valid, "live": Live(dim=1024, alike=False)}
+    )._cropi.live
+    assert alone.selector._features is None
+    with pytest.raises(CropiError, match="the state was saved with features = .* has None"):
+        alone.load(tmp_path)
 
 
 @pytest.mark.long
@@ -272,6 +278,8 @@ def test_the_texts_of_prompts() -> None:
 
     assert features_of(rows, tokenizer).shape == (2, 256)
     assert [text.split() for text in taken] == [["a", "b"], ["a", "b", "c"]]
+    for same in (rows[:1], [rows[0], rows[0]], [{"id": 1}]):
+        assert features_of(same, tokenizer) is None  # nothing that others lack
 
 
 @pytest.mark.long

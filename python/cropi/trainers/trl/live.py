@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from cropi import pipeline
+from cropi.data.prompt_ids import column_values
 from cropi.errors import CropiError, as_keywords, shown
 from cropi.files import failure_of, is_file, reason, replacing
 from cropi.model.policy import Policy
@@ -26,15 +28,29 @@ from cropi.trainers.trl.records import id_of
 from cropi.trainers.trl.scoring import _evaluating, setup_of
 from cropi_kernels import LiveSketcher
 
+logger = logging.getLogger(__name__)
+
 PLACES = "cropi_places"  # of a generation batch: the place of each row's prompt in the dataset
 STATE = "cropi_selector.pt"
 
 
 def features_of(dataset: Any, processing_class: Any) -> Any:
-    """The features of a dataset's prompts, by the tokens of what they say: a chat template adds the same to all."""
+    """The features of a dataset's prompts, by the tokens of what they say: a chat template adds the same to all.
+
+    None where all say the same, as beside images of which each has one question.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    texts = [_said(dataset[i].get("prompt")) for i in range(len(dataset))]
-    return prompt_features([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+    _, [prompts] = column_values(
+        dataset, "prompt"
+    )  # of the other columns nothing is read: they may hold images
+    texts = [_said(prompt) for prompt in prompts or ()]
+    features = prompt_features([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+    if features.any():
+        return features
+    logger.info(
+        "live: all prompts of the dataset say the same, so that each is known by its own visits alone"
+    )
+    return None
 
 
 def _said(prompt: Any) -> str:

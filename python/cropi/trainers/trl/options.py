@@ -54,9 +54,12 @@ class Live:
 
     Attributes:
         refresh: stages between two sketches of the validation prompts under the current policy.
-        dim, bits, half_life, explore: of :class:`cropi.Selector`.
+        dim, bits, half_life: of :class:`cropi.Selector`.
+        explore: of :class:`cropi.Selector`, and less than its 1: a stage draws many prompts at once, and explores by
+            that alone (docs/live.md has figures).
         alike: expect of a prompt what the visits of those with like tokens have shown
-            (:func:`cropi.ranking.alike.prompt_features`); False: every prompt is known by its own visits alone.
+            (:func:`cropi.ranking.alike.prompt_features`); False: every prompt is known by its own visits alone, as it
+            is where all prompts say the same.
         within: of :class:`cropi.Selector`: compare visits with the validation mean of their own time, at most so many
             steps old; None: with the present one.
         opposed: what the advantages of prompts are multiplied by, whose earlier visits say that they point against the
@@ -69,8 +72,8 @@ class Live:
     dim: int = 1024
     bits: int = 16
     half_life: float = 200.0
-    explore: float = 1.0
-    alike: bool = False
+    explore: float = 0.5
+    alike: bool = True
     within: int | None = None
     opposed: float = 1.0
     coupled: bool = False
