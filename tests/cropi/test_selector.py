@@ -65,7 +65,7 @@ def test_tensors_whose_axes_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     selector, x = made(), rows(2)
     selector.refresh(x)
     selector.update(["p0"], x[:1], step=1)
-    assert selector.state_dict()["names"] == "" and np.isfinite(selector.scores(["p0"])[0])
+    assert selector.state_dict()["origin"] == "{}" and np.isfinite(selector.scores(["p0"])[0])
 
 
 def test_several_validation_sets_count_alike() -> None:

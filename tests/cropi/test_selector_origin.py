@@ -149,16 +149,3 @@ def test_a_tokenizer_that_names_no_tokens_is_not_compared() -> None:
     first = sketched(policy).origin["tokens"]
     policy.tokenizer.add_tokens(["<think>"])  # between two steps
     assert sketched(policy).origin["tokens"] != first
-
-
-def test_a_state_may_know_the_names_alone() -> None:
-    selector, batch = Selector([0, 1], SPEC, dim=64), sketched()
-    selector.update([0, 1], batch, 1)
-    old = selector.state_dict() | {"origin": "{}"}
-    again = Selector([0, 1], SPEC, dim=64)
-    again.load_state_dict(old)
-    with pytest.raises(CropiError, match="another model: their 19 parameters"):
-        again.refresh(sketched(exclude=["*.mlp.up_proj.weight"]))
-    again.refresh(batch)
-    with pytest.raises(CropiError, match="has the shape"):
-        again.refresh(sketched(make_model(intermediate_size=48)))

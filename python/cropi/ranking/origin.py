@@ -7,9 +7,8 @@ What one side does not say is not compared.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from cropi.form import wrong_form
 from cropi.store.differences import first_difference
 
 Origin = dict[str, Any]  # of JSON's types
-NAMES = "names"  # a digest of the parameters' names: all that the first states know
 _FORM = {
     "parameters?": {str: ([int], None)}, "model?": str, "vocabulary?": int, "tokens?": str,
     "estimator?": {str: (str, bool, float, None)},
@@ -43,8 +41,6 @@ def origin_of(given: Any) -> Origin:
     made: Origin = dict(said) if isinstance(said, Mapping) else {}
     if names := getattr(given, "names", None):
         made.setdefault("parameters", dict.fromkeys(names))  # of shapes that are not known
-    if "parameters" in made:
-        made[NAMES] = _digest(made["parameters"])
     return made
 
 
@@ -64,26 +60,12 @@ def merged(before: Origin, given: Origin) -> Origin:
     return made
 
 
-def to_text(origin: Origin) -> str:
-    """What a state holds beside the digest of the names."""
-    return json.dumps({key: value for key, value in origin.items() if key != NAMES}, sort_keys=True)
-
-
-def from_text(text: str, names: str) -> Origin:
-    """The inverse of :func:`to_text`; ``names`` is the digest, "" where it is not known."""
-    return {**json.loads(text), **({NAMES: names} if names else {})}
-
-
 def is_text(given: Any) -> bool:
-    """Whether :func:`to_text` may have written this."""
+    """Whether this is an :data:`Origin` in JSON."""
     try:
         return isinstance(given, str) and not wrong_form(json.loads(given), _FORM)
     except (ValueError, RecursionError):
         return False
-
-
-def _digest(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
 
 
 def _both(before: Origin, given: Origin, field: str) -> tuple[Any, Any] | None:
@@ -93,15 +75,14 @@ def _both(before: Origin, given: Origin, field: str) -> tuple[Any, Any] | None:
 
 
 def _names(before: Origin, given: Origin) -> str:
-    if _both(before, given, NAMES) is None:
+    there, here = before.get("parameters"), given.get("parameters")
+    if not there or not here or there.keys() == here.keys():
         return ""
-    there, here = before.get("parameters", {}), given.get("parameters", {})
-    own = f"their {len(here)} parameters (the first is {min(here)!r})" if here else "their parameters"
-    words = f"another model: {own} are not those of the sketches before"
-    if not (there and here):
-        return words
     new = sorted(here.keys() - there)
-    return f"{words}, which have {f'no {new[0]!r}' if new else f'{min(there.keys() - here)!r} too'}"
+    return (
+        f"another model: their {len(here)} parameters (the first is {min(here)!r}) are not those of the sketches "
+        f"before, which have {f'no {new[0]!r}' if new else f'{min(there.keys() - here)!r} too'}"
+    )
 
 
 def _shapes(before: Origin, given: Origin) -> str:

@@ -20,7 +20,7 @@ from cropi.errors import CropiError
 from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
 from cropi.ranking.failing import Failing
-from cropi.ranking.origin import NAMES, Origin, differs, from_text, merged, origin_of, to_text
+from cropi.ranking.origin import Origin, differs, merged, origin_of
 from cropi.ranking.packed_rows import PackedRows
 from cropi.ranking.selector_state import check_state
 from cropi_kernels import SketchSpec, reduce_sketch
@@ -279,7 +279,7 @@ class Selector:
             "weight": torch.from_numpy(self._weight), "shown": torch.from_numpy(self._shown),
             "last": torch.from_numpy(self._last), "failed": torch.from_numpy(self._failed), "valid": self._valid,
             "noise": [self._noise.total, self._noise.count], "step": self.step, "refreshed": self._refreshed,
-            "names": self._origin.get(NAMES, ""), "origin": to_text(self._origin), "failing": self._failing.state(),
+            "origin": json.dumps(self._origin, sort_keys=True), "failing": self._failing.state(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -293,7 +293,7 @@ class Selector:
                 selector is then as it was.
         """
         state = check_state(state, self.state_dict())
-        origin = from_text(state["origin"], state["names"])
+        origin = json.loads(state["origin"])
         if why := differs(self._origin, origin):
             raise CropiError(f"the state's sketches are of {why}")
         before = {name: i for i, name in enumerate(state["ids"])}

@@ -25,7 +25,7 @@ def _is_count(given: Any) -> bool:
 
 _FORM = {
     "version": int, "settings": {str: (str, is_number, None)}, "ids": _are_ids,
-    "step": _is_count, "refreshed": _is_count, "origin": lambda text: is_text(text), "names": str,
+    "step": _is_count, "refreshed": _is_count, "origin": lambda text: is_text(text),
     "failing": [lambda held: fits(held, list[int]) and len(held) == 3 and min(held) >= 0],
     "noise": lambda noise: fits(noise, list[float]) and min(noise, default=0) >= 0,
 }  # fmt: skip
