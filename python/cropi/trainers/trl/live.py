@@ -40,9 +40,8 @@ def features_of(dataset: Any, processing_class: Any) -> Any:
     None where all say the same, as beside images of which each has one question.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    _, [prompts] = column_values(
-        dataset, "prompt"
-    )  # of the other columns nothing is read: they may hold images
+    # Of the other columns nothing is read: they may hold images.
+    _, [prompts] = column_values(dataset, "prompt")
     texts = [_said(prompt) for prompt in prompts or ()]
     features = prompt_features([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
     if features.any():
