@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,8 +17,16 @@ from support.stores import sketches_of
 
 import cropi
 from cropi.cli import main
+from cropi.curriculum.plan import Plan
+from cropi.data.export import export
 from cropi.data.readers import HashedIds, read
 from cropi.errors import CropiError, RecordError
+from cropi.gradient.estimators import make_estimator
+from cropi.gradient.shown import token_lines
+from cropi.gradient.tokenize import Tokenize
+from cropi.sketching.job import SketchJob
+from cropi.store.rows import RowInfo
+from cropi.trainers.dumps.auto import opened
 from cropi_kernels import SketchSpec, canonical_name
 from cropi_kernels.testing import sketch_gradients
 
@@ -158,6 +167,75 @@ def test_what_is_missing_or_too_much_is_an_error_that_names_the_estimator() -> N
         list(read([{"id": "a", "prompt": "q", "responses": []}], rewards=False))
     with pytest.raises(CropiError, match="noise is that of sampled responses"):
         cropi.sketch(model, FORMS["records"], tokenizer, noise=True, **GIVEN)
+
+
+def test_groups_that_were_read_for_the_other_kind_of_estimator_are_an_error() -> None:
+    """Rewards would weigh demonstrations, and demonstrations have no advantage."""
+    model, tokenizer = make_model(), make_tokenizer(chat=True)
+    for rewards in (True, None):
+        with pytest.raises(RecordError, match="there are rewards, and the estimator takes demonstrations"):
+            cropi.sketch(model, read(make_records(3), rewards=rewards), tokenizer, **GIVEN)
+    two = [{"id": "a", "prompt": "1+1=", "responses": ["2", "3"]}]
+    for rewards in (False, None):
+        with pytest.raises(CropiError, match="'rewards' is missing"):
+            cropi.sketch(model, read(two, rewards=rewards), tokenizer, dim=1024, progress=False)
+    assert len(cropi.sketch(model, read(two, rewards=None), tokenizer, **GIVEN)) == 1
+
+
+def test_a_curriculum_whose_trainer_makes_rollouts_takes_no_demonstrations(tmp_path: Path) -> None:
+    files = dict(train=["a"], valid=["b"], job=SketchJob((), "", estimator=make_estimator("sft")))
+    for trainer in ("trl", "train {records} {rollouts}"):
+        with pytest.raises(CropiError, match="'sft' is for demonstrations, and this trainer makes rollouts"):
+            Plan("m", tmp_path, 1, 1, trainer, **files)
+    assert Plan("m", tmp_path, 1, 1, "train {records}", **files).job.estimator.name == "sft"
+
+
+# --------------------------------------------------------------------------------------------------- what is written
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_chosen_demonstrations_are_written_with_their_responses(tmp_path: Path, form: str) -> None:
+    rows = [{"id": f"r{i}"} | row for i, row in enumerate(FORMS[form])]
+    chosen = cropi.Scores([RowInfo(f"r{i}") for i in range(6)], ["sums"], np.arange(6.0)[:, None], {}).select(
+        0.34
+    )
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    # As a trainer's rows, which are copied; the rows are those of the records whose ids they have.
+    assert chosen.to_dataset(rows).to_list() == [rows[5], rows[4]]
+    out = tmp_path / "out.jsonl"
+    assert export(out, chosen.ids, trajectories=str(file), dataset=str(file)) == 2
+    assert [json.loads(line) for line in out.open()] == [rows[5], rows[4]]
+    # As records.
+    assert export(out, chosen.ids, trajectories=str(file)) == 2
+    assert [json.loads(line) for line in out.open()] == [
+        group.to_record() for group in read(rows, rewards=False).take(chosen.ids)
+    ]
+    assert all(group.responses for group in read(out, rewards=False))
+
+
+def test_rows_with_other_prompts_or_answers_first_are_not_those_of_the_records(tmp_path: Path) -> None:
+    rows = [{"id": "a", "messages": user("1+1=") + assistant("2")}]
+    for messages in (user("1+2=") + assistant("2"), user("1+1=") + user("and") + assistant("2"), user("1")):
+        with pytest.raises(CropiError, match="row 0 is the prompt 'a', but it holds"):
+            export(
+                tmp_path / "o.jsonl", ["a"], trajectories=rows, dataset=[{"id": "a", "messages": messages}]
+            )
+
+
+def test_files_with_numbers_are_parts_of_a_data_set_and_no_steps_of_a_run(tmp_path: Path) -> None:
+    """Of steps the newest responses to a prompt would count, and the others be left out."""
+    for number in range(2):
+        write_lines(tmp_path / f"{number}.jsonl", [{"prompt": f"1+{number}=", "completion": str(number + 1)}])
+    assert [group.responses for group in read(opened(str(tmp_path)), rewards=False)] == [["1"], ["2"]]
+    write_lines(tmp_path / "2.jsonl", [{"prompt": "1+1=", "completion": "two"}])
+    with pytest.raises(
+        RecordError, match=r"2\.jsonl:1: the prompt id 'text-.*' was used before, at .*1\.jsonl:1"
+    ):
+        list(read(opened(str(tmp_path)), rewards=False))
+
+
+def test_tokens_of_demonstrations_are_shown_without_a_reward() -> None:
+    (group,) = read([{"id": "a", "prompt_ids": [5], "response_ids": [[6, 7]]}], rewards=None)
+    tokens = Tokenize(None, vocabulary=98)(group)
+    assert list(token_lines(tokens, None))[2:] == ["  response 0", "    scored  [6, 7]"]
 
 
 @pytest.mark.long

@@ -99,6 +99,11 @@ class Plan:
     def _check_trainer(self) -> None:
         """The trainer's command or options, and what says where the trained model is."""
         check_template("trained_model", self.trained_model, TRAINER_NAMES)
+        if not self.job.estimator.centred and (self.trainer == IN_PROCESS or "rollouts" in self.trainer_uses):
+            raise CropiError(
+                f"estimator: {self.job.estimator.name!r} is for demonstrations, and this trainer makes rollouts, which "
+                "have rewards; name another --estimator, or a trainer's command without {rollouts}"
+            )
         _check_json("trl", self.trl)
         if self.trainer == IN_PROCESS:
             if self.trained_model != "{out}":

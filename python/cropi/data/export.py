@@ -69,8 +69,8 @@ def export(
             every row of ``dataset``, 0 where a prompt has none), or a trainer of
             :data:`cropi.data.trainer_rows.FILES`: rows with the columns that it reads.
         trajectories: the records of the chosen prompts (anything that :func:`cropi.data.readers.read` takes); the rows
-            are made from them, without the rollouts, when there is no ``dataset``. With one, they tell whether its rows
-            are the prompts that their ids say.
+            are made from them, without the rollouts (of demonstrations: whole), when there is no ``dataset``. With
+            one, they tell whether its rows are the prompts that their ids say.
         dataset: the trainer's own dataset: a path (``.parquet``, ``.jsonl``, ``.json``, a folder of ``save_to_disk``),
             a name on the hub, or a ``datasets.Dataset``; its rows are copied whole, with every column. A table's
             schema is kept.
@@ -116,7 +116,7 @@ def _export(
         write_atomic(out, json.dumps(places) + "\n")
         return len(ids)
     if format in FILES:
-        groups = read(trajectories, skip_bad=True).take(ids)
+        groups = read(trajectories, skip_bad=True, rewards=None).take(ids)
         _write_rows(out, FILES[format], (trainer_row(format, group, data_source) for group in groups))
         return len(ids)
     if format == "save_to_disk":
@@ -214,7 +214,7 @@ def check_export(
         if trajectories and (format in FILES or format in ("parquet", "save_to_disk")):
             rows = (
                 trainer_row(format, group, data_source) if format in FILES else _row(group)
-                for group in read(trajectories, skip_bad=True)
+                for group in read(trajectories, skip_bad=True, rewards=None)
             )
             if FILES.get(format) == "jsonl":
                 for _ in rows:  # a row that cannot be made raises an error
@@ -231,14 +231,16 @@ def check_export(
 
 
 def _row(group: PromptGroup) -> dict[str, Any]:
-    """A record without its rollouts."""
+    """A record without its rollouts; a demonstration is what is trained on, and stays whole."""
+    if group.demonstrations:
+        return group.to_record()
     return {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
 
 
 def _rows_of_records(trajectories: Any, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The prompts of records, without the rollouts; the answer, the task and all extra keys stay."""
+    """The prompts of records; the answer, the task and all extra keys stay."""
     rows = []
-    for group in read(trajectories, skip_bad=True).take(ids):
+    for group in read(trajectories, skip_bad=True, rewards=None).take(ids):
         if group.prompt is None:
             raise CropiError(
                 f"{group.where}: the record {group.id!r:.100} has prompt_ids but no text, which trainers read; "
@@ -350,7 +352,7 @@ def located(
         CropiError: as :func:`cropi.data.identity.dataset_ids`.
     """
     table = read_dataset(dataset)
-    chosen = read(trajectories, skip_bad=True).take(ids) if trajectories else ()
+    chosen = read(trajectories, skip_bad=True, rewards=None).take(ids) if trajectories else ()
     # Without the rollouts.
     known = [
         PromptGroup(group.id, group.prompt, None, [], extra={RENDERED: group.extra.get(RENDERED)})

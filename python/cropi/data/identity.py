@@ -96,6 +96,11 @@ def _check_rows(
             and theirs in mine
         ):
             continue
+        # The row is a whole conversation, and the record's prompt ends where the assistant speaks.
+        if key == "messages" and isinstance(mine, list) and isinstance(theirs, list):
+            n = len(mine)
+            if theirs[:n] == mine and [role for role, _ in theirs[n : n + 1]] == ["assistant"]:
+                continue
         if mine is not None and theirs is not None and type(mine) is type(theirs) and mine != theirs:
             raise CropiError(
                 f"dataset: {path}: by its column {ids.column!r}, row {row} is the prompt {record.id!r:.100}, but it "

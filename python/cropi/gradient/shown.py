@@ -20,7 +20,7 @@ def token_lines(group: TokenGroup, tokenizer: Any) -> Iterator[str]:
     yield f"prompt {group.id} ({record.where}): {len(group.prompt)} tokens, {scored} tokens scored ({exact})"
     yield f"  prompt    {_text(group.prompt, tokenizer)}"
     for k, (ids, reward) in enumerate(zip(group.responses, record.rewards, strict=True)):
-        yield f"  response {k}, reward {reward:g}"
+        yield f"  response {k}" + ("" if record.demonstrations else f", reward {reward:g}")
         mask = group.masks[k] if group.masks is not None else [1] * len(ids)
         for kept, part in groupby(zip(mask, ids, strict=True), key=lambda pair: bool(pair[0])):
             yield f"    {'scored ' if kept else 'read   '} {_text([token for _, token in part], tokenizer)}"

@@ -92,7 +92,7 @@ class Selection:
         Args:
             rows: a dataset, whose rows are taken whole (a ``datasets.Dataset``, a pandas frame, a list of
                 dictionaries, a path, a name on the hub), or trajectory records, whose prompts are taken without the
-                rollouts. None: id, rank and scores alone.
+                rollouts (of demonstrations: whole). None: id, rank and scores alone.
             id_key: the column of a dataset that holds the prompt ids; None finds it.
 
         Raises:

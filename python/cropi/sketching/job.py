@@ -103,10 +103,13 @@ class SketchJob(Grouping, Tokens, Running, Storing):
 
     def read(self, source: Any = None, name: str = "records") -> PromptGroups:
         """The prompt groups of a source, by these options; None: of :attr:`trajectories`. ``name``: for messages."""
-        return read(
+        rewards = self.estimator.centred
+        groups = read(
             self.trajectories if source is None else source, skip_bad=self.skip_bad, columns=self.columns, name=name,
-            rewards=self.estimator.centred,
+            rewards=rewards,
         )  # fmt: skip
+        # Groups that somebody read for the other kind of estimator are read anew, and what does not fit it is an error.
+        return groups if groups.rewards is rewards else replace(groups, rewards=rewards, bad=[], scan=None)
 
     @property
     def subset(self) -> Subset:

@@ -70,7 +70,9 @@ def newest_of_steps(
     last: dict[str, int] = {}
     count = 0
     for number, file in enumerate(files):
-        for group in read(file, skip_bad=skip_bad).each(bad.append):
+        for group in read(file, skip_bad=skip_bad, rewards=None).each(bad.append):
+            if group.demonstrations:  # parts of a data set, and no steps of a run
+                return None
             last[group.id] = number
             count += 1
     if count == len(last):
