@@ -406,6 +406,20 @@ def test_of_a_killed_runs_logs_the_newest_responses_count(
     assert {group.id: group.response_ids for group in read(one)} == found and plain == str(other)
     assert main(["convert", *logs, "--out", str(tmp_path / "named.jsonl")]) == 0
     assert (tmp_path / "named.jsonl").read_bytes() == (tmp_path / "made.jsonl").read_bytes()
+    # A log that is named twice is one; of other programs' steps, 3.0 and "3" are numbers, and others are no steps.
+    said.clear()
+    mixed = tmp_path / "mixed" / "train-rank00000.jsonl"
+    mixed.parent.mkdir()
+    for step, newest in ((3.0, 50), ("3", 50), (1.0, 51)):
+        rows = [recorded("m", 50) | {"step": step}, recorded("m", 51) | {"step": 2}]
+        mixed.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+        assert [group.response_ids[0][0] for group in read(opened([str(mixed)] * 2, say=said.append)[0])] == [
+            newest
+        ]
+    assert len(said) == 3  # and none of a line that was not written to its end
+    mixed.write_text(json.dumps(recorded("m", 50) | {"step": "x"}) + "\n")
+    with pytest.raises(RecordError, match=r"\(byte 0\): 'step' is 'x', and should be an integer"):
+        opened(str(mixed))
     # A bad record is an error that says how to go on, and then the newest good one counts.
     with open(logs[0], "a") as file:  # behind the line that was not finished
         file.write("\n" + json.dumps(recorded("c", 40) | {"step": 9, "rewards": [1.0, "x"]}) + "\n")

@@ -106,9 +106,10 @@ def _newest_of_logs(
         bad.append(error)
 
     newest = Newest(on_bad)
-    for file in files:
-        newest.read(Path(file))
-    unfinished = sum(map(size_of, files)) > newest.size
+    logs = list(dict.fromkeys(map(Path, files)))
+    for log in logs:
+        newest.read(log)
+    unfinished = sum(map(size_of, logs)) > newest.size
     # Where no prompt is there at all, the reader of the files themselves says so.
     if not newest or (newest.count == len(newest) and not unfinished):
         return None

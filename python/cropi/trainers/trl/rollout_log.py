@@ -171,13 +171,19 @@ class Newest:
         """The id and the step of a line; None: it is left out."""
         if self._on_bad is None:
             return _key(line, path)
+        if not line.strip():
+            return None  # as the reader of records has it
+        where = f"{path} (byte {offset})"
         try:
-            group = self._reader(line, f"{path} (byte {offset})")
+            group = self._reader(line, where)
+            given = group.extra.get("step", 0)
+            try:
+                return group.id, int(given)
+            except (ValueError, TypeError, OverflowError):
+                raise RecordError(where, f"'step' is {shown(given)}, and should be an integer") from None
         except RecordError as error:
             self._on_bad(error)
             return None
-        step = group.extra.get("step", 0)
-        return group.id, step if isinstance(step, int) else 0
 
     def lines(self) -> Iterator[bytes]:
         """The newest line of every prompt, in order of id.
