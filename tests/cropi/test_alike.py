@@ -57,6 +57,21 @@ def test_before_any_visit_all_prompts_are_alike() -> None:
     assert not means.any() and (deviations == 0.2).all()
 
 
+@pytest.mark.parametrize("features", [None, np.eye(4, 3)])
+def test_visits_of_a_thousand_half_lives_ago_are_forgotten(features: Any) -> None:
+    """1 / w of theirs is beyond float64 before w is 0: one such prompt made what is known of all NaN."""
+    selector = Selector(range(4), SPEC, dim=64, half_life=1.0, features=features)
+    sketches = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    selector.refresh(sketches[:1])
+    selector.update([0, 1], sketches[:2], 1)
+    selector.update([2], sketches[2:3], 1060)
+    alone = Selector(range(4), SPEC, dim=64, half_life=1.0, features=features)
+    alone.refresh(sketches[:1])
+    alone.update([2], sketches[2:3], 1060)
+    for mine, other in zip(selector.known(), alone.known(), strict=True):
+        assert np.isfinite(mine).all() and (mine == other).all()
+
+
 def test_unseen_prompts_are_drawn_by_what_is_like_them() -> None:
     """Two kinds of prompts, one useful: after some of each were seen, the others of its kind come first."""
     kinds = np.arange(40) % 2

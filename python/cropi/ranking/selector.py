@@ -26,6 +26,9 @@ from cropi.ranking.selector_state import check_state
 from cropi_kernels import SketchSpec, reduce_sketch
 
 CHUNK = 65536  # rows that are float32 at one time
+FORGOTTEN = (
+    600  # half-lives after which a visit counts nothing: its error, 1 / w, would come near float64's limit
+)
 
 
 class Selector:
@@ -407,7 +410,8 @@ class Selector:
     def _kept(self, last: Any, when: int) -> Values:
         """The share of its weight at step ``last`` that a visit still has at step ``when``."""
         ages = np.maximum(when - last, 0)
-        kept: Values = np.where(last >= 0, np.exp2(-ages / self.half_life), 0.0)
+        halvings = ages / self.half_life
+        kept: Values = np.where((last >= 0) & (halvings < FORGOTTEN), np.exp2(-halvings), 0.0)
         return kept
 
     def _rescore(self, places: Any) -> None:
