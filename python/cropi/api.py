@@ -207,7 +207,7 @@ def influence(
         CropiError: the stores cannot be compared, one is unfinished, or a validation set has no usable prompt.
 
     >>> from cropi.store.memory import MemoryStore
-    >>> from cropi.store.shards import RowInfo
+    >>> from cropi.store.rows import RowInfo
     >>> import torch
     >>> train, valid = (MemoryStore({"spec": {"dim": 64}}) for _ in range(2))
     >>> for name, vector in (("a", torch.ones(64)), ("b", -torch.ones(64))):
@@ -248,7 +248,7 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
         CropiError: ``scores`` is not a :class:`cropi.Scores`, or ``fraction`` chooses no prompt.
 
     >>> import numpy as np
-    >>> from cropi.store.shards import RowInfo
+    >>> from cropi.store.rows import RowInfo
     >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
     >>> select(scores, fraction=0.5)
     Selection(1 of 2 prompts by rrf: 'b')
@@ -287,7 +287,7 @@ def write_report(
             a page that cannot be written.
 
     >>> import numpy as np, tempfile
-    >>> from cropi.store.shards import RowInfo
+    >>> from cropi.store.rows import RowInfo
     >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
     >>> records = [{"id": name, "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0]} for name in "ab"]
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,8 @@ from cropi.cli import main
 from cropi.curriculum.plan import Plan
 from cropi.data.export import export
 from cropi.data.readers import HashedIds, read
+from cropi.data.scan import scan
+from cropi.data.share import without
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.estimators import make_estimator
 from cropi.gradient.shown import token_lines
@@ -180,6 +182,14 @@ def test_groups_that_were_read_for_the_other_kind_of_estimator_are_an_error() ->
         with pytest.raises(CropiError, match="'rewards' is missing"):
             cropi.sketch(model, read(two, rewards=rewards), tokenizer, dim=1024, progress=False)
     assert len(cropi.sketch(model, read(two, rewards=None), tokenizer, **GIVEN)) == 1
+
+
+def test_a_share_of_demonstrations_is_read_as_all_of_them_are() -> None:
+    """As a rank of several does."""
+    groups = read(FORMS["records"], rewards=False)
+    share = without(groups, scan(groups), {"r0", "r3"})
+    store = cropi.sketch(make_model(), share, make_tokenizer(chat=True), **GIVEN)
+    assert sorted(row.id for row in store.rows()) == ["r1", "r2", "r4", "r5"]
 
 
 def test_a_curriculum_whose_trainer_makes_rollouts_takes_no_demonstrations(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ class Share(PromptGroups):
     """
 
     def __init__(self, whole: PromptGroups, ids: Sequence[str], scan: Any) -> None:
-        super().__init__(whole.sources, skip_bad=whole.skip_bad, columns=whole.columns, scan=scan)
+        super().__init__(
+            whole.sources, skip_bad=whole.skip_bad, columns=whole.columns, rewards=whole.rewards, scan=scan
+        )
         self.whole, self.ids = whole, ids
 
     def each(

@@ -54,7 +54,7 @@ class Selection:
     for every prompt that was left out as a near copy the chosen one that it is near to.
 
     >>> import cropi
-    >>> from cropi.store.shards import RowInfo
+    >>> from cropi.store.rows import RowInfo
     >>> scores = cropi.Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
     >>> scores.select(0.5).ids
     ['b']
@@ -99,7 +99,7 @@ class Selection:
             CropiError: an id has no row.
 
         >>> import numpy as np
-        >>> from cropi.store.shards import RowInfo
+        >>> from cropi.store.rows import RowInfo
         >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
         >>> scores.select(0.5).to_dataset()["id"][:]
         ['b']
@@ -156,7 +156,7 @@ class Selection:
             w = exp(z / temperature), divided by its mean,        z the normal score of the prompt's rank
 
         >>> import numpy as np
-        >>> from cropi.store.shards import RowInfo
+        >>> from cropi.store.rows import RowInfo
         >>> scores = Scores([RowInfo("a"), RowInfo("b")], ["sums"], np.array([[0.1], [0.4]]), {})
         >>> {name: round(weight, 3) for name, weight in select(scores, fraction=0.5).soft_weights().items()}
         {'b': 1.588, 'a': 0.412}
