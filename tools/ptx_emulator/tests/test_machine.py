@@ -222,8 +222,9 @@ def test_warps_wait_for_a_phase(operands: Operands) -> None:
     for wait in ("", WAIT.format(1)):  # the phase before the first has ended
         with pytest.raises(Race, match="not delivered"):
             run(PHASES.format(wait=wait, copy=BRING), x, y)
-    with pytest.raises(Divergent, match="others never reach"):
-        run(PHASES.format(wait=WAIT.format(0), copy="bra $END;"), x, y)
+    for was, now in (("{copy}", "bra $END;"), ("bar.sync 2, 32", "bar.sync 2, 64")):
+        with pytest.raises(Divergent, match="others never reach"):
+            run(PHASES.replace(was, now).format(wait=WAIT.format(0), copy=BRING), x, y)
 
 
 def test_what_needs_a_whole_warp_says_so(operands: Operands) -> None:

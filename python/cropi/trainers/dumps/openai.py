@@ -76,7 +76,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
         warn(
             f"{path}: {lost[0]} responses hold their tokens as text, so they are tokenised again, which may give other "
             f"tokens than were sampled, and the log-probs of {lost[1]} are left out; give --model, whose tokenizer "
-            "finds the ids by the tokens' bytes, or have the server write them (vLLM: return_token_ids)",
+            "finds the ids by the tokens' bytes, or have the server write them (return_token_ids)",
             LossyTokens,
             stacklevel=2,
         )
