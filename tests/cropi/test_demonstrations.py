@@ -29,6 +29,7 @@ from cropi.gradient.tokenize import Tokenize
 from cropi.sketching.job import SketchJob
 from cropi.store.rows import RowInfo
 from cropi.trainers.dumps.auto import opened
+from cropi.trainers.trl.options import Curriculum
 from cropi_kernels import SketchSpec, canonical_name
 from cropi_kernels.testing import sketch_gradients
 
@@ -198,6 +199,11 @@ def test_a_curriculum_whose_trainer_makes_rollouts_takes_no_demonstrations(tmp_p
         with pytest.raises(CropiError, match="'sft' is for demonstrations, and this trainer makes rollouts"):
             Plan("m", tmp_path, 1, 1, trainer, **files)
     assert Plan("m", tmp_path, 1, 1, "train {records}", **files).job.estimator.name == "sft"
+    for given in ("sft", make_estimator("sft")):
+        with pytest.raises(
+            CropiError, match="'sft' is for demonstrations, and this trainer learns from rewards"
+        ):
+            Curriculum(10, estimator=given)
 
 
 # --------------------------------------------------------------------------------------------------- what is written
@@ -271,7 +277,10 @@ def test_the_commands_choose_demonstrations(tmp_path: Path, capsys: pytest.Captu
     assert len(chosen) == 3 and all(record in FORMS["records"] for record in chosen)
     assert main([*words, "--fraction", "0.34", "--no-report"]) == 0
     said = capsys.readouterr().out
-    assert "6 from before" in said and "report.html is of an earlier run, and not of this selection" in said
+    assert (
+        "6 from before" in said
+        and "report.html is of an earlier run, and perhaps of another selection" in said
+    )
     assert main(["info", str(train)]) == 0
     assert "no rewards    in 6 records: demonstrations, for --estimator sft" in capsys.readouterr().out
     assert main([word for word in words if word not in ("--estimator", "sft")]) == 2

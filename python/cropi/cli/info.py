@@ -197,7 +197,10 @@ def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
         f"{counted.usable} prompts usable"
     )
     if counted.demonstrations:
-        print(f"no rewards    in {counted.demonstrations} records: demonstrations, for --estimator sft")
+        print(
+            f"no rewards    in {counted.demonstrations} records: demonstrations, for --estimator sft; name rewards in "
+            "a column of another name with --columns"
+        )
     for reason, count in sorted(counted.without_gradient.items()):
         hint = f"; {IDS_OF_RESPONSES}" if reason == ONE_RESPONSE and count == counted.prompts else ""
         print(f"no gradient   {count} prompts: {reason}{hint}")

@@ -206,7 +206,7 @@ def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selecti
         page = report_folder(out, every_text=False, records=lambda store: held.get(store.path.name))
         print(f"report        {page}")
     elif is_there(out / "report.html"):
-        print(f"report        {out / 'report.html'} is of an earlier run, and not of this selection")
+        print(f"report        {out / 'report.html'} is of an earlier run, and perhaps of another selection")
     stores = [out / "sketches" / part.name for part in (checked.train, *checked.valid)]
     print(f"sketches      {', '.join(map(str, stores))}")
     tell(

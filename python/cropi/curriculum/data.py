@@ -51,7 +51,10 @@ class Files:
                 reading=reading, say=self.say,
             )  # fmt: skip
         return read(
-            self._held[names], skip_bad=plan.job.skip_bad, columns=columns, rewards=plan.job.estimator.centred
+            self._held[names],
+            skip_bad=plan.job.skip_bad,
+            columns=columns,
+            rewards=bool(plan.job.estimator.centred),
         )
 
     def keep(self, source: Source) -> None:

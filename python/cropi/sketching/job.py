@@ -103,7 +103,7 @@ class SketchJob(Grouping, Tokens, Running, Storing):
 
     def read(self, source: Any = None, name: str = "records") -> PromptGroups:
         """The prompt groups of a source, by these options; None: of :attr:`trajectories`. ``name``: for messages."""
-        rewards = self.estimator.centred
+        rewards = bool(self.estimator.centred)
         groups = read(
             self.trajectories if source is None else source, skip_bad=self.skip_bad, columns=self.columns, name=name,
             rewards=rewards,
