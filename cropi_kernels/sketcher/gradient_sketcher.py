@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -44,7 +45,7 @@ from .one_sequence import check_call
 from .origin import origin_of
 from .precision import own_precision
 from .probe import Probe, checked_rows, probe_longer, probe_policy
-from .replay import Recorded, model_self_test, replayed_self_test, takes_ids
+from .replay import Recorded, RunOfBatch, model_self_test, replayed_self_test, takes_ids
 from .scale import SegmentScales
 from .segments import Segments, sizes
 from .selftest import SelfTest, SelfTestError
@@ -242,7 +243,7 @@ class GradientSketcher:
             finally:
                 self._close()
         if self._verify:
-            self._test_again("batch", lambda: recorded.again(self.model), where)
+            self._test_again("batch", recorded.again(self.model), where)
             self._batches += 1
             # A graph would be made anew for every batch that is watched.
             self._watches = self._watches and not traced
@@ -351,7 +352,7 @@ class GradientSketcher:
                 mark = acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
-                    hidden = split.hidden(ordinary(input_ids), **kwargs)
+                    hidden = split.hidden(input_ids := ordinary(input_ids), **kwargs)
                 with split.whole_head():
                     logprobs, grad, used = head_pass(
                         split,
@@ -381,7 +382,8 @@ class GradientSketcher:
                 raise
             finally:
                 self._close()
-            self._test_again("policy_gradient", lambda: split.hidden(ordinary(input_ids), **kwargs), where)
+            if self._verify:
+                self._test_again("policy_gradient", [partial(split.hidden, input_ids, **kwargs)], where)
 
         share = acc.sketch_share(clock, lambda: clock.between(start, end))
 
@@ -463,15 +465,16 @@ class GradientSketcher:
             self.self_test = result
             self._heard.note(method, result)
 
-    def _test_again(self, method: str, run: Callable[[], torch.Tensor | None], where: Segments) -> None:
-        """Test the taps on the batch ``where`` itself, if some were heard in it that no test has heard."""
-        if not self._verify or not self._heard.untested(method):
-            return
-        new = self._heard.untested(method, where)
-        if any(sharded.largest(self.model, len(new))):
+    def _test_again(
+        self, method: str, runs: Iterable[RunOfBatch], where: Segments, apart: bool = True
+    ) -> None:
+        """Run the batch ``where`` again as tests of the taps, until none was heard in it that no test has heard."""
+        for run in runs:
+            if not self._heard.untested(method, where):
+                return
             plan, acc = self._tapped.plan, self._tapped.acc
-            self._note(method, replayed_self_test(self.model, plan, acc, run, where))
-            self._heard.leave(method, new)
+            self._note(method, replayed_self_test(self.model, plan, acc, run, where, apart))
+        self._heard.leave(method, self._heard.untested(method, where))
 
     def _active(self, method: str) -> None:
         one_thread_after_fork()

@@ -7,6 +7,7 @@ one prompt to another. So a batch in which a tap is heard for the first time is 
 
 from __future__ import annotations
 
+from . import sharded
 from .beside import check_heard
 from .segments import Segments
 from .selftest import SelfTest
@@ -24,7 +25,7 @@ class Heard:
     def note(self, method: str, test: SelfTest) -> None:
         """Take note of the first test of a method: what is heard in it is to be heard in every batch."""
         self._always.setdefault(method, test.heard)
-        self._tested[method] = self._tested.get(method, frozenset()) | test.heard
+        self.leave(method, test.heard)
 
     def check(self, method: str, segments: Segments) -> None:
         """See `check_heard`."""
@@ -32,10 +33,21 @@ class Heard:
             check_heard(self._tapped.model, self._tapped.plan, heard, segments, partly=method == "batch")
 
     def untested(self, method: str, segments: Segments | None = None) -> frozenset[str]:
-        """The taps that no test has heard; those that were heard in the batch ``segments``, if it is given."""
+        """The taps that no test has heard; those that were heard in the batch ``segments``, if it is given.
+
+        None of the latter where ranks of a sharded model heard others: FSDP2 spreads the gradients that a test forms,
+        and waits for the same ones of all ranks.
+        """
         sources = [source for _, source in self._tapped.plan.sources]
-        heard = {one.where for one in sources if segments is None or one.heard is segments}
-        return frozenset(heard - self._tested.get(method, frozenset()))
+        left = frozenset(one.where for one in sources) - self._tested.get(method, frozenset())
+        if segments is None or not left:
+            return left
+        heard = [one.heard is segments for one in sources]
+        some = sharded.largest(self._tapped.model, *map(int, heard))
+        none = sharded.largest(self._tapped.model, *(int(not one) for one in heard))
+        if any(map(min, some, none)):
+            return frozenset()
+        return left.intersection(one.where for one, now in zip(sources, heard, strict=True) if now)
 
     def leave(self, method: str, taps: frozenset[str]) -> None:
         """Test these no more."""

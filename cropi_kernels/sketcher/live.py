@@ -68,14 +68,16 @@ class LiveSketcher:
             ``requires_grad`` now is sketched.
         spec: what the sketch is; default: `SketchSpec()`.
         exclude: as for `GradientSketcher`.
-        verify: before the first step, compare the taps with autograd on a few tokens; in the first steps with a
-            gradient, and in ever fewer later ones, compare their sum with it; in the first with two prompts that have
-            one, check that the loss is a sum over prompts. False: no checks.
+        verify: before the first step, compare the taps with autograd on a few tokens (taps that these do not reach, on
+            the first batch that does); in the first steps with a gradient, and in ever fewer later ones, compare their
+            sum with it; in the first with two prompts that have one, check that the loss is a sum over prompts. False:
+            no checks.
         coupled: take losses that are not a sum over prompts: ``g_s`` is then the part of the gradient that passes
             through the tokens of s. The parts add up to the gradient all the same.
 
     Attributes:
-        self_test: the result of the test on a few tokens; None before it, or where the model takes more than token ids.
+        self_test: the result of the last test of taps: on a few tokens or, of taps that these do not reach, on the
+            first batch that does; None before it.
         loss: whether the loss is a sum over prompts, as a sentence; None before the first step.
 
     Raises:
@@ -191,7 +193,8 @@ class LiveSketcher:
             self._plan.ranks.check_same("segments", runs.segments.offsets)
         size = _number(scale)
         if self._verify and self._whole and not self._ready:
-            self._try(self._tried._try_batch)
+            with own_precision(self.model):
+                self._try(self._tried._try_batch)
             self._ready = True
         due = self._verify and self._audited and self._audits.due()
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
@@ -229,9 +232,8 @@ class LiveSketcher:
             self._acc.close()
             self._runs = None
         if self._untested(runs.segments):
-            self._try(
-                lambda: self._tried._test_again("batch", lambda: recorded.again(self.model), runs.segments)
-            )
+            again = recorded.again(self.model)
+            self._try(lambda: self._tried._test_again("batch", again, runs.segments, not self.coupled))
         sketches /= -size  # down the loss
         result.sketches = runs.gathered(sketches)
         result.spec, result.names, result.origin = self.spec, self.coverage.names, self.origin
@@ -312,7 +314,7 @@ class LiveSketcher:
         """Make a check of `GradientSketcher.batch`, with frozen weights."""
         self._plan.unhook(self._handles)
         try:
-            with self._tried, own_precision(self.model):
+            with self._tried:
                 check()
         finally:
             self._handles.extend(self._plan.hook())

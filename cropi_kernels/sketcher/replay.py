@@ -1,7 +1,7 @@
 """The self-test on what the caller runs.
 
-That of `GradientSketcher.batch` runs on a few tokens if the model takes token ids alone, and else repeats the call that
-the caller made. So does a test of taps that a few tokens do not reach.
+That of `GradientSketcher.batch` runs on a few tokens if the model takes token ids alone, and else repeats the calls
+that the caller made. So does a test of taps that a few tokens do not reach.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import sharded
 from .accumulator import Accumulator
 from .attach import Attachment
 from .inputs import embedded
@@ -21,6 +22,9 @@ from .segments import Segments
 from .selftest import SelfTest, Trial, self_test
 from .trial import few_rows, scored_rows, two_segments, weights_of
 from .untouched import untouched
+
+# On the batch's own inputs; None: it gives no tensor of numbers.
+RunOfBatch = Callable[[], torch.Tensor | None]
 
 
 def model_self_test(
@@ -84,32 +88,40 @@ def float_output(out: Any) -> torch.Tensor | None:
 
 
 class Recorded:
-    """The first call of a model: its arguments, copied."""
+    """The calls of a model, each in the precision in which it was made: the arguments are copied."""
 
     def __init__(self) -> None:
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], bool, torch.dtype]] = []
 
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
-        begun: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        begun: list[tuple[tuple[Any, ...], dict[str, Any], bool, torch.dtype]] = []
+        kind = sharded.device_of(model).type
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.call is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                begun[:] = [(_copied(args), _copied(kwargs))]
+            begun.clear()
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+                begun.append((_copied(args), _copied(kwargs), *cast))
 
         def end(module: nn.Module, args: Any, y: Any) -> None:  # a call that failed is not repeated
-            if self.call is None and begun:
-                self.call = begun.pop()
+            self._calls.extend(begun)
+            begun.clear()
 
         with model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end):
             yield
 
-    def again(self, model: nn.Module) -> torch.Tensor | None:
-        """The first tensor of numbers that the call gives; None: no call was made, or it gives none."""
-        if self.call is None:
-            return None
-        args, kwargs = self.call
-        return float_output(model(*_copied(args), **_copied(kwargs)))
+    def again(self, model: nn.Module) -> Iterator[RunOfBatch]:
+        """What repeats each call, and gives its first tensor of numbers, if there is one."""
+        kind = sharded.device_of(model).type
+        for args, kwargs, enabled, dtype in self._calls:
+
+            def run(given: Any = (args, kwargs), cast: Any = (dtype, enabled)) -> torch.Tensor | None:
+                inputs, named = _copied(given)
+                with torch.autocast(kind, *cast):
+                    return float_output(model(*inputs, **named))
+
+            yield run
 
 
 def _copied(x: Any) -> Any:
@@ -124,15 +136,18 @@ def replayed_self_test(
     model: nn.Module,
     attachment: Attachment,
     acc: Accumulator,
-    run: Callable[[], torch.Tensor | None],
+    run: RunOfBatch,
     segments: Segments,
+    apart: bool = True,
 ) -> SelfTest | None:
     """The self-test on what ``run`` gives of the batch's own inputs; None: it gives nothing.
 
-    Whatever tokens a tap takes for another segment's, two of its tests tell the two segments apart.
+    Whatever tokens a tap takes for another segment's, two of its tests tell the two segments apart. Not ``apart``:
+    segments in one row may depend on each other, and only their sum is tested.
     """
     with untouched(model), torch.no_grad():
         out = run()
+    sharded.reshard(model)
     if out is None:
         return None
 
@@ -142,16 +157,20 @@ def replayed_self_test(
         return y
 
     pattern = weights_of(out.numel(), out.device).view(out.shape)
+    whole_rows = not (segments.offsets % segments.length).any()
     owner = torch.repeat_interleave(segments.offsets.diff()).to(out.device)
     if out.shape[:2] == (segments.batch, segments.length):
         owner = owner.view(segments.batch, segments.length)
-    elif out.shape[:1] == (segments.batch,) and not (segments.offsets % segments.length).any():
+    elif out.shape[:1] == (segments.batch,) and whole_rows:
         owner = owner[:: segments.length]
     every = range(segments.count)
-    cotangents, owners = [pattern.new_ones(())], [tuple(every)]
-    if out.shape[: owner.ndim] == owner.shape and segments.count > 1:
+    told = out.shape[: owner.ndim] == owner.shape and (apart or whole_rows)
+    # The ranks of a sharded model run the same passes, however many segments each one has.
+    (bits,) = sharded.largest(model, (segments.count - 1).bit_length() if told else 0)
+    halves = [(bit, side) for bit in range(bits) for side in (0, 1)]
+    cotangents, owners = [pattern.new_ones(())] * max(1, len(halves)), [tuple(every)] * max(1, len(halves))
+    if told and halves:
         owner = owner.view(*owner.shape, *(1,) * (out.ndim - owner.ndim))
-        halves = [(bit, side) for bit in range((segments.count - 1).bit_length()) for side in (0, 1)]
         cotangents = [(owner >> bit & 1 == side).to(pattern.dtype) for bit, side in halves]
         owners = [tuple(s for s in every if s >> bit & 1 == side) for bit, side in halves]
     trial = Trial(again, segments, tuple(cotangents), tuple(owners), pattern=pattern)

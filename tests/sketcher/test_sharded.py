@@ -24,7 +24,9 @@ EXACT = (
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Two processes for all cases: their start takes as long as a case."""
-    return found_on_ranks(tmp_path_factory, "sharded", WORKER, *EXACT, "llama:mixed", "packing", "longer")
+    return found_on_ranks(
+        tmp_path_factory, "sharded", WORKER, *EXACT, "llama:mixed", "packing", "longer", "images"
+    )
 
 
 def left_as_it_was(found: dict[str, Any]) -> bool:
@@ -79,6 +81,14 @@ def test_longer_rows_are_probed_by_all_ranks(two: list[dict[str, Any]]) -> None:
         assert found["packed"][1::2] == [120, 120]
         *right, wrong = found["said"]
         assert not any(map(any, right)) and all(said.startswith(refused) for said in wrong)
+
+
+@pytest.mark.slow
+def test_taps_that_both_ranks_reach_are_tested_then(two: list[dict[str, Any]]) -> None:
+    """A test forms gradients, which FSDP2 expects of all ranks: it waits for a batch that reaches the taps on each."""
+    for found in (rank["images"] for rank in two):
+        assert all(found[::2]), "sketches of the unsharded model"
+        assert found[1::2] == [False, False, True, True]
 
 
 # ------------------------------------------------------------------------------------------- refused in words

@@ -18,8 +18,9 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, canonical_name, token_logprobs
-from support import moe, odd_models, zoo
+from support import moe, odd_models, seeing, zoo
 from support.launch import as_rank
+from support.seeing import Seeing
 from support.tensors import off
 from support.versions import checkpoint_layers
 
@@ -238,7 +239,28 @@ def longer(rank: int) -> dict[str, Any]:
     return found
 
 
-CASES = {"packing": packing, "longer": longer}
+def images(rank: int) -> list[bool]:
+    """Batches with images behind one without: of one rank alone, and of both, which have one segment and four."""
+    plain, model = Seeing(), Seeing()
+    fully_shard(model)
+    segments = torch.arange(seeing.ROWS) * rank
+    found = []
+    with (
+        GradientSketcher(plain, seeing.SPEC, verify=False) as whole,
+        GradientSketcher(model, seeing.SPEC) as sketcher,
+    ):
+        for step, seen in enumerate((False, rank == 0, True, rank == 1)):
+            both = []
+            for one, run in ((whole, plain), (sketcher, model)):
+                with one.batch(segments, shape=(seeing.ROWS, seeing.LENGTH)) as got:
+                    seeing.loss_of(run, step, seen).backward()
+                both.append(got.sketches)
+            assert sketcher.self_test is not None
+            found += [torch.equal(*both), "tower.weight" in sketcher.self_test.names]
+    return found
+
+
+CASES = {"packing": packing, "longer": longer, "images": images}
 
 if __name__ == "__main__":
     as_rank(
