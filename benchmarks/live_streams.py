@@ -130,9 +130,10 @@ def show(stream: Callable[..., float], rule: dict[str, Any]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     show(turning, {"explore": 0.0, "half_life": 100.0})
-    for n in (200, 1000):
-        for explore in (1.0, 0.5):
-            show(turning, {"n": n, "stage": 10, "explore": explore, "half_life": 100.0})
+    for stage in (10, 2):
+        for n in (200, 1000):
+            for explore in (1.0, 0.5, 0.25):
+                show(turning, {"n": n, "stage": stage, "explore": explore, "half_life": 100.0})
     for refresh, turn in ((10, math.inf), (10, 30.0), (40, math.inf)):
         for within in (None, 10, 40):
             show(turning, {"refresh": refresh, "turn": turn, "within": within, "half_life": 100.0})

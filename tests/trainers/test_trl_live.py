@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 
 import trl
+from datasets import Dataset
 from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer
 from support.trl_runs import SPEC, staged, stored
@@ -280,6 +281,9 @@ def test_the_texts_of_prompts() -> None:
     assert [text.split() for text in taken] == [["a", "b"], ["a", "b", "c"]]
     for same in (rows[:1], [rows[0], rows[0]], [{"id": 1}]):
         assert features_of(same, tokenizer) is None  # nothing that others lack
+    # Prompts that a transform makes of other columns.
+    made = Dataset.from_dict({"a": ["a", "a b"]}).with_transform(lambda rows: {"prompt": rows["a"]})
+    assert features_of(made, tokenizer).shape == (2, 256) and taken[-2:] == ["a", "a b"]
 
 
 @pytest.mark.long

@@ -42,7 +42,9 @@ def features_of(dataset: Any, processing_class: Any) -> Any:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     # Of the other columns nothing is read: they may hold images.
     _, [prompts] = column_values(dataset, "prompt")
-    texts = [_said(prompt) for prompt in prompts or ()]
+    if prompts is None:  # a transform of the dataset makes them of whole rows
+        prompts = [dataset[i].get("prompt") for i in range(len(dataset))]
+    texts = [_said(prompt) for prompt in prompts]
     features = prompt_features([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
     if features.any():
         return features
