@@ -66,6 +66,10 @@ def test_conversations_with_a_reward_are_split_where_the_assistant_first_speaks(
     got = made([talk(i, k) for k in range(2) for i in range(2)])
     assert [record["prompt"][-1]["content"] for record in got] == ["0?", "1?"] and got[0]["rewards"] == [0, 1]
     assert got[0]["responses"] == [[{"role": "assistant", "content": str(k)}] for k in range(2)]
+    for other in ({"id": 2, "prompt": "2?", "response": "3", "reward": 1.0}, talk(2, 0) | {"messages": None}):
+        with pytest.raises(RecordError, match=r"records\[1\]: there are no 'messages', and the first row"):
+            made([talk(0, 1), other])
+        assert len(made([talk(0, 1), other, talk(0, 0)], skip_bad=True)) == 1
 
 
 def test_rows_of_one_prompt_that_disagree() -> None:

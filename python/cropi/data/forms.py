@@ -184,7 +184,12 @@ def _missing(
 
 def split_conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
     """A row with ``messages`` as one with a prompt and a response, which begins where the assistant first speaks."""
-    messages = row["messages"]
+    messages = row.get("messages")
+    if messages is None:
+        raise RecordError(
+            where, "there are no 'messages', and the first row of the file is a conversation",
+            "give rows of one form, or pass --skip-bad",
+        )  # fmt: skip
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise RecordError(where, f"'messages' must be a list of messages, got {shown(messages)}")
     first = next((i for i, message in enumerate(messages) if message.get("role") == "assistant"), None)
