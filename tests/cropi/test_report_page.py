@@ -125,6 +125,19 @@ def test_numbers_of_the_page_are_those_of_the_selection() -> None:
     assert detail["responses"][0]["advantage"] == pytest.approx(0.7071, abs=1e-3)
 
 
+def test_a_ratio_that_was_taken_for_1_says_nothing_of_the_policy() -> None:
+    for said in ({"estimator": {"ratio": False}}, {"behaviour": {"source": "current"}}):
+        given = make_input()
+        given.scores.meta["train"].update(
+            {"estimator": {"ratio": True}, "behaviour": {"source": "file"}} | said
+        )
+        page = render(given)
+        assert page.count("ratio 1 is taken: no log-probs of the policy") == 2
+        assert "this policy&#39;s or close" not in page and "mean ratio of a prompt" not in page
+    given.scores.meta["train"].update({"estimator": {"ratio": True}, "behaviour": {"source": "file"}})
+    assert render(given).count("this policy&#39;s or close") == 2
+
+
 def test_text_of_users_is_never_markup() -> None:
     evil = make_input()
     evil.validation_texts = {"v00": EVIL}

@@ -368,6 +368,15 @@ def choose_members(
 
 
 def _origin(store: SketchStore) -> dict[str, Any]:
-    kept = ("spec", "spec_fingerprint", "stage", "model", "tokenizer", "trajectories", "estimator")
+    kept = (
+        "spec",
+        "spec_fingerprint",
+        "stage",
+        "model",
+        "tokenizer",
+        "trajectories",
+        "estimator",
+        "behaviour",
+    )
     several = {"paths": [str(path) for path in store.paths]} if len(store.paths) > 1 else {}
     return {"path": str(store.path)} | several | {key: store.manifest.get(key) for key in kept}

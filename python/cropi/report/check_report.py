@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cropi.amounts import duration, size
-from cropi.report.policy import is_close, policy_text
+from cropi.report.policy import TAKEN, is_close, policy_text
 
 OK, WARN, FAIL = "ok", "warning", "failed"
 # Bounds of the verdict. The error: 16 other validation prompts moved scores of the example data by 0.04 to 0.08; a
@@ -153,9 +153,7 @@ class CheckReport:
                 )
                 self._add(name, OK if value <= bound else FAIL, differ)
         if self.ratio is None:
-            self._add(
-                "policy", OK, "ratio 1 is taken: no log-probs of the policy that made the responses are used"
-            )
+            self._add("policy", OK, TAKEN)
         else:
             close = is_close(self.ratio, self.ess)
             self._add("policy", OK if close else WARN, policy_text(self.ratio, self.ess, "the tokens"))

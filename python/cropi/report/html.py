@@ -26,7 +26,7 @@ from cropi.ranking.table_rows import values_of
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report import browser
 from cropi.report.charts import bars, density, signed
-from cropi.report.policy import is_close, policy_text
+from cropi.report.policy import TAKEN, is_close, policy_text
 from cropi.report.rendering import markup, part, rendered
 
 if TYPE_CHECKING:
@@ -161,7 +161,9 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         for one in weak:
             add("warning", "validation", one.advice())
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
-    if median is not None:
+    if _without_ratio(scores):
+        add("ok", "policy", TAKEN)
+    elif median is not None:
         add("ok" if is_close(median, sample) else "warning", "policy", policy_text(median, sample))
     return lines
 
@@ -278,8 +280,18 @@ def _of_ok(scores: Scores, key: str) -> list[Any]:
     return [value if status == "ok" else None for status, value in pairs]
 
 
+def _without_ratio(scores: Scores) -> bool:
+    """Whether the training store is of gradients without a ratio, or of one that was taken for 1."""
+    origin = scores.meta.get("train")
+    held = [origin.get(key) if isinstance(origin, dict) else None for key in ("estimator", "behaviour")]
+    estimator, behaviour = (one if isinstance(one, dict) else {} for one in held)
+    return estimator.get("ratio") is False or behaviour.get("source") == "current"
+
+
 def _policy(scores: Scores, chosen: np.ndarray) -> dict[str, Any]:
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
+    if _without_ratio(scores):
+        return {"text": TAKEN + ".", "charts": []}
     if median is None:
         return {"text": "Not known: the score table holds no ratio.", "charts": []}
     charts = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 RATIO = 0.8, 1.25  # of tokens that this policy sampled the ratio is 1
 LEAST_ESS = 0.5
+TAKEN = "ratio 1 is taken: no log-probs of the policy that made the responses are used"
 
 
 def is_close(ratio: float, ess: float | None) -> bool:
