@@ -238,5 +238,13 @@ class LiveRun:
                 f"{folder / STATE} is not the state of a Selector ({shown(str(error), 200)}); go on from another "
                 "checkpoint"
             ) from error
+        settings = state.get("settings") if isinstance(state, Mapping) else None
+        mine = self.selector.state_dict()["settings"].get("features")
+        if isinstance(settings, Mapping) and str(settings.get("features")) != str(mine):
+            raise CropiError(
+                f"{folder / STATE} knows of prompts with other tokens: the texts of train_dataset or the tokenizer "
+                "have changed; go on with those that it was saved with, or load the checkpoint's weights as the model "
+                "of a new run"
+            )
         self.selector.load_state_dict(state)
         self._places, self._sketches = [], []  # of a step that was not ended
