@@ -26,6 +26,8 @@ from cropi.errors import CropiError, RecordError
 from cropi.gradient.estimators import make_estimator
 from cropi.gradient.shown import token_lines
 from cropi.gradient.tokenize import Tokenize
+from cropi.options import Selecting
+from cropi.pipeline.checks import Setup
 from cropi.sketching.job import SketchJob
 from cropi.store.rows import RowInfo
 from cropi.trainers.dumps.auto import opened
@@ -193,12 +195,17 @@ def test_a_share_of_demonstrations_is_read_as_all_of_them_are() -> None:
     assert sorted(row.id for row in store.rows()) == ["r1", "r2", "r4", "r5"]
 
 
-def test_a_curriculum_whose_trainer_makes_rollouts_takes_no_demonstrations(tmp_path: Path) -> None:
-    files = dict(train=["a"], valid=["b"], job=SketchJob((), "", estimator=make_estimator("sft")))
+def test_what_needs_rewards_takes_no_demonstrations(tmp_path: Path) -> None:
+    files: dict[str, Any] = dict(
+        train=["a"], valid=["b"], job=SketchJob((), "", estimator=make_estimator("sft"))
+    )
     for trainer in ("trl", "train {records} {rollouts}"):
         with pytest.raises(CropiError, match="'sft' is for demonstrations, and this trainer makes rollouts"):
             Plan("m", tmp_path, 1, 1, trainer, **files)
     assert Plan("m", tmp_path, 1, 1, "train {records}", **files).job.estimator.name == "sft"
+    for method in ("learnability", "pass_rate"):
+        with pytest.raises(CropiError, match=f"method '{method}' ranks by rewards, and the estimator 'sft'"):
+            Setup(files["job"], selecting=Selecting(method=method))
     for given in ("sft", make_estimator("sft")):
         with pytest.raises(
             CropiError, match="'sft' is for demonstrations, and this trainer learns from rewards"

@@ -23,7 +23,8 @@ Message = dict[str, Any]
 
 WITH_REWARDS = (
     "there are rewards, and the estimator takes demonstrations, which have none",
-    "leave them out (--columns rewards=, or reward= of a row a response), or name another --estimator",
+    "leave them out (--columns rewards=, or reward= of a row a response; a dump becomes records by `cropi convert` "
+    "first), or name another --estimator",
 )
 
 

@@ -37,6 +37,14 @@ class Setup:
     selecting: Selecting = field(default_factory=Selecting)
     least: int = 0
 
+    def __post_init__(self) -> None:
+        method, estimator = self.selecting.method, self.job.estimator
+        if method in ("learnability", "pass_rate") and not estimator.centred:
+            raise CropiError(
+                f"method {method!r} ranks by rewards, and the estimator {estimator.name!r} takes demonstrations, which "
+                "have none; name another --method"
+            )
+
     @classmethod
     def of(
         cls,
