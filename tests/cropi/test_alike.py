@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,29 @@ def test_visits_of_a_thousand_half_lives_ago_are_forgotten(features: Any) -> Non
     alone.update([2], sketches[2:3], 1060)
     for mine, other in zip(selector.known(), alone.known(), strict=True):
         assert np.isfinite(mine).all() and (mine == other).all()
+
+
+def test_which_prompts_are_opposed_is_worked_out_once_for_what_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trainer asks for every micro-batch, and the model of a large pool takes as long as a micro-batch."""
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "cropi.ranking.selector.known_alike", lambda *given: asked.append(0) or known_alike(*given)
+    )
+    selector, towards = Selector(range(4), SPEC, dim=64, features=np.eye(4, 3)), torch.ones(1, 256)
+    selector.refresh(towards)
+    assert not selector.opposed([0, 1]).any()
+    for step in range(1, 40):
+        selector.update([0, 1], torch.cat([towards, -towards]), step)
+    state, before = copy.deepcopy(selector.state_dict()), len(asked)
+    assert selector.opposed([0, 1, 2]).tolist() == [False, True, False] and selector.opposed([1]).all()
+    assert len(asked) == before + 1
+    selector.refresh(-towards)
+    assert selector.opposed([0, 1, 2]).tolist() == [True, False, False]
+    selector.load_state_dict(state)
+    assert selector.opposed([0, 1]).tolist() == [False, True]
+    assert len(asked) == before + 3
 
 
 def test_unseen_prompts_are_drawn_by_what_is_like_them() -> None:

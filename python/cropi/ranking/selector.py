@@ -112,6 +112,9 @@ class Selector:
         self._noise = Noise()
         self._shown = np.zeros(n)  # usefulness, on average over visits
         self._origin: Origin = {}  # of the sketches
+        self._opposed: npt.NDArray[np.bool_] | None = (
+            None  # of every prompt; None: since then something was given
+        )
         self.step = 0
 
     def __len__(self) -> int:
@@ -169,7 +172,7 @@ class Selector:
             if why := differs(origin, part[1]):
                 raise CropiError(f"update(gather=True): the sketches of rank {rank} are of {why}")
             origin = merged(origin, part[1])
-        self.step, self._origin = steps[0], origin
+        self.step, self._origin, self._opposed = steps[0], origin, None
         places = np.concatenate([part[2] for part in parts])
         if len(places):
             self._add(places, torch.cat([part[3] for part in parts]))
@@ -203,7 +206,7 @@ class Selector:
                     "sketches of prompts whose rewards differ"
                 )
             means.append((mean / mean.norm()).float())
-        self._valid, self._refreshed = torch.stack(means), self.step
+        self._valid, self._refreshed, self._opposed = torch.stack(means), self.step, None
         self._origin = merged(self._origin, origin)
         self._rescore(np.flatnonzero(self._last >= 0))
 
@@ -251,8 +254,10 @@ class Selector:
         """Whether visits say that these prompts point against the validation mean: mean and one standard deviation of
         what is known of their usefulness are below 0. False of prompts that were never seen."""
         places = self.places(ids)
-        means, deviations = self.known()
-        result: npt.NDArray[np.bool_] = ((means + deviations < 0) & self.seen)[places]
+        if self._opposed is None:  # asked for every micro-batch of a step
+            means, deviations = self.known()
+            self._opposed = (means + deviations < 0) & self.seen
+        result: npt.NDArray[np.bool_] = self._opposed[places]
         return result
 
     def scores(self, ids: Sequence[Hashable]) -> Values:
@@ -305,7 +310,7 @@ class Selector:
         self._refreshed = int(state["refreshed"])
         for key in ("weight", "shown", "last", "failed"):
             getattr(self, f"_{key}")[:] = state[key][order].numpy()
-        self._valid, self.step = state["valid"].clone(), int(state["step"])
+        self._valid, self.step, self._opposed = state["valid"].clone(), int(state["step"]), None
         self._origin = merged(self._origin, origin)
         self._noise = Noise(*map(float, state["noise"]))
         self._failing.load(state["failing"], {old: new for new, old in enumerate(order.tolist())})
