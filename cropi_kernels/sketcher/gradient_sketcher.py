@@ -474,7 +474,7 @@ class GradientSketcher:
                 return
             plan, acc = self._tapped.plan, self._tapped.acc
             self._note(method, replayed_self_test(self.model, plan, acc, run, where, apart))
-        self._heard.leave(method, self._heard.untested(method, where))
+        self._heard.give_up(method, where)
 
     def _active(self, method: str) -> None:
         one_thread_after_fork()

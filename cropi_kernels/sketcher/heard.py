@@ -7,6 +7,9 @@ one prompt to another. So a batch in which a tap is heard for the first time is 
 
 from __future__ import annotations
 
+import warnings
+
+from ..names import listed
 from . import sharded
 from .beside import check_heard
 from .segments import Segments
@@ -48,6 +51,19 @@ class Heard:
         if any(map(min, some, none)):
             return frozenset()
         return left.intersection(one.where for one, now in zip(sources, heard, strict=True) if now)
+
+    def give_up(self, method: str, segments: Segments) -> None:
+        """Test no more what was heard in the batch ``segments`` and in no test, and say so."""
+        if left := self.untested(method, segments):
+            named = listed([name or "the model itself" for name in sorted(left)], 10)
+            warnings.warn(
+                f"not compared with autograd: {named}. A few token ids do not reach them, and no call of the model in "
+                "this batch that does can be repeated: the model is compiled as a whole, or a part of it was called. "
+                "So it would not be noticed if they took one prompt's tokens for another's. Run one such batch through "
+                "the model itself, before it is compiled",
+                stacklevel=5,
+            )
+            self.leave(method, left)
 
     def leave(self, method: str, taps: frozenset[str]) -> None:
         """Test these no more."""

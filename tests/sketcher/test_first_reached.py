@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import pytest
@@ -73,3 +74,17 @@ def test_every_call_of_a_batch_is_tested(kind: Any, options: dict[str, bool]) ->
         wrong = pytest.raises(SelfTestError, match=r"tower\.weight.*of one segment count for another")
         with wrong, sketcher.batch(OF_ROWS, shape=(ROWS, LENGTH)):
             (loss_of(model, 1, False) + loss_of(model, 2, True, torch.tensor([0, 1, 0, 2]))).backward()
+
+
+@KINDS
+def test_taps_that_cannot_be_tested_are_named_once(kind: Any) -> None:
+    """A call of a part of the model cannot be repeated. Nor can one of a compiled model, whose graph calls no hook."""
+    model, said = Seeing(), []
+    with kind(model, SPEC) as sketcher:
+        for step in range(3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with sketcher.batch(OF_ROWS, shape=(ROWS, LENGTH)):
+                    loss_of(model.forward, step, step > 0).backward()
+            said.append([str(one.message) for one in caught])
+    assert said[::2] == [[], []] and [one[:36] for one in said[1]] == ["not compared with autograd: tower. A"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -35,11 +37,14 @@ class Seeing(nn.Module):
         return self.head(torch.tanh(self.inner(x)))  # type: ignore[no-any-return]
 
 
-def loss_of(model: nn.Module, step: int, seen: bool, row_of: torch.Tensor | None = None) -> torch.Tensor:
-    """Of a step's own tokens, and images of at least 32 bits."""
+def loss_of(
+    model: Callable[..., torch.Tensor], step: int, seen: bool, row_of: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of a step's own tokens, and images of float32 or, for weights of float64, of this."""
     draw = torch.Generator().manual_seed(step)
     ids = torch.randint(50, (ROWS, LENGTH), generator=draw)
     images = torch.randn(ROWS, LENGTH, 6, generator=draw)
-    images = images.to(torch.promote_types(torch.float32, next(model.parameters()).dtype))
+    dtype = next(getattr(model, "__self__", model).parameters()).dtype
+    images = images.to(torch.promote_types(torch.float32, dtype))
     logits = model(ids, images if seen else None, row_of)
-    return logits.double().log_softmax(-1)[..., 3].sum()  # type: ignore[no-any-return]
+    return logits.double().log_softmax(-1)[..., 3].sum()
