@@ -16,6 +16,7 @@ from support import fuzz
 from support.places import fill
 from support.sealed_files import put_summed
 
+from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.pipeline import pick
 from cropi.ranking.influence import influence
@@ -87,6 +88,27 @@ def test_any_header_of_a_shard_is_read_or_ends_in_words(made: Path) -> None:
 
     ends = fuzz.run(INPUTS, one)
     assert fuzz.repeats() or (ends["words"] > 100 and ends["taken"] > 10), ends
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("seal", "the checksum of its header does not match"),
+        ("job", "belongs to another store"),
+        ("checks", "its header cannot be read"),
+    ],
+)
+def test_a_shard_that_lacks_what_is_checked_is_refused(made: Path, missing: str, words: str) -> None:
+    (file,) = made.glob("shard-*.safetensors")
+    content, data = taken_apart(file.read_bytes())
+    put_summed(file, sealed(copy.deepcopy(content), data))
+    read_all(made)
+    content.pop(missing, None)
+    content["header"]["__metadata__"].pop(missing, None)
+    whole = sealed(content, data)
+    put_summed(file, whole if missing != "seal" else whole.replace(b'"seal"', b'"note"', 1))
+    with pytest.raises(CropiError, match=words):
+        read_all(made)
 
 
 def taken_apart(whole: bytes) -> tuple[dict[str, Any], bytes]:
