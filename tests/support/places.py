@@ -250,7 +250,7 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 _SCORES = "influence --train @/a @/b --valid @/v --draws 0 --out @/scores.parquet"
 _SELECT = "select --scores @/scores.parquet --out @/selected.jsonl --fraction 0.2 --table 0"
-_EXPORT = " --dataset @/data.jsonl --dataset-id id --export @/"
+_EXPORT = " --dataset @/data.jsonl --id-key id --export @/"
 _scored = _and(_stores, _command(_SCORES))
 
 
