@@ -15,9 +15,8 @@ from support.refusals import NOT_SMALL, REFUSED
 from cropi_kernels import GradientSketcher
 
 transformers.logging.set_verbosity_error()
-BOUND = (
-    2e-4  # of float32 passes through two layers: norms of rows near 0 and exponentials amplify its rounding
-)
+# Of float32 passes through two layers: norms of rows near 0 and exponentials amplify its rounding.
+BOUND = 2e-4
 NOTHING = "has no RMSNorm and no SwiGLU that is known here"
 
 

@@ -25,10 +25,9 @@ from .._triton_segments import _offset, cut, reduce_partials
 from ..sketch_linear.triton import SlabConfig, _pick, fold_columns, slab_config
 
 GROUP_PAIRS = 24  # entries of a partial result, where no limit below asks for more
-MOST_PARTIALS = (
-    32  # results of one slab and segment that are added up, 128 KiB each; more only where an entry a lane
-)
-MOST_ENTRIES = 256  # would fill the registers
+# Results of one slab and segment that are added up, 128 KiB each; more where one would have more than MOST_ENTRIES.
+MOST_PARTIALS = 32
+MOST_ENTRIES = 256  # entries of a result, one a lane: more would fill the registers
 MOST_REGISTERS = 200  # of a thread, in `register_limit`
 
 

@@ -26,9 +26,8 @@ from cropi.ranking.selector_state import check_state
 from cropi_kernels import SketchSpec, reduce_sketch
 
 CHUNK = 65536  # rows that are float32 at one time
-FORGOTTEN = (
-    600  # half-lives after which a visit counts nothing: its error, 1 / w, would come near float64's limit
-)
+# Half-lives after which a visit counts nothing: its error, 1 / w, would come near float64's limit.
+FORGOTTEN = 600
 
 
 class Selector:
@@ -112,9 +111,8 @@ class Selector:
         self._noise = Noise()
         self._shown = np.zeros(n)  # usefulness, on average over visits
         self._origin: Origin = {}  # of the sketches
-        self._opposed: npt.NDArray[np.bool_] | None = (
-            None  # of every prompt; None: since then something was given
-        )
+        # Of every prompt; None: since it was worked out, something was given.
+        self._opposed: npt.NDArray[np.bool_] | None = None
         self.step = 0
 
     def __len__(self) -> int:
