@@ -147,13 +147,15 @@ def test_verls_penalty_for_long_responses_is_not_guessed(tmp_path: Path) -> None
 
 
 # ----------------------------------------------------------------------------------------- turns and validation
-def test_several_sequences_with_one_reward_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["rollout_id", "group_id"])
+def test_several_sequences_with_one_reward_are_refused(field: str, tmp_path: Path) -> None:
+    """slime calls the rollout of a sample ``group_id``, and called it ``rollout_id`` before."""
     content, path = made("slime"), tmp_path / "7.pt"
     for sample in content["samples"]:
-        sample["rollout_id"] = sample["index"]
+        sample[field] = sample["index"]
     assert rewards(write(path, content)) == rewards(write(tmp_path / "8.pt", made("slime")))
-    content["samples"][2]["rollout_id"] = 3
-    with pytest.raises(CropiError, match="sample 2, rollout_id: 3 is that of several samples"):
+    content["samples"][2][field] = 3
+    with pytest.raises(CropiError, match=f"sample 2, {field}: 3 is that of several samples"):
         rewards(write(path, content))
 
 

@@ -37,6 +37,7 @@ from cropi.trainers.dumps.rollout import answer as plain_answer
 from cropi.trainers.dumps.rows import named_reward
 
 WHAT = "a rollout dump of slime"
+ROLLOUT = ("group_id", "rollout_id")  # of a sample: slime's present name, and the one before it
 ID_KEY = "id"  # of the metadata: where `cropi select --format slime` puts it
 
 
@@ -116,10 +117,10 @@ def _rollouts(
     yield from left.each(samples(), lambda pair: _rollout(*pair, several=several, **given))
 
 
-def _of_rollout(sample: Any) -> int | None:
-    """The number of the rollout that a sample is a part of, where slime's user has set one."""
-    number = sample.get("rollout_id") if isinstance(sample, Mapping) else None
-    return number if isinstance(number, int) else None
+def _of_rollout(sample: Any) -> tuple[str, int | str] | None:
+    """The rollout that a sample is a part of, as (field, number), where slime's user has set one."""
+    held = [(key, sample.get(key)) for key in ROLLOUT] if isinstance(sample, Mapping) else []
+    return next(((key, value) for key, value in held if isinstance(value, (int, str))), None)
 
 
 def _fields(held: Any) -> Any:
@@ -142,7 +143,7 @@ def _rollout(
     id_key: str | None,
     temperature: float | None,
     reward_key: str | None,
-    several: set[int],
+    several: set[tuple[str, int | str]],
 ) -> Rollout:
     sample = _fields(held)
     if not isinstance(sample, Mapping):
@@ -152,9 +153,10 @@ def _rollout(
         if sample.get(key) is None:
             raise BadSample(where, key, "is missing")
     only_tokens(sample, where)
-    if (number := _of_rollout(sample)) in several:
+    if (rollout := _of_rollout(sample)) is not None and rollout in several:
+        key, number = rollout
         raise BadSample(
-            where, "rollout_id", f"{number} is that of several samples, so they are one rollout of several sequences "
+            where, key, f"{shown(number)} is that of several samples, so they are one rollout of several sequences "
             "with one reward; a trajectory record holds one prompt and one response",
         )  # fmt: skip
     tokens = token_ids(sample["tokens"], "tokens", where)
