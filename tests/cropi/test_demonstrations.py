@@ -28,6 +28,7 @@ from cropi.gradient.shown import token_lines
 from cropi.gradient.tokenize import Tokenize
 from cropi.options import Selecting
 from cropi.pipeline.checks import Setup
+from cropi.report.html import _overlap
 from cropi.sketching.job import SketchJob
 from cropi.store.rows import RowInfo
 from cropi.trainers.dumps.auto import opened
@@ -97,6 +98,13 @@ def test_a_trainers_batch_has_the_same_sketch() -> None:
     )  # fmt: skip
     want, own = in_float64(ids[:3], [ids[3:]])
     assert float((batch.sketches[0].double() - want).norm()) <= 2 * own
+    with pytest.raises(
+        CropiError, match="rewards: the estimator 'sft' takes demonstrations, whose rewards are 1"
+    ):
+        cropi.score_batch(
+            make_model(), torch.tensor([ids] * 2), response_mask=torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2),
+            prompt_ids=["one", "other"], rewards=torch.tensor([1.0, 0.5]), estimator="sft", spec=SPEC,
+        )  # fmt: skip
 
 
 def test_of_a_conversation_the_assistants_turns_are_learnt() -> None:
@@ -206,6 +214,15 @@ def test_what_needs_rewards_takes_no_demonstrations(tmp_path: Path) -> None:
     for method in ("learnability", "pass_rate"):
         with pytest.raises(CropiError, match=f"method '{method}' ranks by rewards, and the estimator 'sft'"):
             Setup(files["job"], selecting=Selecting(method=method))
+    # A table of them that was finished before, by its estimator.
+    table, meta = np.arange(6.0)[:, None], {"train": {"estimator": files["job"].estimator.to_dict()}}
+    scores = cropi.Scores([RowInfo(f"r{i}", pass_rate=1.0) for i in range(6)], ["sums"], table, meta)
+    scores.save(tmp_path / "scores.parquet")
+    for method in ("learnability", "pass_rate"):
+        with pytest.raises(CropiError, match=f"method '{method}' ranks by rewards, and the estimator 'sft'"):
+            cropi.Scores.open(tmp_path / "scores.parquet").select(0.5, method=method)
+    page = _overlap(scores, scores.select(0.5))
+    assert page["names"] == ["this choice", "max", "random"]
     for given in ("sft", make_estimator("sft")):
         with pytest.raises(
             CropiError, match="'sft' is for demonstrations, and this trainer learns from rewards"

@@ -13,7 +13,7 @@ from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.data.formats import stem
 from cropi.data.forms import parse_columns
-from cropi.data.readers import PromptGroups, read
+from cropi.data.readers import PromptGroups
 from cropi.data.scan import Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
@@ -43,19 +43,15 @@ class Files:
         """
         plan, names = self.plan, tuple(map(str, files))
         given = set(names) <= {*plan.train, *plan.valid}
-        columns = parse_columns(plan.job.columns) if given else {}
+        job = plan.job if given else replace(plan.job, columns=None)
         if names not in self._held:
+            columns = parse_columns(job.columns)
             reading = auto.Reading(columns=columns, tokenizer=lambda: load(plan, plan.model).tokenizer)
             self._held[names] = auto.opened(
                 list(names), plan.source if given else auto.AUTO, skip_bad=plan.job.skip_bad, columns=columns,
                 reading=reading, say=self.say,
             )  # fmt: skip
-        return read(
-            self._held[names],
-            skip_bad=plan.job.skip_bad,
-            columns=columns,
-            rewards=bool(plan.job.estimator.centred),
-        )
+        return job.read(self._held[names])
 
     def keep(self, source: Source) -> None:
         """Forget files that a stage does not work on: what dumps were converted to is temporary files of their size."""

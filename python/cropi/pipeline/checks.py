@@ -21,6 +21,7 @@ from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
+from cropi.ranking.values import check_rewards
 from cropi.sketching.job import SketchJob, make_job
 from cropi.sketching.run import check_tokens, scan_groups
 
@@ -38,12 +39,7 @@ class Setup:
     least: int = 0
 
     def __post_init__(self) -> None:
-        method, estimator = self.selecting.method, self.job.estimator
-        if method in ("learnability", "pass_rate") and not estimator.centred:
-            raise CropiError(
-                f"method {method!r} ranks by rewards, and the estimator {estimator.name!r} takes demonstrations, which "
-                "have none; name another --method"
-            )
+        check_rewards(self.selecting.method, self.job.estimator.to_dict())
 
     @classmethod
     def of(

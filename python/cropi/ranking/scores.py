@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,13 @@ class Scores:
         """``|S g(s)|^2``, float64 ``[n]``: the influence of a prompt on itself; 0 without a gradient. Large ones are
         prompts that move the policy most, whatever the direction."""
         return np.array([row.norm for row in self.rows], dtype=np.float64) ** 2
+
+    @property
+    def estimator(self) -> Mapping[str, Any]:
+        """Settings of the estimator by which the training prompts were sketched; empty where they are not known."""
+        train = self.meta.get("train")
+        held = train.get("estimator") if isinstance(train, dict) else None
+        return held if isinstance(held, dict) else {}
 
     @property
     def usable(self) -> NDArray[np.bool_]:

@@ -33,7 +33,7 @@ from cropi.ranking.rule import Rule, shared_out
 from cropi.ranking.scores import Scores
 from cropi.ranking.shares import how_many, read_quotas
 from cropi.ranking.table_rows import values_of
-from cropi.ranking.values import order_of, students_quantile
+from cropi.ranking.values import check_rewards, order_of, students_quantile
 
 # How messages name what :meth:`Selection.save` and others take.
 OF_ROWS = {"--dataset": "rows=", "--trajectories": "rows=", "--id-key": "id_key=", "--format": "format="}
@@ -212,6 +212,7 @@ def select(
         CropiError: the fraction chooses nothing, an option does not fit the scores, or an unknown option.
     """
     given = one_of(selecting, options if seed is None else options | {"select_seed": seed}, Selecting)
+    check_rewards(given.method, scores.estimator)
     usable = np.flatnonzero(scores.usable)
     rule = Rule(scores.rows, usable, given, least)
     table = scores.table if len(usable) == len(scores.rows) else scores.table[usable]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from cropi.errors import CropiError, optional
 
 METHODS = ("rrf", "rrf_classic", "max", "mean", "p_selected", "random", "learnability", "pass_rate")
 FROM_SCORES = ("rrf", "rrf_classic", "max", "mean")  # what a table of scores alone decides
+BY_REWARDS = ("learnability", "pass_rate")  # baselines that rank by pass rates
 STRIDE = 64
 RRF_CONSTANT = 60  # Cormack, Clarke, Buettcher 2009
 
@@ -129,6 +131,23 @@ def counted(
     else:
         value = fuse_ranks(table, ties, None, constant)
     return value if beside is None else value + beside
+
+
+def check_rewards(method: str, estimator: Mapping[str, Any]) -> None:
+    """Refuse a baseline of rewards for demonstrations, which all count as solved: it would choose at random.
+
+    Args:
+        method: of the selection.
+        estimator: its settings (:meth:`cropi.Estimator.to_dict`), as far as they are known.
+
+    Raises:
+        CropiError: see above.
+    """
+    if method in BY_REWARDS and estimator.get("centred") is False:
+        raise CropiError(
+            f"method {method!r} ranks by rewards, and the estimator {estimator.get('name')!r} takes demonstrations, "
+            "which have none; name another --method"
+        )
 
 
 def baseline(method: str, rates: np.ndarray) -> np.ndarray:

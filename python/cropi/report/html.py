@@ -24,6 +24,7 @@ from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.uncertainty import Uncertainty
+from cropi.ranking.values import BY_REWARDS
 from cropi.report import browser
 from cropi.report.charts import bars, density, signed
 from cropi.report.policy import TAKEN, is_close, policy_text
@@ -260,7 +261,8 @@ def _overlap(scores: Scores, selection: Selection) -> dict[str, Any]:
             choices[f"{name} alone"] = best
     fraction = n / len(scores.rows)
     for method in ("max", "random", "learnability"):
-        if method != selection.method:
+        known = method not in BY_REWARDS or scores.estimator.get("centred", True)
+        if known and method != selection.method:
             choices[method] = np.array(select(scores, fraction=fraction, method=method).chosen)
     masks = {name: np.zeros(len(scores.rows), dtype=bool) for name in choices}
     for name, chosen in choices.items():
@@ -283,9 +285,9 @@ def _of_ok(scores: Scores, key: str) -> list[Any]:
 def _without_ratio(scores: Scores) -> bool:
     """Whether the training store is of gradients without a ratio, or of one that was taken for 1."""
     origin = scores.meta.get("train")
-    held = [origin.get(key) if isinstance(origin, dict) else None for key in ("estimator", "behaviour")]
-    estimator, behaviour = (one if isinstance(one, dict) else {} for one in held)
-    return estimator.get("ratio") is False or behaviour.get("source") == "current"
+    behaviour = origin.get("behaviour") if isinstance(origin, dict) else None
+    taken = isinstance(behaviour, dict) and behaviour.get("source") == "current"
+    return scores.estimator.get("ratio") is False or taken
 
 
 def _policy(scores: Scores, chosen: np.ndarray) -> dict[str, Any]:

@@ -199,6 +199,11 @@ def _members(segments: torch.Tensor) -> Iterator[torch.Tensor]:
 def _advantages(kind: Estimator, rewards: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     made = torch.zeros(len(rewards), dtype=torch.float64, device="cpu")
     if not kind.centred:
+        if not bool((rewards == 1).all()):
+            raise CropiError(
+                f"rewards: the estimator {kind.name!r} takes demonstrations, whose rewards are 1; give 1 for every "
+                "row, or what rows count for as advantages"
+            )
         return torch.from_numpy(kind.advantages(rewards.tolist())).to(rewards.device)
     for rows in _members(segments):
         if len(rows) < 2:
