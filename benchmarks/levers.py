@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from benchmarks.cost.timing import Cost, rotated, timed
 from benchmarks.lib.environment import describe
 from benchmarks.lib.examples import read_groups
 from cropi import pipeline
-from cropi.gradient.subset import Subset
+from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.load import load_model
 from cropi.model.policy import Policy
@@ -31,6 +32,7 @@ from cropi.options import Selecting
 from cropi.ranking.scores import Scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.sketching.groups import sketch_groups
+from cropi.sketching.job import SketchJob
 from cropi.store.memory import MemoryStore
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
@@ -46,7 +48,7 @@ class Lever:
         key: its name on the command line.
         name: what the table calls it.
         spec: of the sketch.
-        subset: what is sketched of each training prompt.
+        subset: what is sketched of each training prompt, as options of a :class:`SketchJob`.
         exclude: patterns of parameters that are left out.
         dtype: of the weights.
     """
@@ -54,7 +56,7 @@ class Lever:
     key: str
     name: str
     spec: SketchSpec = field(default_factory=SketchSpec)
-    subset: Subset | None = None
+    subset: Mapping[str, Any] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     dtype: str = "float32"
 
@@ -68,13 +70,13 @@ def levers(layers: int, responses: int) -> list[Lever]:
     def last(part: int) -> tuple[str, ...]:
         return ("*embed_tokens*", *before(layers - layers // part))
 
-    half = Subset(responses=responses // 2)
+    half = {"responses": responses // 2}
     made = [
         Lever("full", "full scoring"),
         Lever("responses-2", "half of the responses", subset=half),
-        Lever("responses-4", "a quarter of the responses", subset=Subset(responses=responses // 4)),
-        Lever("tokens-2", "half of the tokens", subset=Subset(tokens=0.5)),
-        Lever("tokens-4", "a quarter of the tokens", subset=Subset(tokens=0.25)),
+        Lever("responses-4", "a quarter of the responses", subset={"responses": responses // 4}),
+        Lever("tokens-2", "half of the tokens", subset={"token_share": 0.5}),
+        Lever("tokens-4", "a quarter of the tokens", subset={"token_share": 0.25}),
         Lever("last-2", "last half of the layers", exclude=last(2)),
         Lever("last-4", "last quarter of the layers", exclude=last(4)),
         Lever(
@@ -108,18 +110,11 @@ class Work:
             self.valid = like.valid
         else:
             self.valid = MemoryStore({"spec": lever.spec.to_dict()})
-            self._sketch(valid, self.valid, None)
+            self._sketch(valid, self.valid, {})
 
-    def _sketch(self, groups: Sequence[TokenGroup], store: SketchStore, subset: Subset | None) -> None:
-        made = sketch_groups(
-            self.policy,
-            groups,
-            store,
-            exclude=self.lever.exclude,
-            verify=False,
-            subset=subset,
-            default_set="valid",
-        )
+    def _sketch(self, groups: Sequence[TokenGroup], store: SketchStore, subset: Mapping[str, Any]) -> None:
+        job = SketchJob((), None, exclude=self.lever.exclude, verify=False, set="valid", **subset)
+        made = sketch_groups(self.policy, groups, store, job, Behaviour("file"))
         if made.interrupted:
             raise KeyboardInterrupt
 

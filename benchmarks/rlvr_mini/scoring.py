@@ -62,14 +62,14 @@ def sketched_scores(
     policy, behaviour, stores = Policy(model), Behaviour("file"), []
     scale = None if optimiser is None else read_moments(optimiser, model)
     for name, groups in (("pool", pool), ("valid", valid)):
-        job = SketchJob((), folder / name, spec, estimator=estimator, stage=str(stage), shard_rows=4096)
+        job = SketchJob(
+            (), folder / name, spec, estimator=estimator, stage=str(stage), shard_rows=4096, layout="shared",
+            tokens_per_batch=tokens,
+        )  # fmt: skip
         moments = scale if name == "valid" else None
         with open_store(policy, job, behaviour, moments=moments) as store:
             made = (to_tokens(group) for group in groups)
-            sketch_groups(
-                policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens,
-                moments=moments,
-            )  # fmt: skip
+            sketch_groups(policy, made, store, job, behaviour, moments=moments)
         stores.append(store)
     return influence(stores[0], [stores[1]], mean=mean)
 
@@ -88,14 +88,13 @@ def sketched(
     With an ``optimiser``, which has made a step, they are of gradients scaled as its next step scales a gradient.
     """
     policy, behaviour = Policy(model), Behaviour("file")
-    job = SketchJob((), None, spec, estimator=estimator, stage=stage)
+    job = SketchJob(
+        (), None, spec, estimator=estimator, stage=stage, layout="shared", tokens_per_batch=tokens
+    )
     moments = None if optimiser is None else read_moments(optimiser, model)
     with open_store(policy, job, behaviour, moments=moments) as store:
         made = (to_tokens(group) for group in groups)
-        summary = sketch_groups(
-            policy, made, store, estimator, behaviour=behaviour, layout="shared", tokens_per_batch=tokens,
-            moments=moments,
-        )  # fmt: skip
+        summary = sketch_groups(policy, made, store, job, behaviour, moments=moments)
     parts = list(store.shards())
     rows = torch.cat([rows for _, rows in parts]) if parts else torch.zeros(0, spec.dim)
     return [row.id for kept, _ in parts for row in kept], rows, summary

@@ -19,6 +19,7 @@ import cropi_kernels.sketcher.gradient_sketcher
 import cropi_kernels.sketcher.tapped
 from cropi.data.readers import read
 from cropi.errors import CropiError
+from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.layout import layout_of
 from cropi.model.fingerprint import model_fingerprint
 from cropi.model.policy import Policy
@@ -182,9 +183,9 @@ def test_sketch_and_sketch_groups_name_what_they_were_given() -> None:
         sketch(policy, SPEC)  # type: ignore[arg-type]
     store = MemoryStore({"spec": SPEC.to_dict()})
     with pytest.raises(CropiError, match="groups holds a dict: give TokenGroups"):
-        sketch_groups(policy, [{"id": "a"}], store)  # type: ignore[list-item]
+        sketch_groups(policy, [{"id": "a"}], store, job, Behaviour("file"))  # type: ignore[list-item]
     with pytest.raises(CropiError, match="behaviour must be one of file, current, model, got 'auto'"):
-        sketch_groups(policy, [], store, behaviour="auto")
+        Behaviour("auto")
 
 
 def test_the_old_form_of_sketch_works_for_one_more_release(tmp_path: Path) -> None:

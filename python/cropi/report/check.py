@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,8 @@ def check_groups(
             "16, whose rewards differ"
         )
 
-    sketches = _Sketches(policy, spec, estimator, source, exclude, tokens_per_batch)
+    job = SketchJob((), None, spec, exclude=exclude, estimator=estimator, tokens_per_batch=tokens_per_batch)
+    sketches = _Sketches(policy, job, source)
     coverage = _coverage(policy, spec, exclude)
     if exact is None:
         exact = exact_bytes(policy, coverage.names, len(sample)) <= EXACT_LIMIT
@@ -118,7 +119,7 @@ def check_groups(
         report.method, report.seeds = "seeds", count
         if count == 1:
             say("sketching them by another seed")
-            tables = [sketches.of(sample, seed=others.specs[0].seed)[0]]
+            tables = [sketches.of(sample, spec=others.specs[0])[0]]
         else:
             tables = list(torch.stack([others.sums[group.id] for group in sample], dim=1).double())
         report.error = error_by_seeds(scores, torch.stack([leave_one_out(rows @ rows.T) for rows in tables]))
@@ -134,24 +135,16 @@ class _Sketches:
     """How prompts of the sample are sketched, in memory."""
 
     policy: Policy
-    spec: SketchSpec
-    estimator: Estimator
+    job: SketchJob
     behaviour: Behaviour
-    exclude: Sequence[str]
-    tokens_per_batch: int
 
     def of(
-        self, some: Sequence[TokenGroup], seed: int | None = None, **changes: Any
+        self, some: Sequence[TokenGroup], others: Others | None = None, **changes: Any
     ) -> tuple[torch.Tensor, Summary]:
-        """Sketches ``[prompts, dim]`` in float64, by another ``seed`` or other options of :func:`sketch_groups`."""
-        spec = self.spec if seed is None else _seeded(self.spec, seed)
-        options: dict[str, Any] = {"layout": "auto", "tokens_per_batch": self.tokens_per_batch} | changes
-        job = SketchJob((), None, spec, exclude=self.exclude, estimator=self.estimator)
+        """Sketches ``[prompts, dim]`` in float64, by a job with other options."""
+        job = replace(self.job, **changes)
         with open_store(self.policy, job, self.behaviour) as store:
-            summary = sketch_groups(
-                self.policy, some, store, self.estimator, behaviour=self.behaviour, exclude=self.exclude,
-                **options,
-            )  # fmt: skip
+            summary = sketch_groups(self.policy, some, store, job, self.behaviour, others=others)
         if summary.interrupted:
             raise Interrupted(None, summary)
         rows = {row.id: vector for kept, table in store.shards() for row, vector in zip(kept, table)}

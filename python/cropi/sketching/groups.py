@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from cropi.errors import CropiError, optional
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.behaviour import Behaviour
-from cropi.gradient.estimators import ESTIMATORS, Estimator
 from cropi.gradient.layout import layout_of
-from cropi.gradient.subset import Subset
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import no_sketch_reason
 from cropi.model.moments import SecondMoments
+from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy
 from cropi.sketching.behind import Behind
 from cropi.sketching.chunks import Chunk, EveryChunk, Participant, make_chunks
 from cropi.sketching.interrupt import Interrupt
+from cropi.sketching.job import SketchJob
 from cropi.sketching.passes import Others, Passes
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary, peak_memory_gib
@@ -39,19 +39,11 @@ def sketch_groups(
     policy: Policy,
     groups: Iterable[TokenGroup | RowInfo],
     store: SketchStore,
-    estimator: Estimator = ESTIMATORS["cropi"],
+    job: SketchJob,
+    behaviour: Behaviour,
     *,
-    behaviour: Behaviour | str = "file",
-    exclude: Iterable[str] = (),
-    layout: str = "auto",
-    tokens_per_batch: int = 1024,
-    verify: bool = True,
-    fused: bool = False,
     moments: SecondMoments | None = None,
-    zero_check: bool = True,
-    subset: Subset | None = None,
     others: Others | None = None,
-    default_set: str | None = None,
     total: int | None = None,
     progress: bool = False,
     summary: Summary | None = None,
@@ -72,15 +64,10 @@ def sketch_groups(
             tokenised, which becomes a row as it is. Read once, a few hundred at a time.
         store: where rows go. Its manifest names the sketch (``spec``, and the ``groups`` of parameters whose sketches
             are kept apart); it is marked as finished at the end.
-        estimator: the weight of every token.
-        behaviour: where the log-probs of the policy that made the rollouts come from: "file" (each group's own),
-            "current" (the policy itself: ratio 1), or a :class:`Behaviour`, which may hold a model.
-        exclude: patterns of parameter names to leave out.
-        layout, tokens_per_batch, verify, fused, zero_check: see :class:`cropi.sketching.job.SketchJob`.
+        job: what is computed, and how; its trajectories and its folder are not asked for.
+        behaviour: where the log-probs of the policy that made the rollouts come from.
         moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
-        subset: what is sketched of each prompt (:mod:`cropi.gradient.subset`); None: all.
         others: other specs, whose sketches are made in the same passes and kept there; not with ``moments``.
-        default_set: validation set of prompts that carry none.
         total: how many prompts there are, for the progress bar.
         progress: show one.
         summary: counts are added to this one; None: to a new one.
@@ -92,18 +79,11 @@ def sketch_groups(
             take.
         UncoveredParameterError: a trainable parameter cannot be sketched.
     """
-    source = behaviour if isinstance(behaviour, Behaviour) else Behaviour(behaviour)
-    if subset is not None:
-        subset.check(estimator)
     summary = summary or Summary(Path(store.path))
-    plan = layout_of(policy, layout)
-    if source.model is not None:
-        plan = plan.beside(source.model.lengths)
-    spec = SketchSpec.from_dict(store.manifest["spec"])
-    more = () if others is None else tuple(others.specs)
-    with _sketcher(
-        policy, spec, tuple(exclude), verify, moments, more, groups_in(store.manifest), fused
-    ) as sketcher:
+    layout = layout_of(policy, job.layout)
+    if behaviour.model is not None:
+        layout = layout.beside(behaviour.model.lengths)
+    with _sketcher(policy, store.manifest, job, moments, others) as sketcher:
         sketcher.check_model()
         summary.coverage = str(sketcher.coverage)
         summary.resumed = len(store)
@@ -111,32 +91,23 @@ def sketch_groups(
         participant = participant or EveryChunk()
         done = frozenset(row.id for row in store.rows()) | participant.done
         with Interrupt() as interrupt, bar_of(left, Path(store.path).name, progress) as bar:
-            if plan.note:
-                bar.write(plan.note)
+            if layout.note:
+                bar.write(layout.note)
             chunks = make_chunks(
-                _checked(groups, estimator, source.source, default_set, zero_check, subset),
-                plan,
-                budget=tokens_per_batch,
+                _checked(groups, job, behaviour.source),
+                layout,
+                budget=tokens_at_once(policy, job.tokens_per_batch),
                 tokens=participant.tokens,
             )
             passes = Passes(
-                sketcher,
-                estimator,
-                source.model,
-                default_set,
-                summary,
-                str(store.path),
-                bar.write,
-                plan,
-                zero_check,
-                participant,
-                others,
-            )
+                sketcher, job, behaviour.model, summary, layout, participant, others,
+                keeps=str(store.path), say=bar.write,
+            )  # fmt: skip
 
             with Behind(store) as behind:
                 filling = _Filling(behind, passes, summary, bar, interrupt, participant, done)
                 for chunk in participant.take(chunks):
-                    filling.compute(chunk, chunk.built(estimator, source.source == "file", done))
+                    filling.compute(chunk, chunk.built(job.estimator, behaviour.source == "file", done))
                     if summary.interrupted:
                         break
                     if participant.writes:
@@ -198,19 +169,18 @@ class _Filling:
 
 def _sketcher(
     policy: Policy,
-    spec: SketchSpec,
-    exclude: tuple[str, ...],
-    verify: bool,
+    manifest: Mapping[str, Any],
+    job: SketchJob,
     moments: SecondMoments | None,
-    more: tuple[SketchSpec, ...],
-    apart: Mapping[str, Sequence[str]] | None,
-    fused: bool,
+    others: Others | None,
 ) -> GradientSketcher | FormedSketcher:
-    """The sketcher of a policy's gradients, those of each group of parameters ``apart``.
+    """The sketcher of a policy's gradients, as a store's manifest says.
 
     With ``moments`` it forms the gradients, because they are divided before they are sketched; of the same parameters.
     """
-    taps = policy.sketcher(spec, exclude, verify=verify, more=more, groups=apart, fused=fused)
+    spec, apart, exclude = SketchSpec.from_dict(manifest["spec"]), groups_in(manifest), tuple(job.exclude)
+    more = () if others is None else tuple(others.specs)
+    taps = policy.sketcher(spec, exclude, verify=job.verify, more=more, groups=apart, fused=job.fused)
     if moments is None:
         return taps
     if more:
@@ -224,14 +194,10 @@ def _sketcher(
 
 
 def _checked(
-    groups: Iterable[TokenGroup | RowInfo],
-    estimator: Estimator,
-    source: str,
-    default_set: str | None,
-    zero_check: bool,
-    subset: Subset | None,
+    groups: Iterable[TokenGroup | RowInfo], job: SketchJob, source: str
 ) -> Iterator[TokenGroup | RowInfo]:
     """The prompts with a gradient, and rows in place of the others."""
+    estimator, subset = job.estimator, job.subset
     for group in groups:
         if isinstance(group, RowInfo):
             yield group
@@ -240,11 +206,10 @@ def _checked(
             raise CropiError(
                 f"groups holds a {type(group).__name__}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"
             )
-        noise = subset is not None and subset.noise
-        if reason := no_sketch_reason(group, estimator, source, zero_check=zero_check, noise=noise):
-            yield row_of(group.group, SKIPPED, reason, default_set)
+        if reason := no_sketch_reason(group, estimator, source, zero_check=job.zeros, noise=job.noise):
+            yield row_of(group.group, SKIPPED, reason, job.set)
         else:
-            yield group if subset is None else subset.of(group, estimator)
+            yield subset.of(group, estimator)
 
 
 def bar_of(total: int | None, name: str, progress: bool, **options: Any) -> Any:

@@ -117,6 +117,11 @@ class SketchJob(Grouping, Tokens, Running, Storing):
         return Subset(self.responses, self.token_share, self.noise, self.stage)
 
     @property
+    def zeros(self) -> bool:
+        """Whether a gradient that is rounding and nothing else is looked for; a draw of noise is as small as it is."""
+        return self.zero_check and not self.noise
+
+    @property
     def row_size(self) -> int:
         """Numbers of a row of the store; with ``layer_groups`` at most."""
         return self.spec.dim * self.most_groups

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from cropi.gradient.layout import Layout
 from cropi.gradient.masks import handed
 from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
-from cropi.sketching import chunks
+from cropi.sketching.chunks import Participant
+from cropi.sketching.job import SketchJob
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo
@@ -89,44 +90,37 @@ class Others:
             self.sums[group.id] = self.sums.get(group.id, 0.0) + sketches
 
 
+@dataclass
 class Passes:
     """Runs micro-batches, and gives out each prompt's row once its last one is through.
 
-    Args:
+    Attributes:
         sketcher: the active taps.
-        estimator: the weight of every token.
+        job: the weight of every token, and the validation set of prompts that carry none.
         behaviour: the model that made the rollouts, or None where its log-probs are in the batches, or are not needed.
-        default_set: validation set of prompts that carry none.
         summary: counts and times are added to it.
-        keeps: where finished prompts are, for the message when a device's memory is too small.
-        say: takes a line for the user.
         layout: how the rows are laid out.
-        zero_check: a gradient that is rounding and nothing else is "zero gradient".
         participant: how other processes take part in what is run here.
         others: takes the sketches by other specs, where the taps have some.
+        keeps: where finished prompts are, for the message when a device's memory is too small.
+        say: takes a line for the user.
     """
 
-    def __init__(
-        self,
-        sketcher: GradientSketcher | FormedSketcher,
-        estimator: Estimator,
-        behaviour: BehaviourModel | None,
-        default_set: str | None,
-        summary: Summary,
-        keeps: str,
-        say: Callable[[str], Any],
-        layout: Layout,
-        zero_check: bool = True,
-        participant: chunks.Participant | None = None,
-        others: Others | None = None,
-    ) -> None:
-        self.others = others
-        self.participant = participant or chunks.EveryChunk()
-        self.layout, self.zero_check = layout, zero_check
-        self.sketcher, self.estimator, self.behaviour = sketcher, estimator, behaviour
-        self.default_set, self.summary, self.keeps, self.say = default_set, summary, keeps, say
-        self.device = device_of(sketcher.model)
-        self.bound = rounding(sketcher.model)
+    sketcher: GradientSketcher | FormedSketcher
+    job: SketchJob
+    behaviour: BehaviourModel | None
+    summary: Summary
+    layout: Layout
+    participant: Participant
+    others: Others | None
+    _: KW_ONLY
+    keeps: str
+    say: Callable[[str], Any]
+
+    def __post_init__(self) -> None:
+        self.estimator = self.job.estimator
+        self.device = device_of(self.sketcher.model)
+        self.bound = rounding(self.sketcher.model)
         self.suspicion = Suspicion(self.bound)
         self.sums: dict[str, Sums] = {}
         self.too_many: int | None = None  # tokens, padding included, that the device's memory did not hold
@@ -268,7 +262,7 @@ class Passes:
         """
         status, reason, norm, zero = OK, "", float(sums.sketch.double().norm()), False
         if (
-            self.zero_check
+            self.job.zeros
             and len(group.equal) > 1
             and self.participant.agreed(self.suspicion.is_suspicious(norm, sums.weight))
         ):
@@ -279,7 +273,7 @@ class Passes:
         elif norm == 0 or zero:  # every token is clipped, or the responses cancel
             status, reason, norm = SKIPPED, ZERO_GRADIENT, 0.0
         row = row_of(
-            group.group, status, reason, self.default_set, tokens=group.scored, norm=norm, extra=sums.health.to_dict()
+            group.group, status, reason, self.job.set, tokens=group.scored, norm=norm, extra=sums.health.to_dict()
         )  # fmt: skip
         return row, sums.sketch if status == OK else None
 

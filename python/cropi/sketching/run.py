@@ -112,24 +112,16 @@ class Prepared:
         self, store: SketchStore, *, progress: bool = True, participant: Participant | None = None
     ) -> None:
         """Sketch the prompts that the store lacks; of a job that several processes share, those of ``participant``."""
-        job, budget = self.job, self.tokens_per_batch
+        job = self.job
         if job.shard is not None:
-            participant = Dealt(*job.shard, BATCHES * budget)
+            participant = Dealt(*job.shard, BATCHES * self.tokens_per_batch)
         sketch_groups(
             self.policy,
             _token_groups(job, self.groups, self.tokens, store, self.summary, self.scan),
             store,
-            job.estimator,
-            behaviour=self.behaviour,
-            exclude=job.exclude,
-            layout=job.layout,
-            tokens_per_batch=budget,
-            verify=job.verify,
-            fused=job.fused,
-            zero_check=job.zero_check and not job.noise,  # noise is as small as it is
-            subset=job.subset,
+            job,
+            self.behaviour,
             moments=self.moments,
-            default_set=job.set,
             total=self.total,
             progress=progress,
             summary=self.summary,
