@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part o
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 from support.commands import json_lines  # noqa: E402
-from support.trl_runs import SPEC, Seen, dataset, digits, recorded  # noqa: E402
+from support.trl_runs import SPEC, Seen, dataset, digits, recorded, staged, stored  # noqa: E402
 from support.versions import needs  # noqa: E402
 
 from cropi.data.readers import read_trajectories  # noqa: E402
@@ -25,7 +25,7 @@ from cropi.model.policy import Policy  # noqa: E402
 from cropi.sketching.job import SketchJob  # noqa: E402
 from cropi.sketching.run import sketch  # noqa: E402
 from cropi.store.store import SketchStore  # noqa: E402
-from cropi.trainers.trl import Recording, collect  # noqa: E402
+from cropi.trainers.trl import Live, Recording, collect  # noqa: E402
 from cropi.trainers.trl.rollout_log import merge_rollouts  # noqa: E402
 
 LOG = "cropi/rollouts/train-rank00000.jsonl"
@@ -217,6 +217,32 @@ def test_a_loss_of_its_own_is_an_error_not_a_loss_of_logprobs(tmp_path: Path) ->
     )  # fmt: skip
     with pytest.raises(CropiError, match="logprobs=False"):
         trainer.train()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("live", [False, True], ids=["recorded", "live"])
+def test_a_trainer_that_replays_other_responses_is_an_error(live: bool, tmp_path: Path) -> None:
+    """As GRPOWithReplayBufferTrainer of TRL 1.8 to 1.13: groups of equal rewards give way to earlier ones."""
+    from trl import GRPOTrainer
+
+    class Replaying(GRPOTrainer):
+        kept: Any = None
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            made = super()._generate_and_score_completions(inputs)
+            self.kept = made if self.kept is None else self.kept
+            return made | {
+                name: self.kept[name] for name in made if name.startswith(("prompt", "completion"))
+            }
+
+    if live:
+        stages = {"live": Live(), "recording": None, "valid": stored(tmp_path / "v.jsonl", seed=1, count=4)}
+        trainer = staged(tmp_path, stages, base=Replaying, max_steps=2)
+    else:
+        trainer = recorded(tmp_path, base=Replaying, max_steps=2)
+    with pytest.raises(CropiError, match="Replaying trains on other responses than those that it generated"):
+        trainer.train()
+    assert trainer.state.global_step == 1
 
 
 @pytest.mark.long

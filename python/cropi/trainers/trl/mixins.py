@@ -130,7 +130,7 @@ class CurriculumMixin(RecorderHooks):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self._cropi.live is not None and self.model.training:
-            self._cropi.live.place(inputs, self._cropi.options.id_key, output)
+            self._cropi.live.place(self._cropi.rows_of(output), self._cropi.options.id_key, output)
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

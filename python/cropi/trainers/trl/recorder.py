@@ -106,8 +106,24 @@ class Recorder:
         self, inputs: Any, completions: Any, responses: list[list[int]], rewards: torch.Tensor
     ) -> None:
         """The reward functions have been called; the rewards are those of all ranks."""
-        if self.recording is not None:
-            self._scored = (inputs, completions, responses, rewards)
+        self._scored = (inputs, completions, responses, rewards)
+
+    def rows_of(self, output: Mapping[str, Any]) -> Any:
+        """The dataset's rows of a generation batch, one a response.
+
+        Raises:
+            CropiError: it is not what was scored last. A subclass of the trainer has put in other responses (of a
+                replay buffer, or of several draws), and nothing says whose prompts and rewards they are.
+        """
+        inputs, _, responses, _ = self._scored or (None, None, [], None)
+        given = output["completion_ids"].tolist()
+        if len(given) != len(responses) or any(a[: len(b)] != b for a, b in zip(given, map(list, responses))):
+            raise CropiError(
+                f"{own_class(self.trainer)} trains on other responses than those that it generated and scored last, of "
+                "which nothing says whose prompts and rewards they are: take a trainer that trains on what it "
+                "generates, or leave recording (recording=None in Curriculum) and live out"
+            )
+        return inputs
 
     def generated(self, output: dict[str, Any]) -> None:
         """A generation batch is complete. It is written now, or once the loss has computed its log-probs.
@@ -203,10 +219,10 @@ class Recorder:
     # ---------------------------------------------------------------------------------------- records
     def begin(self, output: Mapping[str, Any]) -> Generation:
         """The records of a generation batch, a row each; rewards and log-probs are put in by :meth:`write`."""
-        trainer, recording, scored = self.trainer, self.recording, self._scored
-        assert recording is not None and scored is not None
-        inputs, completions, responses, rewards = scored
-        self._scored = None
+        trainer, recording = self.trainer, self.recording
+        inputs = self.rows_of(output)
+        assert recording is not None and self._scored is not None
+        _, completions, responses, rewards = self._scored
         training = bool(trainer.model.training)
         first = trainer.accelerator.process_index * len(inputs)
         table = rewards[first : first + len(inputs)].detach().float().cpu()
