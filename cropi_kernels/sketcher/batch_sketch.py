@@ -6,7 +6,7 @@ import torch
 
 
 class BatchSketch:
-    """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim].
+    """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim], of ``+grad L_s``.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> with GradientSketcher(layer, SketchSpec(1024)) as sketcher:

@@ -197,8 +197,8 @@ class GradientSketcher:
             shape: of the batch. ``(batch,)`` where a row is an example of which modules may see anything (images,
                 features, the pooled output of an encoder): then rows are all that is told apart.
 
-        The yielded object's ``sketches`` is set when the block ends. The loss must be a sum over tokens of terms that
-        each belong to one segment; a mean over the batch scales all sketches.
+        The yielded object's ``sketches`` is set when the block ends, row s to that of ``+grad L_s`` (`LiveSketcher`:
+        ``-grad L_s``). The loss is a sum over tokens of terms of one segment each; a mean over the batch scales all.
 
         The first block is preceded by the self-test: on a few tokens where the model takes token ids; else the call of
         the model inside is made again when the block ends.

@@ -15,7 +15,7 @@ from benchmarks.live_streams import turning
 from cropi import Selector
 from cropi.errors import CropiError
 from cropi.ranking.packed_rows import PackedRows
-from cropi_kernels import LiveSketcher, SketchSpec, reduce_sketch
+from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, reduce_sketch
 
 SPEC = SketchSpec(256)
 
@@ -299,6 +299,25 @@ def test_sketches_of_another_spec_or_model_are_refused() -> None:
     with pytest.raises(CropiError, match="not in the pool"):
         other.update(["unknown"], Given(SPEC, ("v",)), 1)
     other.update(["p0"], Given(SPEC, ("w",)), 1)  # what was refused says nothing of the model
+
+
+def test_sketches_that_point_up_the_loss_are_refused() -> None:
+    """A block of `GradientSketcher` gives the opposite of a live block of the same loss."""
+    model, where = torch.nn.Linear(4, 4), torch.arange(4)
+    features, made_of = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), made()
+    with LiveSketcher(model, SPEC) as live, live.batch(where, shape=(4,)) as down:
+        model(features).square().sum().backward()
+    with GradientSketcher(model, SPEC) as sketcher, sketcher.batch(where, shape=(4,)) as up:
+        model(features).square().sum().backward()
+    assert torch.allclose(up.sketches, -down.sketches, atol=1e-5 * float(down.sketches.abs().max()))
+    for call in (lambda: made_of.refresh(up), lambda: made_of.update(made_of.ids, up, 1)):
+        with pytest.raises(
+            CropiError, match=r"GradientSketcher.batch, whose rows point up the loss.*-1 times"
+        ):
+            call()
+    made_of.update(made_of.ids, down, 1)
+    made_of.refresh(-up.sketches[:1])
+    assert made_of.scores(["p0"])[0] == pytest.approx(1.0, abs=1e-2)
 
 
 def test_ids_and_sketches_of_any_kind_of_array() -> None:

@@ -23,7 +23,7 @@ from cropi.ranking.failing import Failing
 from cropi.ranking.origin import Origin, differs, merged, origin_of
 from cropi.ranking.packed_rows import PackedRows
 from cropi.ranking.selector_state import check_state
-from cropi_kernels import SketchSpec, reduce_sketch
+from cropi_kernels import BatchSketch, SketchSpec, reduce_sketch
 
 CHUNK = 65536  # rows that are float32 at one time
 # Half-lives after which a visit counts nothing: its error, 1 / w, would come near float64's limit.
@@ -344,6 +344,11 @@ class Selector:
 
     def _reduced(self, given: Any, what: str) -> tuple[torch.Tensor, Origin]:
         """float32 rows [n, dim] on the CPU, and of which model they are."""
+        if isinstance(given, BatchSketch):
+            raise CropiError(
+                f"{what} are of GradientSketcher.batch, whose rows point up the loss, and a Selector's point down it: "
+                "give those of LiveSketcher.batch, or -1 times these (`-batch.sketches`)"
+            )
         spec, origin = getattr(given, "spec", None), origin_of(given)
         if isinstance(spec, SketchSpec) and spec != self.spec:
             raise CropiError(f"{what} are of {spec}, but this Selector is for {self.spec}")

@@ -89,7 +89,7 @@ def score_batch(
         advantages: ``[batch]``, or one for each token.
         weights: ``[batch]``, or one for each token.
         old_logprobs: log beta of each token, under the policy that sampled it; None: the current policy (ratio 1).
-        estimator: a name ("cropi", "ppo", "reinforce", "dr_grpo", "dapo") or an :class:`cropi.Estimator`; not used with
+        estimator: a name that :func:`cropi.make_estimator` takes, or an :class:`cropi.Estimator`; not used with
             ``weights``.
         spec: what a sketch is; None: ``SketchSpec()``.
         exclude: patterns of parameter names to leave out.
