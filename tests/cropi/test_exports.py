@@ -27,9 +27,8 @@ from cropi.ranking.selection import select
 from cropi.ranking.selection_files import read_selection, write_selection
 from cropi.ranking.table import write_scores
 from cropi.store.rows import RowInfo
-from cropi.trainers.dumps.nemo_rl import read_dump as read_nemo
+from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.rollout import group_rollouts
-from cropi.trainers.dumps.verl import read_dump as read_verl
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 
 # ----------------------------------------------------------------------------------------------------- exports
@@ -87,13 +86,13 @@ def test_line_separators_inside_strings_do_not_end_a_line(
     texts = [{"input": "q\u2028", "output": f"a\x85{k}", "score": k, "step": 1} for k in (0, 1)]
     dump.write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
     with pytest.warns(LossyTokens):
-        assert [r.response for r in read_verl(dump)] == ["a\x850", "a\x851"]
+        assert [r.response for r in read_rollouts(dump, "verl")] == ["a\x850", "a\x851"]
     lines_of_nemo = [{**row, "content": ["\u2028"]} for row in nemo_lines()]
     dump = tmp_path / "train_data_step3.jsonl"
     dump.write_text(
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines_of_nemo), encoding="utf-8"
     )
-    assert len(list(read_nemo(dump))) == len(lines_of_nemo)
+    assert len(list(read_rollouts(dump, "nemo-rl"))) == len(lines_of_nemo)
 
 
 def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from support.made_dumps import KINDS, ROLLOUTS, logprobs, made, words, write
 from cropi.cli import main
 from cropi.data.readers import read_trajectories
 from cropi.errors import CropiError
+from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.pickled import load_dump
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.slime import read_dump as read_slime
 from cropi.trainers.dumps.unpickle import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
@@ -491,7 +491,7 @@ def test_objects_of_slimes_own_class_are_read_without_it(tmp_path: Path) -> None
         torch.save({"rollout_id": 7, "samples": samples}, tmp_path / "7.pt")
     finally:
         del sys.modules["slime"]
-    found = list(read_slime(tmp_path / "7.pt", Reading(id_key="id")))
+    found = list(read_rollouts(tmp_path / "7.pt", "slime", Reading(id_key="id")))
     # The truncated one was made an aborted one here.
     assert [rollout.id for rollout in found] == ["m0", "m0", "m1"]
     assert found[0].response_ids == ROLLOUTS[0][1]

@@ -21,12 +21,11 @@ from cropi.data.readers import read
 from cropi.data.trainer_rows import trainer_row
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.tokenize import Tokenize
-from cropi.trainers.dumps.auto import opened
+from cropi.trainers.dumps.auto import opened, read_rollouts
 from cropi.trainers.dumps.fields import BadSample
 from cropi.trainers.dumps.named import DatasetPrompts
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, write_groups
-from cropi.trainers.dumps.slime import read_dump as read_slime
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.openrlhf import recording
 from cropi.trainers.skyrl.record import rollout_of as of_skyrl
@@ -245,10 +244,10 @@ def test_slimes_ids_are_those_of_the_metadata(tmp_path: Path) -> None:
     """Where `cropi select --format slime` has put them; without one a prompt is named by a hash."""
     content = made("slime")
     path = write(tmp_path / "7.pt", content)
-    assert [rollout.id for rollout in read_slime(path)] == ["m0", "m0", "m1", "m1"]
+    assert [rollout.id for rollout in read_rollouts(path, "slime")] == ["m0", "m0", "m1", "m1"]
     for sample in content["samples"][2:]:
         sample["metadata"] = {"name": "m1"}
-    ids = [rollout.id for rollout in read_slime(write(tmp_path / "8.pt", content))]
+    ids = [rollout.id for rollout in read_rollouts(write(tmp_path / "8.pt", content), "slime")]
     assert ids[:2] == ["m0", "m0"] and ids[2] == ids[3] and ids[2].startswith("text-")
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.trainers.dumps.fields import BadSample, Left, from_json, names, whole
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of, warn_text
@@ -23,20 +22,8 @@ from cropi.trainers.dumps.text_rows import step_of, warn_text
 FIELDS = ("role", "content", "tool_calls", "tool_call_id")
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file.
-
-    Args:
-        path: ``{step}.parquet``.
-        reading: its ``id_key`` is a column; None: a hash of the prompt.
-        left: takes the rows that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: a row without messages, or whose group has several prompts.
-    """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in ``{step}.parquet``. Prompt ids: ``reading.id_key``, a column, or a hash of the prompt."""
     warn_text(path, left)
     step, prompts = step_of(path), dict[int, Any]()
 

@@ -28,8 +28,7 @@ from cropi.trainers.dumps.fields import (
     shown,
     token_ids,
 )
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 
@@ -38,20 +37,8 @@ LOGPROBS = "inference_logprobs"
 MASKED = -100
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file.
-
-    Args:
-        path: JSON lines, packed or not.
-        reading: its ``id_key`` is a key of the group; None: a hash of the prompt's tokens.
-        left: takes what is left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: a group of another layout, with advantages of its own, or set to zero, images or several prompts.
-    """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file. Prompt ids: ``reading.id_key``, a key of a group, or a hash of the prompt's tokens."""
     for number, pair in enumerate(rows_of_dump(path, left)):
         for group in left.each([pair], _members):
             yield from left.each(group, partial(_rollout, reading=reading, step=number, group=pair[1]))

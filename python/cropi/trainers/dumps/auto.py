@@ -22,6 +22,7 @@ from cropi.files import entries, is_file, is_folder, size_of
 from cropi.sealed import SUMS, sum_of
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
+from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
 from cropi.trainers.dumps.rollout import Rollout, Written, group_rollouts, write_groups
@@ -52,12 +53,23 @@ USED_BY = dict.fromkeys(("id_key", "temperature", "steps", "largest"), DUMPS) | 
 }
 
 
-def read_rollouts(path: str | Path, source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
-    """The rollouts in one dump.
+def read_rollouts(
+    path: str | Path, source: str, reading: Reading = PLAIN, left: Left | None = None
+) -> Iterator[Rollout]:
+    """The rollouts in one dump; text may be packed.
+
+    Args:
+        path: the file.
+        source: what wrote it. Its reader says what it takes for a prompt's id, and of ``reading``.
+        reading: what the file does not say of itself.
+        left: takes the samples that are left out; None raises at the first bad one.
 
     Raises:
-        CropiError, BadSample: as the reader of the source.
+        CropiError: the file does not exist, is too large, or of another layout.
+        BadSample: a sample with a field that is missing or of another form.
     """
+    path, left = Path(path), Left() if left is None else left
+    check_size(path, reading.largest)
     if source in text_rows.COLUMNS:
         return text_rows.read_dump(path, source, reading, left)
     reader = importlib.import_module(f"cropi.trainers.dumps.{READERS[source]}")

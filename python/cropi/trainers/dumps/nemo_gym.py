@@ -17,8 +17,7 @@ from typing import Any
 
 from cropi.errors import warn
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, listed, names, nested, shown
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of, warn_text
@@ -32,19 +31,10 @@ class ClosingWords(UserWarning):
     """Rows end in text without token ids, behind turns that have them: it is left out."""
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file.
-
-    Args: path: JSON lines, packed or not. reading: its ``id_key`` is a key of the row; None: a hash of the prompt.
-    Its temperature, if it has one, is taken in the place of the request's. left: takes the rows that are left out;
-    None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: a row of another layout, or whose turns are not a single sequence.
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file. Prompt ids: ``reading.id_key``, a key of the row, or a hash of the prompt.
+    ``reading.temperature`` goes before the request's.
     """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
     step, closing = step_of(path), list[str]()
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:

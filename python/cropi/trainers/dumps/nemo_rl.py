@@ -30,36 +30,26 @@ from cropi.trainers.dumps.fields import (
     token_ids,
     whole,
 )
-from cropi.trainers.dumps.lines import json_lines
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rows import rows_of_dump
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
 LOGPROBS = ("generation_logprobs", "prev_logprobs")
 SAMPLE_MASK = "sample_loss_mask"
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file. Those that NeMo-RL's loss leaves out are left out: without a token of the policy, or
-    masked as a whole (``sample_loss_mask``: overlong filtering).
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file, ``train_data_step{N}.jsonl``; N is the step. Those that NeMo-RL's loss leaves out are
+    left out: without a token of the policy, or masked as a whole (``sample_loss_mask``: overlong filtering).
 
-    Args:
-        path: ``train_data_step{N}.jsonl``; N is the step.
-        reading: its ``id_key`` is a column; None: a hash of the prompt's tokens.
-        left: takes the rollouts that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: a line of another layout, columns of different lengths, or a value of another form.
+    Prompt ids: ``reading.id_key``, a column, or a hash of the prompt's tokens.
     """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
     match = re.search(r"step(\d{1,18})", path.name)
     step = int(match[1]) if match else 0
     rows = (
         row
-        for line in json_lines(path, left)
+        for line in rows_of_dump(path, left)
         for rows in left.each([line], lambda x: _rows(*x, reading.id_key))
         for row in rows
     )

@@ -22,8 +22,7 @@ from cropi.trainers.dumps.fields import (
     token_ids,
     whole,
 )
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, answer, checked, text_id
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
@@ -31,20 +30,8 @@ from cropi.trainers.dumps.text_rows import step_of
 KEYS = ("prompt_tokens", "response_tokens", "reward")
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file.
-
-    Args:
-        path: JSON lines, packed or not.
-        reading: its ``id_key`` is a column; None: a hash of the prompt's tokens.
-        left: takes the rows that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: a row with a field that is missing or of another form, or with tokens of tools.
-    """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file. Prompt ids: ``reading.id_key``, a column, or a hash of the prompt's tokens."""
     step = step_of(path)
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:

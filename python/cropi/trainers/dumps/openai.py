@@ -34,8 +34,7 @@ from cropi.trainers.dumps.fields import (
     shown,
     token_ids,
 )
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
@@ -44,21 +43,12 @@ from cropi.trainers.dumps.vocabulary import Vocabulary
 MARK = "token_id:"
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     """The rollouts in one file. Requests that failed are left out.
 
-    Args:
-        path: JSON lines or an array, packed or not.
-        reading: its ``id_key`` is a key of the row (``custom_id``); None: a hash of the prompt. Its temperature, if it
-            has one, is taken in the place of the request's.
-        left: takes the choices that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: another layout.
-        BadSample: a choice without reward or prompt, or with a field of another form.
+    Prompt ids: ``reading.id_key``, a key of the row (``custom_id``), or a hash of the prompt. ``reading.temperature``
+    goes before the request's.
     """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
     asked = {} if reading.requests is None else _asked(Path(reading.requests))
     step, vocabulary, lost = step_of(path), Vocabulary(reading.tokenizer), [0, 0]
 

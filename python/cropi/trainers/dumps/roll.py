@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.trainers.dumps.fields import Left, Unused, check_keys, from_json, whole
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_columns, rows_of_dump, text_of
 from cropi.trainers.dumps.text_rows import step_of, warn_text
@@ -21,20 +20,10 @@ from cropi.trainers.dumps.text_rows import step_of, warn_text
 KEYS = ("responses", "scores")
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file.
-
-    Args:
-        path: ``rollout_dump_data.step_{N}.jsonl``.
-        reading: its ``id_key`` is a column; None: ``id``, or a hash of the prompt where there is none.
-        left: takes the responses that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: columns of several lengths, or a response with a field of another form.
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file, ``rollout_dump_data.step_{N}.jsonl``. Prompt ids: ``reading.id_key``, a column, or
+    ``id``, or a hash of the prompt where there is none.
     """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
     warn_text(path, left)
     step = step_of(path)
 

@@ -31,7 +31,7 @@ from cropi.trainers.dumps.fields import (
     whole,
 )
 from cropi.trainers.dumps.pickled import contents, items_of, load_dump
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, messages, text_id
 from cropi.trainers.dumps.rollout import answer as plain_answer
 from cropi.trainers.dumps.rows import named_reward
@@ -41,22 +41,13 @@ ROLLOUT = ("group_id", "rollout_id")  # of a sample: slime's present name, and t
 ID_KEY = "id"  # of the metadata: where `cropi select --format slime` puts it
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file. Samples that were aborted, or that slime does not train on, are left out.
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one ``.pt`` file. Samples that were aborted, or that slime does not train on, are left out.
 
-    Args:
-        path: the ``.pt`` file.
-        reading: its ``id_key`` is a key of a sample's ``metadata``; None: ``id`` where there is one, else a hash of the
-            prompt's tokens, because slime's ``group_index`` counts groups over the run and is another one in the next
-            epoch. Its temperature is that of the sampling (``--rollout-temperature``). Its ``columns`` may be
-            ``{"reward": name}``, the reward to take of samples whose reward is a table.
-        left: takes the samples that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: another layout.
-        BadSample: a sample without reward or id, or with a field of another form.
+    Prompt ids: ``reading.id_key``, a key of a sample's ``metadata``, or ``id`` where there is one, else a hash of the
+    prompt's tokens, because slime's ``group_index`` counts groups over the run and is another one in the next epoch.
+    ``reading.columns`` may be ``{"reward": name}``, the reward to take of samples whose reward is a table.
     """
-    path, left = Path(path), Left() if left is None else left
     saved = load_dump(path, WHAT, allow_pickle=reading.allow_pickle, largest=reading.largest, by_items=True)
     if not isinstance(saved, Mapping) or "samples" not in saved or "rollout_id" not in saved:
         held = names(saved) if isinstance(saved, Mapping) else shown(saved)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.trainers.dumps.fields import BadSample, Left, check_keys, shown
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout
 from cropi.trainers.dumps.rows import rows_of_columns, rows_of_dump
 from cropi.trainers.dumps.trl import rollouts_of
@@ -23,22 +23,9 @@ STEPS = ("gen_step", "step")
 RENAMED = {"gen_step": "step", "advantages": "advantage"}
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file, as those of :func:`cropi.trainers.dumps.trl.read_dump`.
-
-    Args:
-        path: ``completions.jsonl``.
-        reading: as there.
-        left: takes the rows that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: another layout, or the advantages contradict the rewards.
-        BadSample: a line with columns of several lengths, or a row with a field of another form or of several turns.
-    """
-    left = Left() if left is None else left
-    last = {
-        _step(row): number for number, (_, row) in enumerate(rows_of_dump(Path(path), Left(left.skip_bad)))
-    }
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file, ``completions.jsonl``, as those of :func:`cropi.trainers.dumps.trl.read_dump`."""
+    last = {_step(row): number for number, (_, row) in enumerate(rows_of_dump(path, Left(left.skip_bad)))}
 
     def rows(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, pair in enumerate(rows_of_dump(path, left)):
@@ -47,7 +34,7 @@ def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = No
                 for many in left.each([pair], rows_of_columns if step else _single):
                     yield from left.each(many, _row)
 
-    yield from rollouts_of(Path(path), reading, left, rows)
+    yield from rollouts_of(path, reading, left, rows)
 
 
 def _step(row: dict[str, Any]) -> str | None:

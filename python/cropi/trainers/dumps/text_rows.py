@@ -36,8 +36,7 @@ from typing import Any
 from cropi.data.scan import LossyTokens
 from cropi.errors import warn
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, check_keys, nested, whole
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump, text_of
 
@@ -68,23 +67,11 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def read_dump(
-    path: str | Path, source: str, reading: Reading = PLAIN, left: Left | None = None
-) -> Iterator[Rollout]:
-    """The rollouts in one file.
-
-    Args:
-        path: JSON lines, packed or not.
-        source: one of :data:`COLUMNS`.
-        reading: its ``id_key`` is a column, dots leading into nested ones; None: a hash of the prompt's text.
-        left: takes the rows that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: a row without reward or id, or with a field of another form.
+def read_dump(path: Path, source: str, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file of one of :data:`COLUMNS`. Prompt ids: ``reading.id_key``, a column, dots leading into
+    nested ones, or a hash of the prompt's text.
     """
-    path, left, columns = Path(path), Left() if left is None else left, COLUMNS[source]
-    check_size(path, reading.largest)
+    columns = COLUMNS[source]
     warn_text(path, left)
     step = step_of(path)
 

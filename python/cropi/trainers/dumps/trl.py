@@ -30,8 +30,7 @@ import numpy as np
 from cropi.errors import CropiError
 from cropi.trainers.dumps.evaluated import warn_evaluated
 from cropi.trainers.dumps.fields import BadSample, Left, NotFinite, Unused, finite, names, whole
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import id_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
@@ -44,20 +43,15 @@ Rows = Callable[[Path, Left], Iterator[tuple[str, dict[str, Any]]]]
 SLACK = 1e-3
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file.
-
-    Args:
-        path: ``completions_{step}.parquet``.
-        reading: its ``id_key`` is a column; None: a hash of the prompt. Its ``columns`` may be ``{"reward": name}``
-            (or names, joined by +), where the rewards are not the sum of the functions' numbers.
-        left: takes the rows that are left out; None raises at the first bad one.
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file, ``completions_{step}.parquet``. Prompt ids: ``reading.id_key``, a column, or a hash of
+    the prompt. ``reading.columns`` may be ``{"reward": name}`` (or names, joined by +), where the rewards are not the
+    sum of the functions' numbers.
 
     Raises:
         CropiError: another layout, or the advantages contradict the rewards.
-        BadSample: a row with a field of another form.
     """
-    yield from rollouts_of(Path(path), reading, Left() if left is None else left, rows_of_dump)
+    yield from rollouts_of(path, reading, left, rows_of_dump)
 
 
 def rollouts_of(path: Path, reading: Reading, left: Left, rows: Rows) -> Iterator[Rollout]:
@@ -66,7 +60,6 @@ def rollouts_of(path: Path, reading: Reading, left: Left, rows: Rows) -> Iterato
     Raises:
         CropiError, BadSample: as there.
     """
-    check_size(path, reading.largest)
     warn_text(path, left)
     # Twice: the whole of the first pass says which columns are rewards.
     steps: set[int] = set()

@@ -64,6 +64,13 @@ class Ragged:
     def __init__(self, rows: list[torch.Tensor]) -> None:
         self.rows = rows
 
+    @classmethod
+    def of(cls, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor | None = None) -> Ragged:
+        """The rows that begin at ``offsets``; of ``lengths``, or up to the next."""
+        starts = offsets.tolist()
+        ends = starts[1:] if lengths is None else [a + n for a, n in zip(starts, lengths.tolist())]
+        return cls([values[a:b] for a, b in zip(starts, ends)])
+
 
 class Reader(pickle.Unpickler):
     """An unpickler of a dump.
@@ -169,10 +176,7 @@ def _typed(function: Any, kind: Any, args: Any, state: Any) -> Any:
 
 
 def _nested(state: Any) -> Ragged:
-    values, offsets, lengths = state["values"], state["offsets"], state.get("lengths")
-    starts = offsets.tolist()
-    ends = starts[1:] if lengths is None else [a + n for a, n in zip(starts, lengths.tolist())]
-    return Ragged([values[a:b] for a, b in zip(starts, ends)])
+    return Ragged.of(state["values"], state["offsets"], state.get("lengths"))
 
 
 def _strided(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> Ragged:

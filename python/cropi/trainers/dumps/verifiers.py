@@ -31,29 +31,19 @@ from cropi.trainers.dumps.fields import (
     token_ids,
     whole,
 )
-from cropi.trainers.dumps.pickled import check_size
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of, warn_text
 from cropi.trainers.dumps.traces import rows_of_traces
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     """The rollouts in one file. Those that ended in an error are left out, as in training.
 
-    Args:
-        path: JSON lines, packed or not; the step is in the name of the file or of its folder.
-        reading: its ``id_key`` is a column; None: ``task`` and ``example_id``. Its temperature, if it has one, is taken
-            in the place of ``sampling_args.temperature`` of each row.
-        left: takes the rows that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: the file does not exist, or is too large.
-        BadSample: a row of another layout, or whose turns are not a single sequence.
+    Prompt ids: ``reading.id_key``, a column, or ``task`` and ``example_id``. The step is in the name of the file or of
+    its folder. ``reading.temperature`` goes before ``sampling_args.temperature`` of a row.
     """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
     step = step_of(path)
 
     def read(pair: tuple[str, dict[str, Any]]) -> Rollout:

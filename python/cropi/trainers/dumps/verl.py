@@ -24,12 +24,21 @@ from typing import Any
 
 from cropi.data.formats import ending_of
 from cropi.errors import CropiError, optional
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, names, prompt_id, shown, whole
-from cropi.trainers.dumps.lines import json_lines
-from cropi.trainers.dumps.pickled import check_size, load_dump
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.fields import (
+    BadSample,
+    Left,
+    Unused,
+    check_keys,
+    finite,
+    names,
+    prompt_id,
+    shown,
+    whole,
+)
+from cropi.trainers.dumps.pickled import load_dump
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
-from cropi.trainers.dumps.rows import named_reward
+from cropi.trainers.dumps.rows import named_reward, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
 from cropi.trainers.dumps.verl_batch import SEVERAL, rollouts_of_proto, rollouts_of_table
 from cropi.trainers.verl.selected import ID_KEY
@@ -37,21 +46,12 @@ from cropi.trainers.verl.selected import ID_KEY
 TEXT_KEYS = ("input", "output", "score", "step")
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file, by its ending.
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file, by its ending: ``.jsonl``, ``.pt`` or ``.dp``.
 
-    Args:
-        path: ``.jsonl``, ``.pt`` or ``.dp``.
-        reading: its ``id_key`` is ``extra_info.index``, unless it is given (in text, the hash of the prompt's text);
-            its ``columns`` may be, for text, ``{"reward": name}``, where that is not ``score``.
-        left: takes the samples that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: not such a file, or of an unknown layout.
-        BadSample: a sample with a field that is missing or of another form.
+    Prompt ids: ``reading.id_key``, or ``extra_info.index``, in text the hash of the prompt's text. ``reading.columns``
+    may be, for text, ``{"reward": name}``, where that is not ``score``.
     """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
     ending = ending_of(path)
     if ending == ".jsonl":
         yield from _text(path, reading, left)
@@ -74,11 +74,7 @@ def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
 
     def read(line: tuple[str, dict[str, Any]]) -> Rollout:
         where, row = line
-        for key in TEXT_KEYS:
-            if key not in row:
-                raise BadSample(
-                    where, key, f"is missing, so this is not a rollout dump of verl ({names(row)})"
-                )
+        check_keys(row, TEXT_KEYS, where, "a rollout dump of verl")
         prompt, response = (_words(row[key], key, where) for key in ("input", "output"))
         if not response:
             raise Unused(where, "output", "is empty")
@@ -95,7 +91,7 @@ def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             temperature=reading.temperature, extra={"lossy": True},
         ))  # fmt: skip
 
-    yield from left.each(json_lines(path, left), read)
+    yield from left.each(rows_of_dump(path, left), read)
 
 
 def _score(row: Mapping[str, Any], named: str | None, where: str) -> float:

@@ -16,6 +16,7 @@ from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
+    check_keys,
     finite,
     listed,
     log_probs,
@@ -28,12 +29,13 @@ from cropi.trainers.dumps.fields import (
 )
 from cropi.trainers.dumps.rollout import Rollout, checked, messages
 from cropi.trainers.dumps.rollout import answer as plain_answer
-from cropi.trainers.dumps.verl_tables import columns_of, need, parts_of_proto, rows_of
+from cropi.trainers.dumps.verl_tables import columns_of, parts_of_proto, rows_of
 from cropi.trainers.verl.selected import ID_KEY
 
 # What the sampling engine reported comes first: it is the policy that the tokens were drawn from.
 LOGPROBS = ("rollout_log_probs", "old_log_probs")
 REWARDS = ("token_level_scores", "rm_scores", "token_level_rewards")
+WHAT = "a batch of rollouts"
 OTHERS = ("reward_model", "raw_prompt", "data_source", *MEDIA)
 
 
@@ -61,7 +63,7 @@ def rollouts_of_proto(
     batch, other, meta = parts_of_proto(proto, where)
     if temperature is None and meta.get("temperature") is not None:
         temperature = finite(meta["temperature"], "meta_info.temperature", where)
-    need(("prompts", "responses", "attention_mask"), batch, where)
+    check_keys(batch, ("prompts", "responses", "attention_mask"), where, WHAT)
     prompts, responses, attention = (
         _matrix(batch[name], name, where) for name in ("prompts", "responses", "attention_mask")
     )
@@ -119,7 +121,7 @@ def rollouts_of_table(
     """
     left = Left() if left is None else left
     columns = columns_of(table, where)
-    need(("prompts", "responses"), columns, where)
+    check_keys(columns, ("prompts", "responses"), where, WHAT)
     keys, tags = listed(keys, "keys", where), listed(tags, "tags", where)
     wanted = ("prompts", "responses", "response_mask", *LOGPROBS, *REWARDS, id_key.split(".")[0], *OTHERS)
     rows = {name: rows_of(columns[name], len(keys), name, where) for name in wanted if name in columns}

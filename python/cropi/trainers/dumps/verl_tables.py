@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from cropi.trainers.dumps.fields import BadSample, names, shown
+from cropi.trainers.dumps.fields import BadSample, shown
 from cropi.trainers.dumps.pickled import DAMAGED, inner
 from cropi.trainers.dumps.unpickle import Ragged, StandIn
 
@@ -56,7 +54,7 @@ def _consolidated(metadata: Any, storage: Any, where: str) -> dict[str, Any]:
         for key, value in parts.items():
             if key.startswith("<NJT_OFFSETS>"):
                 name = key.removeprefix("<NJT_OFFSETS>")
-                columns[name] = _ragged(
+                columns[name] = Ragged.of(
                     parts[f"<NJT_VALUES>{name}"], value, parts.get(f"<NJT_LENGTHS>{name}")
                 )
             elif not key.startswith("<NJT_"):
@@ -66,12 +64,6 @@ def _consolidated(metadata: Any, storage: Any, where: str) -> dict[str, Any]:
             where, "batch", f"is not a TensorDict that can be read ({str(error)[:200]})"
         ) from error
     return columns
-
-
-def _ragged(values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor | None) -> Ragged:
-    starts = offsets.tolist()
-    ends = starts[1:] if lengths is None else [a + n for a, n in zip(starts, lengths.tolist())]
-    return Ragged([values[a:b] for a, b in zip(starts, ends)])
 
 
 def rows_of(value: Any, count: int, field: str, where: str) -> list[Any]:
@@ -129,7 +121,7 @@ def parts_of_proto(proto: Any, where: str) -> tuple[dict[str, Any], dict[str, An
         held, other, meta = state
         try:
             batch = inner(held) if isinstance(held, bytes) else held
-        except (*DAMAGED, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise BadSample(where, "batch", f"cannot be read ({str(error)[:200]})") from error
     elif all(hasattr(proto, name) for name in ("batch", "non_tensor_batch")):
         batch, other, meta = proto.batch, proto.non_tensor_batch, getattr(proto, "meta_info", None)
@@ -138,16 +130,3 @@ def parts_of_proto(proto: Any, where: str) -> tuple[dict[str, Any], dict[str, An
     if not isinstance(other, Mapping):
         raise BadSample(where, "non_tensor_batch", f"should be a table of columns, got {shown(other)}")
     return columns_of(batch, where), dict(other), dict(meta) if isinstance(meta, Mapping) else {}
-
-
-def need(wanted: Sequence[str], columns: Mapping[str, Any], where: str) -> None:
-    """Check that columns are there.
-
-    Raises:
-        BadSample: one is not.
-    """
-    for name in wanted:
-        if name not in columns:
-            raise BadSample(
-                where, name, f"is missing, so this is not a batch of rollouts (it has {names(columns)})"
-            )

@@ -28,8 +28,8 @@ from cropi.trainers.dumps.fields import (
     shown,
     token_ids,
 )
-from cropi.trainers.dumps.pickled import check_size, contents, items_of, load_dump
-from cropi.trainers.dumps.reading import PLAIN, Reading
+from cropi.trainers.dumps.pickled import contents, items_of, load_dump
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
@@ -42,20 +42,10 @@ TOP_ONLY = (
 )
 
 
-def read_dump(path: str | Path, reading: Reading = PLAIN, left: Left | None = None) -> Iterator[Rollout]:
-    """The rollouts in one file. Outputs that were aborted are left out.
-
-    Args:
-        path: the file.
-        reading: its ``id_key`` is a key of the request; None: a hash of the prompt's tokens.
-        left: takes the outputs that are left out; None raises at the first bad one.
-
-    Raises:
-        CropiError: another layout.
-        BadSample: an output without reward or tokens, or whose log-probs lack the sampled token.
+def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
+    """The rollouts in one file. Outputs that were aborted are left out. Prompt ids: ``reading.id_key``, a key of the
+    request, or a hash of the prompt's tokens.
     """
-    path, left = Path(path), Left() if left is None else left
-    check_size(path, reading.largest)
     step = step_of(path)
     requests = _requests(path, left, reading)
     outputs = (one for request in requests for one in _outputs(request, left))
