@@ -14,7 +14,6 @@ import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 from support.oracle import with_token_ids
-from support.stores import in_memory
 
 import cropi
 from cropi.cli import main
@@ -160,102 +159,6 @@ def test_scores_as_a_data_frame(scores: Scores) -> None:
     frame = scores.to_pandas()
     assert list(frame["id"]) == scores.ids and {"score[x]", "score[y]", "norm", "status"} <= set(frame)
     np.testing.assert_array_equal(frame["score[y]"].to_numpy(), scores.table[:, 1])
-
-
-# --------------------------------------------------------------------------------------------- misuse
-MODEL, EQUAL = make_model(), [record | {"rewards": [1.0] * 4} for record in VALID]
-RECORD = TRAIN[0]
-
-
-def optioned(**options: Any) -> Scores:
-    return cropi.score(MODEL, TRAIN, VALID, **options)
-
-
-def without_ratio(**options: Any) -> Scores:
-    return cropi.score(
-        MODEL,
-        exact(TRAIN),
-        exact(VALID),
-        estimator="reinforce",
-        **SMALL,
-        **options,
-    )
-
-
-MISUSE: dict[str, tuple[Any, str]] = {
-    "model of a wrong type": (lambda: cropi.score(TRAIN, MODEL, VALID), "model is of type list: give a name"),
-    "no model": (lambda: cropi.score(None, TRAIN, VALID), "model is of type NoneType"),
-    "tokenizer second": (
-        lambda: cropi.score(MODEL, make_tokenizer(), TRAIN, VALID), "tokenizer is a list: give a Hugging Face",
-    ),
-    "tokenizer for train": (lambda: cropi.score(MODEL, make_tokenizer(), VALID), "train must be a path, a list"),
-    "a tensor for train": (lambda: cropi.score(MODEL, torch.ones(3), VALID), "train must be a path, a list"),
-    "one record for train": (lambda: cropi.score(MODEL, RECORD, VALID), "train is one dictionary; give a list"),
-    "one record for valid": (lambda: cropi.score(MODEL, TRAIN, RECORD), "valid is one record: give a list"),
-    "no train": (lambda: cropi.score(MODEL, [], VALID), "train is empty; give at least one record"),
-    "no valid": (lambda: cropi.score(MODEL, exact(TRAIN), []), "valid is empty; give at least one record"),
-    "no sets": (lambda: cropi.score(MODEL, TRAIN, {}), r"valid has the keys \[\]: give"),
-    "sets by number": (lambda: cropi.score(MODEL, TRAIN, {1: VALID}), r"valid has the keys \[1\]: give"),
-    "an empty set": (lambda: cropi.score(MODEL, exact(TRAIN), {"x": []}), "valid is empty"),
-    "a generator": (lambda: cropi.score(MODEL, iter(TRAIN), VALID), "can be read once"),
-    "a list of numbers": (lambda: cropi.score(MODEL, [1, 2], exact(VALID)), r"train\[0\]: a record is a dictionary"),
-    "text without a tokenizer": (
-        lambda: cropi.score(MODEL, TRAIN, exact(VALID)), r"train\[\d+\].*its text needs a tokenizer",
-    ),
-    "no validation prompt with a gradient": (
-        lambda: cropi.score(MODEL, exact(TRAIN), exact(EQUAL)), "validation set 'x' usefully: none of its 4 prompts",
-    ),
-    "no training prompt with a gradient": (
-        lambda: cropi.score(MODEL, exact(EQUAL), exact(VALID)), "there is nothing to select: none of the 8",
-    ),
-    "an option that is none": (
-        lambda: optioned(estimater="ppo"), "'estimater' is not an option; did you mean 'estimator'",
-    ),
-    "an option of selecting": (lambda: optioned(dedup=0.9), "'dedup' is not an option"),
-    "a choice of nothing": (lambda: optioned(fraction=1.5), "fraction must be"),
-    "a value of an option": (lambda: optioned(metric="cos"), "metric must be one of cosine, dot"),
-    "a type of an option": (
-        lambda: optioned(tokens_per_batch="many"), "tokens_per_batch must be an integer or None, got",
-    ),
-    "a dim that is none": (lambda: optioned(dim=1000), "dim"),
-    "a device for a module": (lambda: optioned(device="cpu"), "device='cpu' is for a model that"),
-    "a dtype that is none": (lambda: cropi.score("m", TRAIN, VALID, dtype="int4"), "dtype must be one of auto, float"),
-    "behaviour model unused": (
-        lambda: without_ratio(behaviour_model=make_model()),
-        "the estimator 'reinforce' has no ratio",
-    ),
-    "a store for a store's folder": (lambda: cropi.sketch(MODEL, TRAIN, make_tokenizer(), out=3), "out"),
-    "influence of a path": (lambda: cropi.influence("sketches/train", []), "train is a str: give a SketchStore"),
-    "influence on nothing": (lambda: cropi.influence(store(), []), "valid is empty: give a SketchStore"),
-    "influence on a path": (lambda: cropi.influence(store(), "valid"), "valid is a str: give a SketchStore"),
-    "influence option": (lambda: cropi.influence(store(), store(), metrik="dot"), "did you mean 'metric'"),
-    "influence of integers": (
-        lambda: cropi.influence(torch.ones(2, 4, dtype=torch.int64), torch.ones(1, 4)), "train is torch.int64",
-    ),
-    "influence of one row": (lambda: cropi.influence(np.ones((2, 4)), np.ones(4)), r"valid is .*\[4\]: give floats"),
-    "influence on a store by name": (
-        lambda: cropi.influence(store(), {"a": store()}), r"valid\['a'\] is a SketchStore.* in a list",
-    ),
-    "select from a table": (lambda: cropi.select(np.ones((2, 1))), "scores is a ndarray: give the Scores"),
-    "select too much": (lambda: cropi.select(two(), 1.5), r"fraction must be in \(0, 1\], got 1.5"),
-    "select nothing": (lambda: cropi.select(two(), 0.1), "fraction 0.1 of a pool of 2 prompts chooses none"),
-    "select by what": (lambda: cropi.select(two(), 1.0, method="best"), "method must be one of rrf"),
-}  # fmt: skip
-
-
-def store() -> MemoryStore:
-    return in_memory(torch.ones(1, 64), ["a"])
-
-
-def two() -> Scores:
-    return Scores([RowInfo("a"), RowInfo("b")], ["v"], np.array([[0.1], [0.2]]), {})
-
-
-@pytest.mark.parametrize("name", MISUSE)
-def test_misuse_names_the_argument_and_the_remedy(name: str) -> None:
-    call, message = MISUSE[name]
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_one_training_prompt_is_enough() -> None:

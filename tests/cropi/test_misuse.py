@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.made_data import make_model, make_tokenizer
+from support.made_data import make_model, make_records, make_tokenizer
 
 import cropi
 import cropi_kernels as kernels
@@ -66,18 +66,52 @@ CSR = kernels.ProjectionSpec(64)
 
 # name of the public name, and what is wrong: the call, and what its message names
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
-    "score: order": (lambda: cropi.score(TRAIN, model(), VALID, **QUIET), "model is of type list"),
+    "score: order": (lambda: cropi.score(TRAIN, model(), VALID, **QUIET), "model is of type list: give a name"),
     "score: a tokenizer for the model": (lambda: cropi.score(make_tokenizer(), TRAIN, VALID), "model is of type"),
-    "score: no training prompts": (lambda: cropi.score(model(), [], VALID, **QUIET), "train is empty"),
-    "score: no validation prompts": (lambda: cropi.score(model(), TRAIN, [], **QUIET), "valid is empty"),
-    "score: no validation set": (lambda: cropi.score(model(), TRAIN, {}, **QUIET), r"valid has the keys \[\]"),
+    "score: no training prompts": (lambda: cropi.score(model(), [], VALID, **QUIET), "train is empty; give"),
+    "score: no validation prompts": (lambda: cropi.score(model(), TRAIN, [], **QUIET), "valid is empty; give"),
+    "score: no validation set": (lambda: cropi.score(model(), TRAIN, {}, **QUIET), r"valid has the keys \[\]: give"),
     "score: validation without a gradient": (
         lambda: cropi.score(model(), TRAIN, [record("v", (1.0, 1.0))], **QUIET),
-        "none of its 1 prompts has a gradient",
+        "validation set 'valid' usefully: none of its 1 prompts has a gradient",
     ),
-    "score: one record": (lambda: cropi.score(model(), TRAIN, VALID[0], **QUIET), "valid is one record"),
-    "score: read once": (lambda: cropi.score(model(), iter(TRAIN), VALID, **QUIET), "train is a list_iterator"),
+    "score: training without a gradient": (
+        lambda: cropi.score(model(), [record("p", (1.0, 1.0))], VALID, **QUIET), "nothing to select: none of the 1",
+    ),
+    "score: one record": (lambda: cropi.score(model(), TRAIN, VALID[0], **QUIET), "valid is one record: give a list"),
+    "score: one training record": (
+        lambda: cropi.score(model(), TRAIN[0], VALID), "train is one dictionary; give a list",
+    ),
+    "score: read once": (
+        lambda: cropi.score(model(), iter(TRAIN), VALID, **QUIET), "train is a list_iterator.* can be read once",
+    ),
+    "score: tokenizer second": (
+        lambda: cropi.score(model(), make_tokenizer(), TRAIN, VALID), "tokenizer is a list: give a Hugging Face",
+    ),
+    "score: tokenizer for train": (
+        lambda: cropi.score(model(), make_tokenizer(), VALID), "train must be a path, a list",
+    ),
+    "score: a tensor": (lambda: cropi.score(model(), T, VALID), "train must be a path, a list"),
+    "score: numbers": (lambda: cropi.score(model(), [1, 2], VALID), r"train\[0\]: a record is a dictionary"),
+    "score: text": (
+        lambda: cropi.score(model(), make_records(8), VALID), r"train\[\d+\].*its text needs a tokenizer",
+    ),
+    "score: sets by number": (lambda: cropi.score(model(), TRAIN, {1: VALID}), r"valid has the keys \[1\]: give"),
+    "score: an empty set": (lambda: cropi.score(model(), TRAIN, {"x": []}), "valid is empty"),
     "score: an option": (lambda: cropi.score(model(), TRAIN, VALID, dims=3), "'dims' is not an option.*'dim'"),
+    "score: an option of select": (lambda: cropi.score(model(), TRAIN, VALID, dedup=0.9), "'dedup' is not an option"),
+    "score: fraction": (lambda: cropi.score(model(), TRAIN, VALID, fraction=1.5), "fraction must be"),
+    "score: metric": (lambda: cropi.score(model(), TRAIN, VALID, metric="cos"), "metric must be one of cosine, dot"),
+    "score: a type": (
+        lambda: cropi.score(model(), TRAIN, VALID, tokens_per_batch="many"),
+        "tokens_per_batch must be an integer or None, got",
+    ),
+    "score: dim": (lambda: cropi.score(model(), TRAIN, VALID, dim=1000), "dim"),
+    "score: dtype": (lambda: cropi.score("m", TRAIN, VALID, dtype="int4"), "dtype must be one of auto, float"),
+    "score: behaviour model": (
+        lambda: cropi.score(model(), TRAIN, VALID, estimator="reinforce", behaviour_model=make_model(), **QUIET),
+        "the estimator 'reinforce' has no ratio",
+    ),
     "score: progress": (lambda: cropi.score(model(), TRAIN, VALID, progress="no"), "progress must be True or False"),
     "score: device": (lambda: cropi.score(model(), TRAIN, VALID, device="cpu"), "device='cpu' is for a model that"),
     "score: too long": (
@@ -87,6 +121,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "sketch: bad record": (
         lambda: cropi.sketch(model(), [record("a", ("1", 2.0))], **QUIET), r"--skip-bad \(in Python skip_bad=True\)$",
     ),
+    "sketch: out": (lambda: cropi.sketch(model(), TRAIN, out=3), "out"),  # type: ignore[arg-type]
     "sketch: a number": (lambda: cropi.sketch(model(), 3, **QUIET), "int"),
     "sketch: a token id": (
         lambda: cropi.sketch(model(), [{**record("a"), "prompt_ids": [10**6]}], **QUIET), "token id 1000000 is beyond",
@@ -95,8 +130,15 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: cropi.score(model(), TRAIN, [record("v") | {"response_ids": [[8, 1]], "rewards": [1.0]}], **QUIET),
         r"with --columns id=\); .* or leave the set out \(in Python columns= for --columns\)$",
     ),
-    "influence: paths": (lambda: cropi.influence("a", "b"), "train is a str"),  # type: ignore[arg-type]
-    "influence: none": (lambda: cropi.influence(store(), []), "valid is empty"),
+    "influence: paths": (lambda: cropi.influence("a", "b"), "train is a str: give a SketchStore"),  # type: ignore[arg-type]
+    "influence: none": (lambda: cropi.influence(store(), []), "valid is empty: give a SketchStore"),
+    "influence: a path": (lambda: cropi.influence(store(), "valid"), "valid is a str: give a SketchStore"),
+    "influence: a store by name": (
+        lambda: cropi.influence(store(), {"a": store()}), r"valid\['a'\] is a SketchStore.* in a list",
+    ),
+    "influence: an option": (lambda: cropi.influence(store(), store(), metrik="dot"), "did you mean 'metric'"),
+    "influence: integers": (lambda: cropi.influence(ROWS, torch.ones(1, 3)), "train is torch.int64"),
+    "influence: one row": (lambda: cropi.influence(np.ones((2, 4)), np.ones(4)), r"valid is .*\[4\]: give floats"),
     "influence: objects": (lambda: cropi.influence(np.array([[None]]), store()), r"train is object \[1, 1\]: give f"),
     "influence: one number": (lambda: cropi.influence(torch.tensor(1.0), store()), r"train is torch.float32 \[\]"),
     "influence: sparse": (lambda: cropi.influence(torch.eye(2).to_sparse(), store()), r"\[2, 2\], sparse: give f"),
@@ -104,9 +146,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "influence: other specs": (
         lambda: cropi.influence(store(), cropi.sketch(model(), VALID, dim=2048, progress=False)), "dim = 1024",
     ),
-    "select: a list": (lambda: cropi.select([1.0]), "scores is a list"),  # type: ignore[arg-type]
+    "select: a list": (lambda: cropi.select([1.0]), "scores is a list: give the Scores"),  # type: ignore[arg-type]
     "select: text": (lambda: cropi.select(scores(), "0.5"), "fraction must be a finite number, got '0.5'"),  # type: ignore[arg-type]
     "select: percent": (lambda: cropi.select(scores(), 20), r"fraction must be in \(0, 1\], got 20; 20 % is 0.2"),
+    "select: method": (lambda: cropi.select(scores(), 1.0, method="best"), "method must be one of rrf"),
     "select: nothing": (lambda: cropi.select(scores(), 0.01), "fraction 0.01 of a pool of 4 prompts chooses none"),
     "neighbours: paths": (lambda: cropi.neighbours("a", "b"), "train is a str"),  # type: ignore[arg-type]
     "neighbours: none": (lambda: cropi.neighbours(store(), []), "valid is empty"),
