@@ -10,7 +10,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from cropi.data.checks import FLAT
 from cropi.data.columns import TableGroup
 from cropi.data.fast import RecordReader
 from cropi.data.forms import (
@@ -25,11 +24,10 @@ from cropi.data.forms import (
     split_conversation,
 )
 from cropi.data.places import Places, all_lines, kept_places
-from cropi.data.records import WITH_REWARDS, PromptGroup, check_characters, make_group, parse_json
-from cropi.data.sources import Row, Source, sources_of
+from cropi.data.records import WITH_REWARDS, PromptGroup, make_group
+from cropi.data.sources import Row, Source, fields_of, is_blank, sources_of
 from cropi.data.spilled import Spilled
 from cropi.data.tables import TableRow, row_of_table
-from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError, warn
 from cropi.files import open_to_read
 
@@ -295,7 +293,7 @@ class _State:
             if isinstance(row, bytes):
                 if self.on_line is not None:
                     self.on_line(row)
-                if not row.strip(b" \t\r\n\xef\xbb\xbf"):
+                if is_blank(row):
                     continue
             elif self.on_line is not None and not told and not isinstance(row, RecordError):
                 text = row.raw if isinstance(row, PromptGroup) else json.dumps(row, default=repr)
@@ -312,14 +310,8 @@ class _State:
             return RECORD  # the error comes again, when the record is read
 
     def _dictionary(self, row: Any, where: str) -> dict[str, Any]:
-        if isinstance(row, RecordError):
-            raise row
-        if isinstance(row, bytes):
-            row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
-        elif not isinstance(row, TableRow):  # whose text is UTF-8
-            row = {str(key): python_value(value) for key, value in row.items()}
-            check_characters({key: value for key, value in row.items() if key not in FLAT}, where)
-        made = renamed(row, self.columns, where) if self.columns else dict(row)
+        held = fields_of(row, where)
+        made = renamed(held, self.columns, where) if self.columns else dict(held)
         return row_of_table(made) if isinstance(row, TableRow) else made
 
     def _record(self, row: Any, where: str) -> PromptGroup:

@@ -11,19 +11,45 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Union
 
+from cropi.data.checks import FLAT
 from cropi.data.formats import JSON, begins, format_of, packing_of
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.lines import elements_of, lines_of
 from cropi.data.opened import Unpacked, check_file, peek, unpacked
-from cropi.data.records import PromptGroup
+from cropi.data.records import PromptGroup, check_characters, parse_json
 from cropi.data.spilled import copy_to_temporary, temporary
-from cropi.data.tables import is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
-from cropi.errors import CropiError, optional
+from cropi.data.tables import TableRow, is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
+from cropi.data.values import python_value
+from cropi.errors import CropiError, RecordError, optional
 from cropi.files import open_to_read, reading
 from cropi.sealed import check_sums
 
 # (file:line, the line's offset or the number of the table's row or None, the line as bytes or the row as a dictionary)
 Row = tuple[str, Union[int, None], Any]  # noqa: UP007 (evaluated, also by Python 3.10)
+
+
+def is_blank(row: Any) -> bool:
+    """Whether a row is a line of nothing but blanks."""
+    return isinstance(row, bytes) and not row.strip(b" \t\r\n\xef\xbb\xbf")
+
+
+def fields_of(row: Any, where: str) -> dict[str, Any]:
+    """What a row holds by its columns; of a table's row also columns without a value (:func:`row_of_table`).
+
+    Raises:
+        RecordError: a line is no JSON object, text is not UTF-8, or holds half of a surrogate pair.
+    """
+    if isinstance(row, RecordError):
+        raise row
+    if isinstance(row, bytes):
+        return parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
+    if isinstance(row, PromptGroup):
+        return row.to_record()
+    if isinstance(row, TableRow):  # whose text is UTF-8
+        return row
+    made = {str(key): python_value(value) for key, value in row.items()}
+    check_characters({key: value for key, value in made.items() if key not in FLAT}, where)
+    return made
 
 
 class Source:

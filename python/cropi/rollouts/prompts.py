@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cropi.data.chat import plain_messages
@@ -15,10 +15,10 @@ from cropi.data.checks import check_depth, check_id, check_ids
 from cropi.data.forms import content_id, parse_columns, renamed
 from cropi.data.keys import FIELDS, named
 from cropi.data.readers import HashedIds
-from cropi.data.records import PromptGroup, check_characters, parse_json
-from cropi.data.sources import Row, sources_of
+from cropi.data.records import PromptGroup
+from cropi.data.sources import fields_of, is_blank, sources_of
 from cropi.data.tables import TableRow, row_of_table
-from cropi.data.values import json_value, python_value
+from cropi.data.values import json_value
 from cropi.errors import CropiError, RecordError, did_you_mean, warn
 from cropi.gradient.tokenize import Tokenize
 
@@ -87,9 +87,11 @@ def read_prompts(
     hashed: bool | None = None
     for part in sources_of(source, "prompts"):
         empty = True
-        for where, row in _rows(part.rows()):
+        for where, _, row in part.rows():
             if limit is not None and len(prompts_read) == limit:
                 break
+            if is_blank(row):
+                continue
             empty = False
             try:
                 record = _record(row, names, where)
@@ -124,25 +126,14 @@ def read_prompts(
     return prompts_read, bad
 
 
-def _rows(rows: Iterator[Row]) -> Iterator[tuple[str, Any]]:
-    for where, _, row in rows:
-        if not isinstance(row, bytes) or row.strip(b" \t\r\n\xef\xbb\xbf"):
-            yield where, row
-
-
 def _record(row: Any, columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    in_table = False
-    if isinstance(row, bytes):
-        row = parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
-    elif isinstance(row, PromptGroup):
-        row = row.to_record()
-    else:
-        in_table = isinstance(row, TableRow)
-        row = {str(key): python_value(value) for key, value in row.items()}
-        check_characters(row, where)
-    row = {key: value for key, value in row.items() if key not in OLD or key in columns.values()}
-    made = named(renamed(row, columns, where) if columns else row, where)
-    made = row_of_table(made) if in_table else made
+    kept = {
+        key: value
+        for key, value in fields_of(row, where).items()
+        if key not in OLD or key in columns.values()
+    }
+    made = named(renamed(kept, columns, where) if columns else kept, where)
+    made = row_of_table(made) if isinstance(row, TableRow) else made
     made = {key: value for key, value in made.items() if value is not None and key not in OLD}
     check_depth(made, where)
     try:

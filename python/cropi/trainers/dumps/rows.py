@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cropi.data.records import parse_json
-from cropi.data.sources import PathSource
+from cropi.data.sources import PathSource, fields_of, is_blank
 from cropi.data.tables import TableRow, row_of_table
-from cropi.data.values import python_value
 from cropi.errors import RecordError
 from cropi.trainers.dumps.fields import BadSample, Left, finite, listed, names, nested, prompt_id, shown
 from cropi.trainers.dumps.rollout import text_id
@@ -23,25 +21,18 @@ def rows_of_dump(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]
         CropiError: not a file that is read.
         BadSample: a line is not UTF-8, not JSON, or no object.
     """
-    blank = (
-        row for row in PathSource(path).rows() if not isinstance(row[2], bytes) or row[2].strip(b" \t\r\n")
-    )
-    for where, _, row in blank:
-        yield from left.each([(where, row)], _parsed)
+    for where, _, row in PathSource(path).rows():
+        if not is_blank(row):
+            yield from left.each([(where, row)], _parsed)
 
 
 def _parsed(pair: tuple[str, Any]) -> tuple[str, dict[str, Any]]:
     where, row = pair
-    if isinstance(row, bytes):
-        try:
-            return where, parse_json(row.removeprefix(b"\xef\xbb\xbf"), where)
-        except RecordError as error:
-            raise BadSample(where, "line", error.problem) from None
-    if isinstance(row, RecordError):
-        raise BadSample(where, "row", row.problem)
-    if isinstance(row, TableRow):
-        return where, row_of_table(row)
-    return where, {str(key): python_value(value) for key, value in row.items()}
+    try:
+        held = fields_of(row, where)
+    except RecordError as error:
+        raise BadSample(where, "line" if isinstance(row, bytes) else "row", error.problem) from None
+    return where, row_of_table(held) if isinstance(row, TableRow) else held
 
 
 def rows_of_columns(pair: tuple[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
