@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,51 @@ def test_packing_without_an_adapter_or_its_package_is_refused(
     monkeypatch.setattr("cropi.errors.importlib.import_module", without)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'cropi-kernels\[quantize\]'"):
         _ = Policy(str(folder), quantize="4bit", adapter="x").model
+
+
+@pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
+def test_a_checkpoint_of_packed_weights_needs_an_adapter(folder: Path, tmp_path: Path) -> None:
+    """Its norms and embeddings alone have a gradient: a sketch of those would pass for one of the model."""
+    import transformers
+
+    packing = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing)
+    packed.save_pretrained(tmp_path / "packed")
+    make_tokenizer().save_pretrained(tmp_path / "packed")
+    for model in (str(tmp_path / "packed"), packed):
+        with pytest.raises(CropiError, match=r"weights are packed \(bitsandbytes\).*--adapter"):
+            cropi.sketch(model, make_records(6), make_tokenizer(), dim=512, progress=False)
+    policy = Policy(str(tmp_path / "packed"), adapter=make_adapter(folder, tmp_path / "adapter"))
+    assert policy.sketcher(cropi.SketchSpec(512)).coverage.covered == 2 * (4 * (32 + 32) + 4 * (64 + 32))
+
+
+def test_packed_weights_are_loaded_whole_where_they_can_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where transformers finds a GPU, whose kernels for them have no backward."""
+    from safetensors.torch import load_file, save_file
+
+    size = 8
+    want, packed = load_file(folder / "model.safetensors"), dict[str, torch.Tensor]()
+    for name in [name for name in want if name.endswith("_proj.weight")]:
+        rows, columns = want[name].shape
+        blocks = want[name].view(rows // size, size, columns // size, size)
+        scale = blocks.abs().amax((1, 3)) / 448
+        packed[name] = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+        packed[name + "_scale_inv"] = scale
+        want[name] = (packed[name].float().view(blocks.shape) * scale[:, None, :, None]).view(rows, columns)
+    save_file({**want, **packed}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [size, size]}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    policy = Policy(str(folder), device="cpu", dtype="float32")
+    assert packed and all(p.requires_grad for p in policy.model.parameters())
+    assert all(torch.equal(p, want[name]) for name, p in policy.model.named_parameters())
+    assert policy.sketcher(cropi.SketchSpec(512)).coverage.covered == sum(
+        p.numel() for p in policy.model.parameters()
+    )
 
 
 # -------------------------------------------------------------------------------------- revision and attention

