@@ -57,55 +57,27 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
         samples = listed(saved["samples"], "samples", str(path))
     except BadSample as error:  # of the file, so that leaving out a sample is no remedy
         raise CropiError(f"{path} is not {WHAT}: {error.where}: {error.problem}") from error
-    yield from _rollouts(
-        lambda: _flat(items_of(samples, path, WHAT), str(path)),
-        left,
-        step=step,
-        id_key=reading.id_key,
-        temperature=reading.temperature,
-        reward_key=reading.columns.get("reward"),
-    )
+    yield from rollouts_of(lambda: items_of(samples, path, WHAT), str(path), step, reading, left)
 
 
 def rollouts_of(
-    samples: list[Any],
-    where: str,
-    step: int,
-    *,
-    id_key: str | None = None,
-    temperature: float | None = None,
-    left: Left | None = None,
-    reward_key: str | None = None,
+    samples: Callable[[], Iterable[Any]], where: str, step: int, reading: Reading, left: Left
 ) -> Iterator[Rollout]:
-    """The rollouts of samples that slime holds, as :func:`read_dump` reads them.
+    """The rollouts of ``samples()``, slime's, flat or in lists by group, as :func:`read_dump` reads them.
 
     Args:
-        samples: slime's, flat or in lists by group.
+        samples: is asked twice.
         where: named in messages.
         step: the number of the rollout.
-        id_key, temperature, left: as there.
-        reward_key: the reward to take, of samples whose reward is a table.
+        reading, left: as there.
 
     Raises:
         BadSample: a sample without reward or id, or with a field of another form.
     """
-    left = Left() if left is None else left
-    yield from _rollouts(
-        lambda: _flat(samples, where),
-        left,
-        step=step,
-        id_key=id_key,
-        temperature=temperature,
-        reward_key=reward_key,
-    )
-
-
-def _rollouts(
-    samples: Callable[[], Iterator[tuple[Any, str]]], left: Left, **given: Any
-) -> Iterator[Rollout]:
-    counts = Counter(number for held, _ in samples() if (number := _of_rollout(_fields(held))) is not None)
+    numbers = (_of_rollout(_fields(held)) for held, _ in _flat(samples(), where))
+    counts = Counter(number for number in numbers if number is not None)
     several = {number for number, count in counts.items() if count > 1}
-    yield from left.each(samples(), lambda pair: _rollout(*pair, several=several, **given))
+    yield from left.each(_flat(samples(), where), lambda pair: _rollout(*pair, step, reading, several))
 
 
 def _of_rollout(sample: Any) -> tuple[str, int | str] | None:
@@ -128,13 +100,7 @@ def _flat(samples: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
 
 
 def _rollout(
-    held: Any,
-    where: str,
-    step: int,
-    id_key: str | None,
-    temperature: float | None,
-    reward_key: str | None,
-    several: set[tuple[str, int | str]],
+    held: Any, where: str, step: int, reading: Reading, several: set[tuple[str, int | str]]
 ) -> Rollout:
     sample = _fields(held)
     if not isinstance(sample, Mapping):
@@ -158,13 +124,13 @@ def _rollout(
         raise BadSample(where, "response_length", f"is {shown(size)} of {len(tokens)} tokens")
     key = "loss_mask" if sample.get("loss_mask") is not None else "loss_masks"
     mask = loss_mask(sample.get(key), size, key, where)
-    reward, name = _reward(sample["reward"], reward_key, where), _id(sample, tokens[:-size], id_key, where)
     return checked(Rollout(
-        id=name, reward=reward, step=step, where=where, prompt_ids=tokens[:-size],
+        id=_id(sample, tokens[:-size], reading.id_key, where), step=step,
+        reward=_reward(sample["reward"], reading.columns.get("reward"), where), where=where, prompt_ids=tokens[:-size],
         response_ids=tokens[-size:], loss_mask=mask,
         logprobs=log_probs(sample.get("rollout_log_probs"), size, mask, "rollout_log_probs", where),
         prompt=messages(sample.get("prompt")), answer=plain_answer(sample.get("label"), "label", where),
-        truncated={"truncated": True, "completed": False}.get(status), temperature=temperature,
+        truncated={"truncated": True, "completed": False}.get(status), temperature=reading.temperature,
     ))  # fmt: skip
 
 

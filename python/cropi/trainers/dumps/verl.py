@@ -41,7 +41,6 @@ from cropi.trainers.dumps.rollout import Rollout, checked, text_id
 from cropi.trainers.dumps.rows import named_reward, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
 from cropi.trainers.dumps.verl_batch import SEVERAL, rollouts_of_proto, rollouts_of_table
-from cropi.trainers.verl.selected import ID_KEY
 
 TEXT_KEYS = ("input", "output", "score", "step")
 
@@ -65,7 +64,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     what = "a batch of verl's transfer queue" if ending == ".pt" else "a DataProto of verl"
     saved = load_dump(path, what, allow_pickle=reading.allow_pickle, largest=reading.largest)
     rollouts = _table if ending == ".pt" else _proto
-    yield from rollouts(path, saved, reading.id_key or ID_KEY, reading.temperature, left)
+    yield from rollouts(path, saved, reading, left)
 
 
 def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
@@ -114,7 +113,7 @@ def _words(value: Any, field: str, where: str) -> str:
     return value
 
 
-def _table(path: Path, saved: Any, id_key: str, temperature: float | None, left: Left) -> Iterator[Rollout]:
+def _table(path: Path, saved: Any, reading: Reading, left: Left) -> Iterator[Rollout]:
     parts = ("tensordict", "keys", "tags", "global_steps")
     if not isinstance(saved, Mapping) or any(name not in saved for name in parts):
         held = names(saved) if isinstance(saved, Mapping) else shown(saved)
@@ -123,14 +122,11 @@ def _table(path: Path, saved: Any, id_key: str, temperature: float | None, left:
         )
     step = whole(saved["global_steps"], "global_steps", str(path))
     yield from rollouts_of_table(
-        saved["tensordict"], saved["keys"], saved["tags"], step, id_key=id_key, temperature=temperature,
-        where=str(path), left=left,
-    )  # fmt: skip
+        saved["tensordict"], saved["keys"], saved["tags"], step, reading, left, str(path)
+    )
 
 
-def _proto(path: Path, saved: Any, id_key: str, temperature: float | None, left: Left) -> Iterator[Rollout]:
+def _proto(path: Path, saved: Any, reading: Reading, left: Left) -> Iterator[Rollout]:
     # The step is the name of the folder, as in .../{step}/gen_batch.dp.
     step = re.fullmatch(r"\d{1,18}", path.parent.name)
-    yield from rollouts_of_proto(
-        saved, int(step[0]) if step else 0, id_key=id_key, temperature=temperature, where=str(path), left=left
-    )
+    yield from rollouts_of_proto(saved, int(step[0]) if step else 0, reading, left, str(path))

@@ -27,6 +27,7 @@ from cropi.trainers.dumps.fields import (
     shown,
     token_ids,
 )
+from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, messages
 from cropi.trainers.dumps.rollout import answer as plain_answer
 from cropi.trainers.dumps.verl_tables import columns_of, parts_of_proto, rows_of
@@ -40,9 +41,8 @@ OTHERS = ("reward_model", "raw_prompt", "data_source", *MEDIA)
 
 
 def rollouts_of_proto(
-    proto: Any, step: int, *, id_key: str = ID_KEY, temperature: float | None = None, where: str = "DataProto",
-    left: Left | None = None,
-) -> Iterator[Rollout]:  # fmt: skip
+    proto: Any, step: int, reading: Reading = PLAIN, left: Left | None = None, where: str = "DataProto"
+) -> Iterator[Rollout]:
     """The rollouts of a ``DataProto``.
 
     Its tensors: ``prompts [B, P]`` padded on the left, ``responses [B, R]`` padded on the right, ``attention_mask
@@ -51,16 +51,17 @@ def rollouts_of_proto(
     Args:
         proto: has ``batch``, ``non_tensor_batch`` and ``meta_info``.
         step: the training step.
-        id_key: where the prompt's id stands in ``non_tensor_batch``.
-        temperature: of the sampling; None: ``meta_info["temperature"]``.
-        where: named in messages.
+        reading: its ``id_key`` is where the prompt's id stands in ``non_tensor_batch``; its temperature, if it has one,
+            goes before ``meta_info["temperature"]``.
         left: takes the rows that are left out; None raises at the first bad one.
+        where: named in messages.
 
     Raises:
         BadSample: a missing or misshapen field, no prompt id or no reward.
     """
     left = Left() if left is None else left
     batch, other, meta = parts_of_proto(proto, where)
+    id_key, temperature = reading.id_key or ID_KEY, reading.temperature
     if temperature is None and meta.get("temperature") is not None:
         temperature = finite(meta["temperature"], "meta_info.temperature", where)
     check_keys(batch, ("prompts", "responses", "attention_mask"), where, WHAT)
@@ -104,8 +105,8 @@ def rollouts_of_proto(
 
 
 def rollouts_of_table(
-    table: Any, keys: Sequence[str], tags: Sequence[Mapping[str, Any]], step: int, *, id_key: str = ID_KEY,
-    temperature: float | None = None, where: str = "transfer queue", left: Left | None = None,
+    table: Any, keys: Sequence[str], tags: Sequence[Mapping[str, Any]], step: int, reading: Reading = PLAIN,
+    left: Left | None = None, where: str = "transfer queue",
 ) -> Iterator[Rollout]:  # fmt: skip
     """The rollouts of a table of the transfer queue (a ``TensorDict`` with one row per trajectory).
 
@@ -114,13 +115,13 @@ def rollouts_of_table(
             length; other columns hold Python values.
         keys: ``{prompt}_{rollout}_{output}`` of every row.
         tags: of every row; rows that only pad a batch (``is_padding``) are left out.
-        step, id_key, temperature, where, left: as in :func:`rollouts_of_proto`.
+        step, reading, left, where: as in :func:`rollouts_of_proto`.
 
     Raises:
         BadSample: as there, and several outputs of one rollout.
     """
     left = Left() if left is None else left
-    columns = columns_of(table, where)
+    columns, id_key = columns_of(table, where), reading.id_key or ID_KEY
     check_keys(columns, ("prompts", "responses"), where, WHAT)
     keys, tags = listed(keys, "keys", where), listed(tags, "tags", where)
     wanted = ("prompts", "responses", "response_mask", *LOGPROBS, *REWARDS, id_key.split(".")[0], *OTHERS)
@@ -136,7 +137,7 @@ def rollouts_of_table(
         if key.rpartition("_")[2] not in ("0", key):
             raise BadSample(here, "keys", SEVERAL)
         row = {name: values[i] for name, values in rows.items()}
-        return _rollout(here, row, row, id_key, step, temperature)
+        return _rollout(here, row, row, id_key, step, reading.temperature)
 
     yield from (rollout for rollout in left.each(range(len(keys)), read) if rollout is not None)
 

@@ -8,12 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import Left
-from cropi.trainers.dumps.rollout import Rollout
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.slime import rollouts_of
 from cropi.trainers.recording import record_step
 from cropi.trainers.slime.options import option
@@ -39,19 +38,11 @@ def record_rollouts(
         CropiError: no folder is given, or it cannot be written.
     """
     folder, key = Path(option(args, "record", WHAT)), option(args, "id_key", WHAT)
-    reward, temperature = getattr(args, "reward_key", None), getattr(args, "rollout_temperature", None)
-
-    def read(left: Left) -> Iterator[Rollout]:
-        where = f"rollout {rollout_id}"
-        return rollouts_of(
-            list(samples),
-            where,
-            int(rollout_id),
-            id_key=key,
-            temperature=temperature,
-            left=left,
-            reward_key=reward,
-        )
-
-    record_step(folder / f"{rollout_id}.jsonl", read)
+    reward, held = getattr(args, "reward_key", None), list(samples)
+    columns = {} if reward is None else {"reward": reward}
+    reading = Reading(id_key=key, temperature=getattr(args, "rollout_temperature", None), columns=columns)
+    record_step(
+        folder / f"{rollout_id}.jsonl",
+        lambda left: rollouts_of(lambda: held, f"rollout {rollout_id}", int(rollout_id), reading, left),
+    )
     return False

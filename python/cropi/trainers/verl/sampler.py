@@ -17,6 +17,7 @@ from typing import Any
 
 from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.verl_batch import rollouts_of_proto
 from cropi.trainers.recording import record_step
 from cropi.trainers.verl.order import SelectionOrder
@@ -64,7 +65,7 @@ class CropiSampler(SelectionOrder, AbstractCurriculumSampler):
         if self.record is not None:
             record_step(
                 self.record / f"{self.steps}.jsonl",
-                lambda left: rollouts_of_proto(batch, self.steps, id_key=self.id_key, left=left),
+                lambda left: rollouts_of_proto(batch, self.steps, Reading(id_key=self.id_key), left),
             )
         self.refresh()
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from cropi.commands import fill, run_command
 from cropi.data.prompt_ids import PromptIds
+from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.verl_batch import LOGPROBS, rollouts_of_table
 from cropi.trainers.recording import record_step
 from cropi.trainers.verl.options import check_options
@@ -119,10 +120,8 @@ class CropiTrainerSync(PPOTrainerSync):
         table = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
         )
+        reading = Reading(id_key=id_key, temperature=rollout.temperature)
         record_step(
             Path(self.cropi_options["record"]) / f"{self.global_steps}.jsonl",
-            lambda left: rollouts_of_table(
-                table, batch.keys, batch.tags, self.global_steps, id_key=id_key,
-                temperature=rollout.temperature, left=left,
-            ),
-        )  # fmt: skip
+            lambda left: rollouts_of_table(table, batch.keys, batch.tags, self.global_steps, reading, left),
+        )
