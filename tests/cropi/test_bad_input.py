@@ -19,6 +19,7 @@ from cropi.data import forms
 from cropi.data.readers import read
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.tokenize import Tokenize
+from cropi.rollouts.options import Prompting
 from cropi.rollouts.prompts import read_prompts
 
 IDS = [[5, 6], [7]]
@@ -88,7 +89,9 @@ def test_text_of_a_table_that_is_not_utf8_costs_its_row_alone(
         assert main(["info", str(path), "--skip-bad"]) == 0
         out = capsys.readouterr().out
         assert "1 prompts, 2 responses" in out and f"bad record    {told}" in out
-        prompts, errors = read_prompts(path, Tokenize(make_tokenizer(), 100, eos=False), skip_bad=True)
+        prompts, errors = read_prompts(
+            path, Tokenize(make_tokenizer(), 100, eos=False), Prompting(skip_bad=True)
+        )
         assert [prompt.id for prompt in prompts] == ["a"] and str(errors[0]).startswith(told)
 
 

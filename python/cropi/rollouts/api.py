@@ -101,10 +101,7 @@ def make_job(
         raise CropiError(
             "the model names no token that ends a response; set eos_token_id in its generation_config"
         )
-    kept, bad = read_prompts(
-        prompts, tokens, columns=given.columns, system=given.system, room=given.max_tokens, limit=given.limit,
-        skip_bad=given.skip_bad,
-    )  # fmt: skip
+    kept, bad = read_prompts(prompts, tokens, given, room=given.max_tokens)
     kept = _scorable(kept, scorer, bad, given.skip_bad)
     warn_sampling(given)
     engine = _engine(policy, given, tokens, loading)
@@ -114,12 +111,8 @@ def make_job(
     notes = {
         key: value for key, value in (("top_k", given.top_k), ("top_p", given.top_p)) if value not in (0, 1.0)
     }
-    job = Job(
-        kept, engine, given, given.n, scorer, tokens, settings, f"{name} {identity.get('weights', '')}".strip(), notes,
-        given.skip_bad,
-    )  # fmt: skip
-    job.bad.extend(bad)
-    return job
+    policy_name = f"{name} {identity.get('weights', '')}".strip()
+    return Job(kept, engine, given, scorer, tokens, settings, policy_name, notes, bad)
 
 
 def _scorable(prompts: list[Prompt], scorer: Reward, bad: list[RecordError], skip_bad: bool) -> list[Prompt]:
@@ -150,10 +143,7 @@ def _engine(policy: Policy, given: Rollout, tokens: Tokenize, loading: dict[str,
         return VllmEngine(policy.source, given, tokens, **_for_vllm(loading))
     assert given.url is not None
     server = Server(given.url, os.environ.get(given.api_key), given.timeout, given.retries)
-    return ServerEngine(
-        server, given, tokens, api=given.api, served_model=given.served_model, logprobs=given.server_logprobs,
-        concurrency=given.concurrency,
-    )  # fmt: skip
+    return ServerEngine(server, given, tokens)
 
 
 def _for_vllm(loading: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cropi.errors import CropiError, RecordError, optional, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Engine, Request, Response
 from cropi.rollouts.file import SCORER, RolloutFile
-from cropi.rollouts.options import Sampling
+from cropi.rollouts.options import Rollout, Sampling
 from cropi.rollouts.prompts import Prompt
 from cropi.rollouts.rewards import Reward
 
@@ -87,26 +87,23 @@ class Job:
 
     Attributes:
         prompts: to be rolled out, in the order of the file.
-        engine, sampling, n, reward: what samples, how, how often, and what scores.
+        engine, options, reward: what samples, how, and what scores.
         tokens: its tokenizer makes text of the responses.
         settings: what the records depend on.
         policy: what records call the policy.
         notes: further keys of every record.
-        skip_bad: leave prompts out that cannot be scored, and count them.
         bad: the errors of rows that were left out before.
     """
 
     prompts: Sequence[Prompt]
     engine: Engine
-    sampling: Sampling
-    n: int
+    options: Rollout
     reward: Reward
     tokens: Tokenize
     settings: dict[str, Any]
     policy: str
-    notes: dict[str, Any] = field(default_factory=dict)
-    skip_bad: bool = False
-    bad: list[RecordError] = field(default_factory=list)
+    notes: dict[str, Any]
+    bad: list[RecordError]
 
 
 def run(
@@ -164,11 +161,11 @@ def _sample(
         smoothing=0.1,
     )
     with bar:
-        for batch in job.engine.plan(requests, job.n):
+        for batch in job.engine.plan(requests, job.options.n):
             if all(request.name in file for request in batch):
                 continue
             start = time.perf_counter()
-            for request, responses in job.engine.sample(batch, job.n, lambda name: name in file):
+            for request, responses in job.engine.sample(batch, job.options.n, lambda name: name in file):
                 report.seconds += time.perf_counter() - start
                 if request.name not in file:
                     total += _add(job, file, by_id[request.name], responses, report)
@@ -193,7 +190,7 @@ def _add(
         record = record_of(job, prompt, responses)
         file.add(record)
     except RecordError as error:
-        if not job.skip_bad:
+        if not job.options.skip_bad:
             raise
         report.skipped.append(error)
         return 0.0
@@ -226,7 +223,7 @@ def record_of(job: Job, prompt: Prompt, responses: Sequence[Response]) -> dict[s
             ]
     record |= {
         "truncated": [response.truncated for response in responses],
-        "temperature": job.sampling.temperature, "policy": job.policy, **job.notes,
+        "temperature": job.options.temperature, "policy": job.policy, **job.notes,
     }  # fmt: skip
     if job.reward.version:
         record[SCORER] = job.reward.version
@@ -246,13 +243,14 @@ def _options(prompt: Prompt) -> dict[str, Any]:
 
 
 def _start_line(job: Job, count: int, done: int) -> str:
-    how = f"temperature {job.sampling.temperature:g}"
-    how += f", top-k {job.sampling.top_k}" if job.sampling.top_k else ""
-    how += f", top-p {job.sampling.top_p:g}" if job.sampling.top_p < 1 else ""
+    given = job.options
+    how = f"temperature {given.temperature:g}"
+    how += f", top-k {given.top_k}" if given.top_k else ""
+    how += f", top-p {given.top_p:g}" if given.top_p < 1 else ""
     before = f", {done} of them done before" if done else ""
     return (
-        f"rollout       {job.policy} by {job.engine.name} ({job.engine.describe()}): {job.n} responses of at most "
-        f"{job.sampling.max_tokens} tokens to each of {count} prompts{before}; {how}, seed {job.sampling.seed}, reward "
+        f"rollout       {job.policy} by {job.engine.name} ({job.engine.describe()}): {given.n} responses of at most "
+        f"{given.max_tokens} tokens to each of {count} prompts{before}; {how}, seed {given.seed}, reward "
         f"{job.reward.name}"
     )
 

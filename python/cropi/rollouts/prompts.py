@@ -21,6 +21,7 @@ from cropi.data.tables import TableRow, row_of_table
 from cropi.data.values import json_value
 from cropi.errors import CropiError, RecordError, did_you_mean, warn
 from cropi.gradient.tokenize import Tokenize
+from cropi.rollouts.options import Prompting
 
 # What an earlier rollout left in a record.
 OLD = {
@@ -58,31 +59,23 @@ class Prompt:
 
 
 def read_prompts(
-    source: Any,
-    tokens: Tokenize,
-    *,
-    columns: str | Mapping[str, str] | None = None,
-    system: str | None = None,
-    room: int = 0,
-    limit: int | None = None,
-    skip_bad: bool = False,
+    source: Any, tokens: Tokenize, options: Prompting | None = None, room: int = 0
 ) -> tuple[list[Prompt], list[RecordError]]:
     """All prompts of a source, tokenised.
 
     Args:
         source: as for :func:`cropi.data.readers.read`.
         tokens: turns a prompt into token ids; stored ``prompt_ids`` win.
-        columns: names of columns, as there.
-        system: a system message that is put in front of prompts that have none.
+        options: names of columns, the system message, how many; bad rows that are left out are returned.
         room: tokens that have to be left in the context for the response.
-        limit: only the first so many.
-        skip_bad: leave bad rows out; they are returned.
 
     Raises:
         CropiError: a file is missing or empty.
         RecordError: a bad row: no prompt, an id used twice, or a prompt that leaves no room.
     """
-    names, prompts_read, bad = parse_columns(columns), list[Prompt](), list[RecordError]()
+    options = options or Prompting()
+    names, prompts_read, bad = parse_columns(options.columns), list[Prompt](), list[RecordError]()
+    limit = options.limit
     seen: dict[str, int] = {}
     hashed: bool | None = None
     for part in sources_of(source, "prompts"):
@@ -97,7 +90,7 @@ def read_prompts(
                 record = _record(row, names, where)
                 if hashed is None:
                     hashed = record.get("id") is None
-                made = _prompt(record, where, tokens, hashed, system, room)
+                made = _prompt(record, where, tokens, hashed, options.system, room)
                 if made.id in seen:
                     raise RecordError(
                         where, f"the prompt id {made.id!r:.100} was used before, at "
@@ -106,7 +99,7 @@ def read_prompts(
                         if hashed else "give every prompt its own id, or pass --skip-bad to keep the first",
                     )  # fmt: skip
             except RecordError as error:
-                if not skip_bad:
+                if not options.skip_bad:
                     raise
                 bad.append(error)
                 continue

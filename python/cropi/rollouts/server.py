@@ -18,7 +18,7 @@ from cropi.errors import CropiError, shown, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Request, Response, is_cut
 from cropi.rollouts.http import Server, ServerError
-from cropi.rollouts.options import Sampling
+from cropi.rollouts.options import Rollout, Sampling
 
 TOKEN = re.compile(r"token_id:(\d+)")
 # What is asked of servers that know it; the first set that the server takes is used. Servers take what is not given
@@ -42,31 +42,17 @@ class ServerEngine:
 
     Args:
         server: where.
-        sampling: how.
+        options: how responses are drawn, and what of the server is used.
         tokens: its tokenizer is the served model's; which tokens end a response.
-        api: "completions" or "chat".
-        served_model: the model's name there; None: the only one.
-        logprobs: what the server's are: "raw", "processed" or "none" (:class:`cropi.rollouts.options.Engines`).
-        concurrency: requests at a time.
     """
 
     name = "openai-url"
 
-    def __init__(
-        self,
-        server: Server,
-        sampling: Sampling,
-        tokens: Tokenize,
-        *,
-        api: str = "completions",
-        served_model: str | None = None,
-        logprobs: str = "raw",
-        concurrency: int = 32,
-    ) -> None:
-        self.server, self.sampling, self.tokens = server, sampling, tokens
-        self.api, self.model, self.concurrency = api, served_model, concurrency
+    def __init__(self, server: Server, options: Rollout, tokens: Tokenize) -> None:
+        self.server, self.sampling, self.tokens = server, options, tokens
+        self.api, self.model, self.concurrency = options.api, options.served_model, options.concurrency
         self.extras: dict[str, Any] = {}
-        self.unrecorded = unrecorded(logprobs, sampling)
+        self.unrecorded = unrecorded(options.server_logprobs, options)
         self._said: set[str] = set()
 
     def describe(self) -> str:
