@@ -33,7 +33,7 @@ from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 from cropi.rescoring import Anew
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, open_store
+from cropi.sketching.job import SketchJob, manifest_of, open_store
 from cropi.sketching.summary import Summary
 from cropi.store.earlier import EARLIER
 from cropi.store.rows import OK, SKIPPED, RowInfo
@@ -67,7 +67,7 @@ def sketched_scores(
             tokens_per_batch=tokens,
         )  # fmt: skip
         moments = scale if name == "valid" else None
-        with open_store(policy, job, behaviour, moments=moments) as store:
+        with open_store(job, manifest_of(policy, job, behaviour, moments=moments)) as store:
             made = (to_tokens(group) for group in groups)
             sketch_groups(policy, made, store, job, behaviour, moments=moments)
         stores.append(store)
@@ -92,7 +92,7 @@ def sketched(
         (), None, spec, estimator=estimator, stage=stage, layout="shared", tokens_per_batch=tokens
     )
     moments = None if optimiser is None else read_moments(optimiser, model)
-    with open_store(policy, job, behaviour, moments=moments) as store:
+    with open_store(job, manifest_of(policy, job, behaviour, moments=moments)) as store:
         made = (to_tokens(group) for group in groups)
         summary = sketch_groups(policy, made, store, job, behaviour, moments=moments)
     parts = list(store.shards())

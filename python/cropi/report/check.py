@@ -31,7 +31,7 @@ from cropi.report.check_report import CheckReport
 from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out, standard_errors
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.interrupt import Interrupted
-from cropi.sketching.job import SketchJob, make_tokenize, open_store, with_date
+from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.passes import Others
 from cropi.sketching.run import check_tokens, scan_groups
 from cropi.sketching.summary import Summary, peak_memory_gib
@@ -143,7 +143,7 @@ class _Sketches:
     ) -> tuple[torch.Tensor, Summary]:
         """Sketches ``[prompts, dim]`` in float64, by a job with other options."""
         job = replace(self.job, **changes)
-        with open_store(self.policy, job, self.behaviour) as store:
+        with open_store(job, manifest_of(self.policy, job, self.behaviour)) as store:
             summary = sketch_groups(self.policy, some, store, job, self.behaviour, others=others)
         if summary.interrupted:
             raise Interrupted(None, summary)

@@ -343,40 +343,22 @@ def _of_some_jobs(
     return made
 
 
-def open_store(
-    policy: Policy,
-    job: SketchJob,
-    behaviour: Behaviour,
-    scan: Scan | None = None,
-    moments: SecondMoments | None = None,
-    manifest: Callable[[], dict[str, Any]] | None = None,
-) -> SketchStore:
+def open_store(job: SketchJob, manifest: Callable[[], dict[str, Any]]) -> SketchStore:
     """The store that a job fills: ``job.out``, continued if it is there, or one in memory.
 
     Args:
-        policy: the current policy; what cannot be sketched of it shows here, before anything is written.
         job: the options.
-        behaviour: where the behaviour log-probs come from.
-        scan: what the files hold; None for prompts that come from no file.
-        moments: what the gradients are scaled by.
-        manifest: what :func:`manifest_of` gave, where it has been asked already.
+        manifest: what :func:`manifest_of` gave.
 
     Raises:
-        UncoveredParameterError: a trainable parameter cannot be sketched.
         CropiError: the folder cannot be written, or its store was made with other settings.
     """
-    manifest = manifest or manifest_of(policy, job, behaviour, scan, moments)
     if job.out is None:
         return MemoryStore(manifest())
     # Before the manifest asks who is to multiply: that is measured else.
     if is_file(Path(job.out) / MANIFEST):
         settle_products(read_manifest(Path(job.out)))
-    store = SketchStore.create(
-        job.out,
-        manifest(),
-        shard_rows=job.shard_rows,
-        shard_bytes=job.shard_bytes,
-    )
+    store = SketchStore.create(job.out, manifest(), shard_rows=job.shard_rows, shard_bytes=job.shard_bytes)
     try:
         _check_share(store, job)
         take_parts(store)
@@ -421,7 +403,13 @@ def manifest_of(
     scan: Scan | None = None,
     moments: SecondMoments | None = None,
 ) -> Callable[[], dict[str, Any]]:
-    """What gives the manifest of :func:`open_store`, with the same arguments and errors."""
+    """What gives the manifest of a job's store, by :func:`make_manifest`. What cannot be sketched of the policy shows
+    now.
+
+    Raises:
+        UncoveredParameterError: a trainable parameter cannot be sketched.
+        CropiError: the moments are those of another model.
+    """
     make = functools.partial(
         policy.sketcher, job.spec, tuple(job.exclude), verify=job.verify, fused=job.fused
     )

@@ -91,7 +91,7 @@ class Prepared:
 
     def open(self) -> SketchStore:
         """The job's store: see :func:`cropi.sketching.job.open_store`."""
-        return open_store(self.policy, self.job, self.behaviour, self.scan, self.moments, self.manifest)
+        return open_store(self.job, self.manifest)
 
     @functools.cached_property
     def manifest(self) -> Callable[[], dict[str, Any]]:
