@@ -136,6 +136,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "influence: a store by name": (
         lambda: cropi.influence(store(), {"a": store()}), r"valid\['a'\] is a SketchStore.* in a list",
     ),
+    "influence: max_valid": (lambda: cropi.influence(store(), store(), max_valid=0), "max_valid must be at least 1"),
     "influence: an option": (lambda: cropi.influence(store(), store(), metrik="dot"), "did you mean 'metric'"),
     "influence: integers": (lambda: cropi.influence(ROWS, torch.ones(1, 3)), "train is torch.int64"),
     "influence: one row": (lambda: cropi.influence(np.ones((2, 4)), np.ones(4)), r"valid is .*\[4\]: give floats"),

@@ -89,7 +89,6 @@ def run(args: argparse.Namespace) -> int:
 def make_plan(args: argparse.Namespace) -> Any:
     """The Plan of the options that were given."""
     from cropi.curriculum import Plan
-    from cropi.curriculum.plan import table_of
     from cropi.model.placing import placed_device
     from cropi.sketching.job import make_job
 
@@ -107,7 +106,7 @@ def make_plan(args: argparse.Namespace) -> Any:
         job=make_job(given.sketching, (), "", notes=notes(args)), behaviour_model=args.behaviour_model,
         dtype="float32" if args.dtype == "auto" and device == "cpu" else args.dtype, device=device,
         trust_remote_code=args.trust_remote_code,
-        influence=table_of(given.influence, "valid_seed"), select=table_of(given.selecting, "select_seed"),
+        influence=given.influence, select=given.selecting,
         rescoring=options.made(Rescoring, args), export=exported, trl=args.trl,
         accept_changes=args.accept_changes, progress=args.progress, source=args.source,
     )  # fmt: skip

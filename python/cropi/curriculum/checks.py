@@ -43,8 +43,8 @@ def check_plan(plan: Plan, opened: Callable[[Sequence[str]], PromptGroups]) -> N
     for name in (plan.model, plan.behaviour_model):
         if name:
             locate(name)
-    check_selecting(plan.selecting, draws=plan.influencing.draws)
-    if plan.selecting.per == "file" and "rollouts" in plan.trainer_uses and len(plan.train) > 1:
+    check_selecting(plan.select, draws=plan.influence.draws)
+    if plan.select.per == "file" and "rollouts" in plan.trainer_uses and len(plan.train) > 1:
         raise CropiError(
             f"select: per is 'file', but the trainer's {{rollouts}} and the records of the {len(plan.train)} files of "
             "train are put together in one file, by which later stages would choose as from one pool; choose per "
@@ -139,7 +139,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
     if plan.trainer != IN_PROCESS:
         return
-    given = plan.selecting
+    given = plan.select
     pool = train.usable if given.pool == "usable" else train.prompts
     pool = min(pool, plan.job.limit or pool)
     chosen, batch = given.count or how_many(given.fraction, pool), prompts_a_batch(plan.trl)

@@ -103,7 +103,7 @@ def check(plan: Plan, files: Files, source: Source, stage: int, policy: Policy) 
         CropiError: no training prompt has a gradient, or a validation set has no prompt with one.
     """
     names = set_names(source.valid)
-    setup = Setup(plan.job, plan.influencing, plan.selecting)
+    setup = Setup(plan.job, plan.influence, plan.select)
     checked = pipeline.check(
         policy,
         files(source.train),

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from cropi.checked import check_fields
 from cropi.commands import check_template
-from cropi.errors import CropiError, did_you_mean, shown
+from cropi.errors import CropiError, shown
 from cropi.gradient.template import template_text
-from cropi.option_fields import changed, names_of
+from cropi.option_fields import changed
 from cropi.options import SOURCES, Influence, Rescoring, Selecting
 from cropi.sketching.job import SketchJob
 
@@ -51,8 +51,8 @@ class Plan:
         behaviour_model: the model that made the trajectories, where it is not ``model``.
         dtype, device: of the policy while it is sketched.
         trust_remote_code: let models bring code of their own, which is run.
-        influence: options of :class:`cropi.options.Influence`; ``seed`` is its ``valid_seed``.
-        select: options of :class:`cropi.options.Selecting`; ``seed`` is its ``select_seed``.
+        influence: how prompts are compared.
+        select: how they are chosen.
         rescoring: how much of a stage goes into scoring prompts anew.
         export: options of :func:`cropi.data.export.export`, for ``{dataset}``; None: the trainer reads records.
         trl: options of the in-process trainer.
@@ -74,8 +74,8 @@ class Plan:
     dtype: str = "float32"
     device: str = "cpu"
     trust_remote_code: bool = False
-    influence: Mapping[str, Any] = field(default_factory=dict)
-    select: Mapping[str, Any] = field(default_factory=dict)
+    influence: Influence = field(default_factory=Influence)
+    select: Selecting = field(default_factory=Selecting)
     rescoring: Rescoring = field(default_factory=Rescoring)
     export: Mapping[str, Any] | None = None
     trl: Mapping[str, Any] = field(default_factory=dict)
@@ -150,20 +150,6 @@ class Plan:
             )
 
     @property
-    def influencing(self) -> Influence:
-        """The table ``influence`` as options.
-
-        Raises:
-            CropiError: a key that is not an option, or a value that it does not take.
-        """
-        return _options("influence", self.influence, Influence, "valid_seed")
-
-    @property
-    def selecting(self) -> Selecting:
-        """The table ``select`` as options; raises as :attr:`influencing` does."""
-        return _options("select", self.select, Selecting, "select_seed")
-
-    @property
     def trainer_uses(self) -> set[str]:
         """The names in the trainer's template."""
         return set() if self.trainer == IN_PROCESS else check_template("trainer", self.trainer, TRAINER_NAMES)
@@ -191,8 +177,9 @@ class Plan:
                 **({"source": self.source} if self.source != "auto" else {}),
                 **changed(self.rescoring, Rescoring),
             },
-            "influence": dict(self.influence),
-            "select": {**self.select, "export": None if self.export is None else dict(self.export)},
+            "influence": _table_of(self.influence, "valid_seed"),
+            "select": _table_of(self.select, "select_seed")
+            | {"export": None if self.export is None else dict(self.export)},
             "train": {
                 "trainer": self.trainer, "steps": self.steps, "trained_model": self.trained_model,
                 "trl": dict(self.trl),
@@ -227,23 +214,9 @@ def _check_json(option: str, table: Mapping[str, Any]) -> None:
             )
 
 
-def _options(option: str, table: Mapping[str, Any], one: type[T], seed: str) -> T:
-    """A table of options by their names; a curriculum's tables call each seed "seed"."""
-    known = ["seed" if name == seed else name for name in names_of(one)]
-    for key in table:
-        if key not in known:
-            raise CropiError(
-                f"{option}: {shown(key)} is not known; {did_you_mean(key, known)}known are {', '.join(known)}"
-            )
-    try:
-        return one(**{seed if key == "seed" else key: value for key, value in table.items()})
-    except CropiError as error:
-        raise CropiError(f"{option}.{str(error).replace(seed, 'seed')}") from None
-
-
-def table_of(options: Influence | Selecting, seed: str) -> dict[str, Any]:
-    """Options as a table of :class:`Plan`: the first release's keys, and of later ones those that differ from their
-    defaults, so that a curriculum of an earlier release goes on."""
+def _table_of(options: Influence | Selecting, seed: str) -> dict[str, Any]:
+    """Options as the state of a curriculum holds them: some always, the others where they differ from their defaults,
+    so that a curriculum goes on when options are added."""
     first = ("metric", "mean", "max_valid", "fraction", "method", "pool", seed)
     held = changed(options, type(options), always=first)
     return {"seed" if name == seed else name: value for name, value in held.items()}

@@ -151,7 +151,7 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
     groups = anew.settle(
         Alone(), checked.train.groups, checked.train.scan,
         lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid],
-        Choice(plan.influencing, plan.selecting), plan.job,
+        Choice(plan.influence, plan.select), plan.job,
     )  # fmt: skip
     return replace(checked.train, groups=groups, scan=groups.scan), anew
 
@@ -191,7 +191,7 @@ def influence_all(stage: Stage) -> Result:
     folder = stage.folder / "sketches"
     names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
     stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
-    scores = pipeline.score(training_store(folder), stores, stage.plan.influencing, stage.plan.selecting)
+    scores = pipeline.score(training_store(folder), stores, stage.plan.influence, stage.plan.select)
     write_scores(stage.folder / SCORES, scores)
     return {"sets": scores.sets, "scored": int(scores.usable.sum())}
 
@@ -200,8 +200,8 @@ def select_best(stage: Stage) -> Result:
     """Choose the prompts, write them in every form that was asked for, and compare with the last selection."""
     plan, folder = stage.plan, stage.folder
     scores = read_scores(folder / SCORES)
-    sketches = training_store(folder / "sketches") if plan.selecting.needs_sketches else None
-    selection = pipeline.pick(scores, plan.selecting, sketches=sketches)
+    sketches = training_store(folder / "sketches") if plan.select.needs_sketches else None
+    selection = pipeline.pick(scores, plan.select, sketches=sketches)
     source = data.source_of(plan, stage.state, stage.number)
     write_selection(folder / "selected.jsonl", scores, selection)
     write_selected_records(
