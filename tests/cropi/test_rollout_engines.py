@@ -81,6 +81,8 @@ def check_exact(model: Any, records: list[dict[str, Any]]) -> None:
         ("tokens", "completions"),
         ("tokens", "chat"),
         ("sglang", "chat"),
+        ("llama.cpp", "completions"),
+        ("llama.cpp", "chat"),
     ],
 )
 def test_a_server_with_token_ids_gives_exact_records(tmp_path: Path, api: str, kind: str) -> None:
@@ -90,7 +92,8 @@ def test_a_server_with_token_ids_gives_exact_records(tmp_path: Path, api: str, k
     check_exact(model, records)
     assert records[0]["policy"] == "tiny"
     for body in server.requests:  # what a server would take from defaults of its own is said
-        assert body["top_k"] == -1 and body["repetition_penalty"] == 1.0 and body["min_p"] == 0.0
+        assert body["top_k"] == (1 if body["temperature"] == 2 else -1)
+        assert body["repetition_penalty"] == 1.0 and body["min_p"] == 0.0
     with serve(model, tokenizer, kind=kind, processed=True) as server:
         records = asked(
             tmp_path / "cool.jsonl",
@@ -130,6 +133,34 @@ def test_a_server_without_token_ids_gives_text_and_says_so(tmp_path: Path, kind:
     assert any("neither truncate nor penalise" in text for text in texts)
 
 
+@pytest.mark.filterwarnings("ignore::cropi.rollouts.job.Truncated")
+def test_a_server_that_ignores_what_it_does_not_know_is_said(tmp_path: Path) -> None:
+    """As Ollama, whose interface has no top_k, and takes prompts of completions as text alone."""
+    with serve(make_model(), make_tokenizer(chat=True), kind="ollama") as server:
+        with pytest.raises(
+            ServerError, match="cannot unmarshal array .* if it takes no token ids, use --api chat"
+        ):
+            asked(tmp_path / "out.jsonl", server)
+        with pytest.warns(ServerNote) as said:
+            records = asked(tmp_path / "out.jsonl", server, api="chat")
+        with (
+            pytest.warns(ServerNote),
+            pytest.raises(CropiError, match="top_k: the server at .* ignores it; leave"),
+        ):
+            asked(tmp_path / "k.jsonl", server, api="chat", top_k=3)
+    assert all(len(record["responses"]) == 3 for record in records)
+    assert sum("ignores top_k" in str(one.message) for one in said) == 1
+
+
+def test_a_text_without_its_thoughts_is_an_error(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), make_tokenizer(chat=True)
+    with serve(model, tokenizer, kind="plain", thoughts="Hm.") as server, pytest.warns(ServerNote):
+        with pytest.raises(ServerError, match="takes the thoughts out of the text of a response to 'p0'"):
+            asked(tmp_path / "out.jsonl", server, api="chat")
+    with serve(model, tokenizer, kind="llama.cpp", thoughts="Hm.") as server:  # its ids are of all tokens
+        check_exact(model, asked(tmp_path / "ids.jsonl", server, api="chat"))
+
+
 def test_failures_that_pass_are_repeated_and_others_are_not(tmp_path: Path, waited: list[float]) -> None:
     model, tokenizer = make_model(), make_tokenizer(chat=True)
     with serve(model, tokenizer) as server:
@@ -161,14 +192,14 @@ def test_a_server_that_dies_midway_loses_nothing_that_is_finished(
     model, tokenizer, out = make_model(), make_tokenizer(chat=True), tmp_path / "out.jsonl"
     with serve(model, tokenizer) as server:
         whole = asked(tmp_path / "whole.jsonl", server, concurrency=1)
-    with serve(model, tokenizer, dies_after=4) as server:  # one of them finds out what it takes
+    with serve(model, tokenizer, dies_after=6) as server:  # three of them find out what it takes
         with pytest.raises(ServerError, match="finished prompts are kept"):
             asked(out, server, concurrency=1)
         assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 4
         server.dies_after = None
         before = len(server.requests)
         found = asked(out, server, concurrency=1)
-        later = [body["prompt"] for body in server.requests[before:] if body["max_tokens"] > 1]
+        later = [body["prompt"] for body in server.requests[before:] if body["max_tokens"] == 5]
     assert found == whole
     assert {tuple(ids) for ids in later} == {tuple(record["prompt_ids"]) for record in whole[3:]}
 

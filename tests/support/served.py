@@ -19,10 +19,12 @@ class Served:
 
     Attributes:
         kind: "vllm", "sglang" (token ids by request, in SGLang's chats under another name), "tokens" (only
-            ``return_tokens_as_token_ids``), "plain" (OpenAI's own keys alone: others are refused, no token ids) or
-            "bare" (as plain, one choice a request, no log-probs).
+            ``return_tokens_as_token_ids``), "plain" (OpenAI's own keys alone: others are refused, no token ids), "bare"
+            (as plain, one choice a request, no log-probs), "llama.cpp" (ids beside the log-probs, at most two choices a
+            request) or "ollama" (chats alone, one choice a request, no ids; keys that it does not know are ignored).
         processed: log-probs are those after the temperature.
         failures: statuses that the next requests get; 0 closes the connection, -1 sleeps.
+        thoughts: what a chat's message holds apart from its text.
         dies_after: so many answers, and then nothing but closed connections; None: never.
         requests: bodies of all requests for responses.
     """
@@ -31,6 +33,7 @@ class Served:
     tokenizer: Any
     kind: str = "vllm"
     processed: bool = False
+    thoughts: str = ""
     names: tuple[str, ...] = ("tiny",)
     failures: list[int] = field(default_factory=list)
     dies_after: int | None = None
@@ -48,6 +51,12 @@ class Served:
         if self.kind == "tokens" and "return_token_ids" in body:
             raise Refused("extra fields not permitted: return_token_ids")
         chat = path.endswith("chat/completions")
+        if self.kind == "llama.cpp" and body["n"] > 2:
+            raise Refused(f"Field 'n': Value must be between 1 <= value <= 2, but got {body['n']}")
+        if self.kind == "ollama" and not chat:
+            raise Refused(
+                "json: cannot unmarshal array into Go struct field CompletionRequest.prompt of type string"
+            )
         if chat:
             ids = self.tokenizer.apply_chat_template(
                 body["messages"], add_generation_prompt=True, return_dict=True,
@@ -56,7 +65,7 @@ class Served:
         else:
             ids = body["prompt"]
         ids = [7] * self.shift + list(ids)
-        n = 1 if self.kind == "bare" else body["n"]
+        n = 1 if self.kind in ("bare", "ollama") else body["n"]
         choices = [self._choice(k, ids, body, chat) for k in range(n)]
         made: dict[str, Any] = {"choices": choices, "usage": {"prompt_tokens": len(ids)}}
         if self.kind in ("vllm", "sglang") and body.get("return_token_ids"):
@@ -70,6 +79,8 @@ class Served:
         for _ in range(body["max_tokens"]):
             with torch.no_grad(), self.lock:
                 logits = self.model(torch.tensor([tokens])).logits[0, -1].double()
+            if body.get("top_k", -1) > 0 and self.kind != "ollama":
+                logits[logits < logits.topk(body["top_k"]).values[-1]] = -torch.inf
             p = (logits / body["temperature"]).softmax(0)
             token = int(torch.multinomial(p, 1, generator=generator))
             values.append(float((p if self.processed else logits.softmax(0))[token].log()))
@@ -84,9 +95,16 @@ class Served:
         if chat:
             made["message"] = {"role": "assistant", "content": text}
             made["logprobs"] = {"content": [{"token": w, "logprob": v} for w, v in zip(words, values)]}
+            if self.thoughts:
+                made["message"]["reasoning_content"] = self.thoughts
         else:
             made |= {"text": text, "logprobs": {"tokens": words, "token_logprobs": values}}
-        if self.kind == "bare":
+        if self.kind == "llama.cpp":  # in both interfaces, and the end token without a text
+            entries = [
+                {"id": t, "token": "" if t == 1 else w, "logprob": v} for t, w, v in zip(new, words, values)
+            ]
+            made["logprobs"] = {"content": entries}
+        if self.kind in ("bare", "ollama"):
             made["logprobs"] = None
         if self.kind in ("vllm", "sglang") and body.get("return_token_ids"):
             made["response_token_ids" if self.kind == "sglang" and chat else "token_ids"] = new

@@ -13,6 +13,7 @@ from support.made_dumps import ROLLOUTS, chat, logprobs, trl, write
 
 from cropi.cli import main
 from cropi.data.readers import read
+from cropi.data.scan import LossyTokens
 from cropi.trainers.dumps.auto import opened, read_rollouts
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
@@ -54,6 +55,28 @@ def test_a_column_of_trl_without_a_name_is_a_column(tmp_path: Path) -> None:
     write_lines(path, rows)
     rollouts = read_rollouts(path, "trl", Reading(temperature=0.7), Left())
     assert [one.reward for one in rollouts] == [1.0, 0.0, 0.5, 1.0]
+
+
+def test_token_ids_of_llama_cpp(tmp_path: Path) -> None:
+    """What llama-server (b11549) wrote for SmolLM2-135M: the end token has an id, and neither a text nor bytes."""
+    said = [(56, "H", -5.405514), (18122, "annah", -5.198355), (30, ".", -1.958725), (2, "", -0.146354)]
+    content = [
+        {"id": token, "token": word, "bytes": list(word.encode()), "logprob": value,
+         "top_logprobs": [{"id": 30, "token": ".", "bytes": [46], "logprob": -1.958725}]}
+        for token, word, value in said
+    ]  # fmt: skip
+    choice = {
+        "finish_reason": "stop", "index": 0, "message": {"role": "assistant", "content": "Hannah."}, "reward": 0.0,
+        "logprobs": {"content": content},
+    }  # fmt: skip
+    row = {"messages": [{"role": "user", "content": "Your name?"}], "choices": [choice], "temperature": 1.0}
+    (group,) = read(opened(write(tmp_path / "llama.jsonl", [row])))
+    assert group.response_ids == [[token for token, *_ in said]]
+    assert group.logprobs == [[value for *_, value in said]]
+    del content[1]["id"]
+    with pytest.warns(LossyTokens):
+        (group,) = read(opened(write(tmp_path / "one.jsonl", [row])))
+    assert group.response_ids is None
 
 
 def test_token_ids_of_sglangs_chats(tmp_path: Path) -> None:

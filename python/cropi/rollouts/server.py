@@ -1,8 +1,9 @@
-"""Any OpenAI-compatible server: vLLM, SGLang, llama.cpp, TGI, a provider's.
+"""Any OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, TGI, a provider's.
 
 Prompts go as token ids (``completions``) or as messages (``chat``). Where the server gives token ids (vLLM's
-``return_token_ids`` or ``return_tokens_as_token_ids``, asked for once), records hold them; else they hold text alone,
-and a message says so. What the server reads as the prompt is compared by its count of tokens.
+``return_token_ids`` or ``return_tokens_as_token_ids``, asked for once; llama.cpp's ``id`` beside each log-prob),
+records hold them; else they hold text alone, and a message says so. What the server reads as the prompt is compared by
+its count of tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {},
 )
 REFUSALS = (400, 404, 405, 415, 422)
+# What a chat's message holds apart from its text where the server takes a response's thoughts out of it.
+THOUGHTS = ("reasoning_content", "reasoning")
+OWN_DEFAULTS = "make sure that its own defaults neither truncate nor penalise"
 
 
 class ServerNote(UserWarning):
@@ -52,6 +56,7 @@ class ServerEngine:
         self.server, self.sampling, self.tokens = server, options, tokens
         self.api, self.model, self.concurrency = options.api, options.served_model, options.concurrency
         self.extras: dict[str, Any] = {}
+        self.at_once: int | None = None  # responses a request, at most; None: as many as are wanted
         self.unrecorded = unrecorded(options.server_logprobs, options)
         self._said: set[str] = set()
 
@@ -69,25 +74,45 @@ class ServerEngine:
         return {}
 
     def prepare(self, requests: Sequence[Request], notes: dict[str, Any]) -> None:
-        """Find out which of the further keys the server takes, by one short request.
+        """Find out which of the further keys the server takes, and whether it heeds them, by short requests.
 
         Raises:
             ServerError: it does not answer, or refuses the plain request too.
+            CropiError: it takes a top_k that was asked for, and draws from all tokens.
         """
         self._served()
         for extras in EXTRAS:
             self.extras = extras
             try:
-                self._ask(requests[0], 1, 0, short=True)
+                self._ask(requests[0], 1, 0, max_tokens=1)
                 break
             except ServerError as error:
-                if error.status not in REFUSALS or extras is EXTRAS[-1]:
+                if error.status not in REFUSALS:
                     raise
+                if extras is EXTRAS[-1]:
+                    ids = "" if self.api == "chat" else "; if it takes no token ids, use --api chat"
+                    raise ServerError(f"{error}{ids}", error.status) from error
         if not self.extras:
-            self._say(
-                "plain", "takes no top_k, min_p and repetition_penalty: make sure that its own defaults neither "
-                "truncate nor penalise",
-            )  # fmt: skip
+            self._say("plain", f"takes no top_k, min_p and repetition_penalty: {OWN_DEFAULTS}")
+        elif not self._heeds(requests[0]):
+            if self.sampling.top_k:
+                raise CropiError(
+                    f"top_k: the server at {self.server.url} ignores it; leave --top-k out, or use another server"
+                )
+            self._say("plain", f"ignores top_k, and so maybe min_p and repetition_penalty: {OWN_DEFAULTS}")
+
+    def _heeds(self, request: Request) -> bool:
+        """Whether the most probable tokens alone are drawn where ``top_k`` is 1, however warm; some servers (Ollama)
+        take keys that they do not know.
+        """
+        sharp = {"max_tokens": 4, "top_k": 1, "temperature": 2.0, "top_p": 1.0}
+        try:
+            first, second = (self._ask(request, 1, before, **sharp)[0] for before in (0, 1))
+        except ServerError as error:  # of a provider that allows no such temperature
+            if error.status not in REFUSALS:
+                raise
+            return True
+        return (first.ids, first.text) == (second.ids, second.text)
 
     def plan(self, requests: Sequence[Request], n: int) -> Iterator[list[Request]]:
         """All prompts at once: each is sampled by itself."""
@@ -154,7 +179,15 @@ class ServerEngine:
     def _all(self, request: Request, n: int) -> list[Response]:
         made: list[Response] = []
         while len(made) < n:  # some servers give one response a request, whatever is asked for
-            new = self._ask(request, n - len(made), len(made))
+            wanted = min(n - len(made), self.at_once or n)
+            try:
+                new = self._ask(request, wanted, len(made))
+            except ServerError as error:
+                if wanted == 1 or error.status not in REFUSALS:
+                    raise
+                # llama.cpp refuses more than it has slots for.
+                self.at_once = 1
+                continue
             if not new:
                 raise ServerError(
                     f"the server at {self.server.url} gave no response to {request.name!r:.100}"
@@ -162,14 +195,15 @@ class ServerEngine:
             made += new
         return made[:n]
 
-    def _ask(self, request: Request, n: int, before: int, *, short: bool = False) -> list[Response]:
+    def _ask(self, request: Request, n: int, before: int, **changes: Any) -> list[Response]:
         seed = zlib.crc32(f"{self.sampling.seed}/{before}/{request.name}".encode()) & 0x7FFFFFFF
         body: dict[str, Any] = {
             "model": self.model, "n": n, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p,
-            "max_tokens": 1 if short else self.sampling.max_tokens, "seed": seed, **self.extras,
+            "max_tokens": self.sampling.max_tokens, "seed": seed, **self.extras,
         }  # fmt: skip
         if self.sampling.top_k:
             body["top_k"] = self.sampling.top_k
+        body |= changes
         if self.api == "chat":
             prompt = request.messages
             body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -214,12 +248,20 @@ class ServerEngine:
             ids = choice.get("response_token_ids")  # of SGLang's chat
         if ids is None and tokens and all(TOKEN.fullmatch(token) for token in tokens):
             ids = [int(token.partition(":")[2]) for token in tokens]
+        if ids is None:
+            ids = _ids(choice)
         truncated = is_cut(choice.get("finish_reason"), f"the server at {self.server.url}: {what}")
         if ids is None:
             self._say(
                 "ids",
                 "gives no token ids: records hold text, of which tokens are made again (not always the same)",
             )
+            if any(message.get(key) for key in THOUGHTS):
+                raise ServerError(
+                    f"the server at {self.server.url} takes the thoughts out of the text of {what}, so that no tokens "
+                    "can be made of it: have it leave them in (llama.cpp: --reasoning-format none), switch thinking "
+                    "off, or use a server that gives token ids"
+                )
             return Response([], None, truncated, str(text or ""))
         if not truncated and ids and ids[-1] not in self.tokens.all_ends:
             self._say(
@@ -254,6 +296,14 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[str], list[Any] | None]:
         return [str(e.get("token")) for e in held["content"]], [e.get("logprob") for e in held["content"]]
     values = held.get("token_logprobs")
     return [str(token) for token in held.get("tokens") or ()], values if isinstance(values, list) else None
+
+
+def _ids(choice: dict[str, Any]) -> list[int] | None:
+    """The ids that llama.cpp writes beside the log-probs, the end token's too; None where one is missing."""
+    held = choice.get("logprobs")
+    entries = held.get("content") if isinstance(held, dict) else None
+    ids = [entry.get("id") for entry in entries or ()]
+    return ids if ids and all(type(one) is int for one in ids) else None
 
 
 def unrecorded(logprobs: str, sampling: Sampling) -> str:

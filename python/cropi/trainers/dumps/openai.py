@@ -5,7 +5,8 @@ A row is an answer (``choices``, each with ``message`` and ``logprobs``), an ans
 batch output file holds no prompts: the input file of the batch (``--dataset``) has them, by ``custom_id``.
 
 Tokens are exact where the server says their ids: ``token_ids`` (in SGLang's chats ``response_token_ids``) and
-``prompt_token_ids`` (``return_token_ids``), or tokens written ``token_id:123`` (``return_tokens_as_token_ids``).
+``prompt_token_ids`` (``return_token_ids``), tokens written ``token_id:123`` (``return_tokens_as_token_ids``), or ``id``
+beside each log-prob (llama.cpp).
 Elsewhere ``logprobs.content`` holds the bytes of each sampled token, which name one token of the model's vocabulary:
 with the tokenizer they become ids. Without either, responses are text, and their log-probs are left out, and a message
 says so.
@@ -227,6 +228,8 @@ def _tokens(
             raise BadSample(where, "logprobs.content", "should hold a token and a logprob each")
         words = [(entry["token"], _bytes(entry.get("bytes"), t, where)) for t, entry in enumerate(entries)]
         numbers = [entry.get("logprob") for entry in entries]
+        if ids is None and entries and all(type(entry.get("id")) is int for entry in entries):
+            ids = token_ids([entry["id"] for entry in entries], "logprobs.content.id", where)
     elif isinstance(held.get("tokens"), list):
         words = [(word, None) for word in held["tokens"]]
         numbers = listed(held.get("token_logprobs"), "logprobs.token_logprobs", where)
