@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -150,7 +151,8 @@ class FormedSketcher:
             )
         where = Segments.of(segments, input_ids.shape[0], input_ids.shape[1], num_segments)
         scored = scored_segments(where, here.positions)
-        kwargs = self._inputs(here, attention_mask, position_ids, model_kwargs)
+        with own_precision(self.model), torch.no_grad():
+            kwargs = inputs_of_rows(self.model, here, attention_mask, position_ids, model_kwargs)
         batch = _Batch(ordinary(input_ids), segments, positions, ordinary(targets), kwargs, temperature)
         groups = 1 if self._groups is None else len(self._groups.names)
         shape = groups, where.count, self.spec.base_dim
@@ -182,17 +184,6 @@ class FormedSketcher:
 
         return PolicyGradient(finished(out.unbind(), self.spec), logprobs, weights, measure)
 
-    def _inputs(
-        self,
-        here: Batch,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        model_kwargs: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """What the model is called with beside the tokens, as a `GradientSketcher` calls it."""
-        with own_precision(self.model), torch.no_grad():
-            return inputs_of_rows(self.model, here, attention_mask, position_ids, model_kwargs)
-
     @contextmanager
     def _into(self, out: torch.Tensor) -> Iterator[None]:
         """Gradients that are formed inside are added to ``out`` [groups, 1, base_dim]."""
@@ -217,20 +208,16 @@ class FormedSketcher:
         return take
 
 
+@dataclass(frozen=True)
 class _Batch:
     """The rows of a batch in parts of one segment each, few enough for their logits."""
 
-    def __init__(
-        self,
-        input_ids: torch.Tensor,
-        segments: torch.Tensor,
-        positions: torch.Tensor,
-        targets: torch.Tensor,
-        kwargs: dict[str, Any],
-        temperature: float,
-    ) -> None:
-        self.input_ids, self.segments, self.kwargs = input_ids, segments, kwargs
-        self.positions, self.targets, self.temperature = positions, targets, temperature
+    input_ids: torch.Tensor
+    segments: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    kwargs: dict[str, Any]  # of the model
+    temperature: float
 
     def parts(self) -> Iterator[tuple[int, slice, slice]]:
         """``(segment, its rows, their scored tokens)``."""

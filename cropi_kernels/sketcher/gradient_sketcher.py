@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -22,14 +22,13 @@ from . import sharded
 from .apart import MIXED, Tested
 from .attention import right_backward
 from .batch_sketch import BatchSketch
-from .beside import check_passes, inside_compiled, watch_weights
+from .beside import check_passes, watch_weights
 from .coverage import Coverage
 from .decoder import evaluating, output_embeddings, split_model, split_parts
 from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_segments
 from .head_adapters import base_of
 from .head_trial import policy_self_test
-from .heard import Heard
 from .host import on_device
 from .inputs import (
     check_positions,
@@ -45,15 +44,16 @@ from .one_sequence import check_call
 from .origin import origin_of
 from .precision import own_precision
 from .probe import Probe, checked_rows, probe_longer, probe_policy
-from .replay import Recorded, RunOfBatch, model_self_test, replayed_self_test, takes_ids
+from .replay import Recorded
 from .scale import SegmentScales
 from .segments import Segments, sizes
 from .selftest import SelfTest, SelfTestError
 from .split import SplitModel
+from .tap_tests import TapTests
 from .tapped import TappedModel
 from .trial import few_rows
 from .unseen import calls
-from .untouched import code_shape, untouched
+from .untouched import code_shape
 
 
 class GradientSketcher:
@@ -87,7 +87,6 @@ class GradientSketcher:
             sketches stand side by side, [segments, groups * dim], and add up to the sketch without groups.
 
     Attributes:
-        self_test: the result of the last self-test; None before it.
         probe: the properties of the model that were measured; None before `policy_gradient` or `check_model`.
 
     Raises:
@@ -117,21 +116,15 @@ class GradientSketcher:
         fused: bool = False,
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        spec = SketchSpec() if spec is None else spec
-        for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
-            if not isinstance(value, wanted):
-                shown = "torch.nn.Module" if wanted is nn.Module else wanted.__name__
-                raise ValueError(f"{name} is of type {type(value).__name__}: give a {shown}")
         self._tapped = TappedModel(model, spec, exclude, more, fused, groups)
-        self.model, self.spec = self._tapped.model, spec
+        self.model, self.spec = self._tapped.model, self._tapped.spec
         self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
         self._split: SplitModel | None = None
         self._head = base_of(output_embeddings(self.model))  # the taps were planned with it
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
         self._batches, self._watches, self._apart = 0, verify, Tested(self.model, self._tapped.acc)
-        self._heard = Heard(self._tapped)
-        self.self_test: SelfTest | None = None
+        self._tests = TapTests(self._tapped)
         self.probe: Probe | None = None
 
     def __repr__(self) -> str:
@@ -150,6 +143,11 @@ class GradientSketcher:
         return self._tapped.coverage
 
     @property
+    def self_test(self) -> SelfTest | None:
+        """The result of the last self-test; None before it."""
+        return self._tests.last
+
+    @property
     def origin(self) -> dict[str, Any]:
         """Of which model the sketches are, by what training leaves as it is: ``parameters``, the shape of each by its
         name, and, where the model has them, ``model``, its type's name, and ``vocabulary``, its embedding's rows."""
@@ -161,10 +159,10 @@ class GradientSketcher:
         # Where hooks or forwards have come or gone, the model is tested again.
         if (shape := code_shape(self.model)) != self._shape:
             self._tapped.fuse_again()
-            self._shape, self._split, self._heard = shape, None, Heard(self._tapped)
+            self._shape, self._split, self._tests = shape, None, TapTests(self._tapped)
             self._batches, self._watches = 0, self._verify
             self._apart = Tested(self.model, self._tapped.acc)
-            self.self_test = self.probe = None
+            self.probe = None
         self._tapped.tap()
         return self
 
@@ -220,13 +218,12 @@ class GradientSketcher:
             self._tapped.ranks.check_same("segments", where.offsets)
         with contextlib.ExitStack() as watching:
             recorded, traced = Recorded(), list[bool]()
-            first = self._verify and not self._batches
-            if first:
-                self._try_batch()
+            if self._verify and not self._batches:
+                self._tests.before_batches()
             # What the caller runs may change, or do something else with another batch: ever fewer are watched.
             if self._watches and self._batches & (self._batches - 1) == 0:
                 traced = watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
-            if self._watches and self._heard.untested("batch"):
+            if self._watches and self._tests.untested("batch"):
                 watching.enter_context(recorded.of(self.model))
             apart = self._apart.next(segments) if self._verify else None
             if apart is not None:
@@ -243,11 +240,11 @@ class GradientSketcher:
             finally:
                 self._close()
         if self._verify:
-            self._test_again("batch", recorded.again(self.model), where)
+            self._tests.again("batch", recorded.again(self.model), where)
             self._batches += 1
             # A graph would be made anew for every batch that is watched.
             self._watches = self._watches and not traced
-            self._heard.check("batch", where)
+            self._tests.check("batch", where)
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:
                     raise SelfTestError(f"{MIXED}; verify=False leaves out this test")
@@ -375,7 +372,7 @@ class GradientSketcher:
                     scales.restore(out)
                     out.masked_fill_(failed, float("nan"))
                 end = mark()
-                self._heard.check("policy_gradient", where)
+                self._tests.check("policy_gradient", where)
                 clock, sketches, others = acc.clock, acc.end(), more.end()
             except BaseException:
                 sharded.start_over(self.model)
@@ -383,7 +380,7 @@ class GradientSketcher:
             finally:
                 self._close()
             if self._verify:
-                self._test_again("policy_gradient", [partial(split.hidden, input_ids, **kwargs)], where)
+                self._tests.again("policy_gradient", [partial(split.hidden, input_ids, **kwargs)], where)
 
         share = acc.sketch_share(clock, lambda: clock.between(start, end))
 
@@ -440,41 +437,11 @@ class GradientSketcher:
                 if self._verify:
                     self.probe = probe_policy(self.model, split)
                     plan, acc = self._tapped.plan, self._tapped.acc
-                    self._note("policy_gradient", policy_self_test(self.model, split, plan, acc))
+                    self._tests.note("policy_gradient", policy_self_test(self.model, split, plan, acc))
                     uncalled = (tap.where for module, tap in plan.taps.items() if module is self._head)
-                    self._heard.leave("policy_gradient", frozenset(uncalled))
+                    self._tests.leave("policy_gradient", frozenset(uncalled))
             self._split = split
         return self._split
-
-    def _try_batch(self) -> None:
-        """The checks before the first batch of a model that runs on token ids alone; of no other model."""
-        runnable = takes_ids(self.model)
-        if runnable is None:
-            return
-        run, ids, plain = runnable
-        # A graph that was compiled before the taps came calls no hook: the self-test will say so.
-        if not inside_compiled(self.model):
-            with untouched(self.model):
-                with calls(self._tapped.plan.taps) as called, torch.no_grad():
-                    run(ids)
-                self._tapped.mend(run, ids, called)
-        self._note("batch", model_self_test(self.model, self._tapped.plan, self._tapped.acc, run, ids, plain))
-
-    def _note(self, method: str, result: SelfTest | None) -> None:
-        if result is not None:
-            self.self_test = result
-            self._heard.note(method, result)
-
-    def _test_again(
-        self, method: str, runs: Iterable[RunOfBatch], where: Segments, apart: bool = True
-    ) -> None:
-        """Run the batch ``where`` again as tests of the taps, until none was heard in it that no test has heard."""
-        for run in runs:
-            if not self._heard.untested(method, where):
-                return
-            plan, acc = self._tapped.plan, self._tapped.acc
-            self._note(method, replayed_self_test(self.model, plan, acc, run, where, apart))
-        self._heard.give_up(method, where)
 
     def _active(self, method: str) -> None:
         one_thread_after_fork()

@@ -19,15 +19,17 @@ from .attach import Attachment
 from .beside import check_heard, check_passes
 from .coverage import Coverage
 from .fused_head import HeadCall, listen
-from .gradient_sketcher import GradientSketcher
 from .live_audit import Audit, Schedule
 from .one_sequence import one_sequence_a_row
+from .origin import origin_of
 from .precision import own_precision
 from .replay import Recorded
 from .row_segments import Runs
 from .segments import Segments
 from .selftest import SelfTest
 from .split_loss import LATER, PARTS, CoupledLossError, LossCheck
+from .tap_tests import TapTests
+from .tapped import TappedModel
 from .untouched import code_shape
 
 
@@ -93,10 +95,10 @@ class LiveSketcher:
         verify: bool = True,
         coupled: bool = False,
     ) -> None:
-        # It plans the taps, and tests them before the first step.
-        self._tried = GradientSketcher(model, spec, exclude, verify=verify)
-        self.model, self.spec, self.coupled = self._tried.model, self._tried.spec, coupled
-        self._acc = self._tried._tapped.acc
+        self._tapped = TappedModel(model, spec, exclude)
+        self._tests = TapTests(self._tapped)
+        self.model, self.spec, self.coupled = self._tapped.model, self._tapped.spec, coupled
+        self._acc = self._tapped.acc
         self._handles: list[Any] = []
         self._verify = verify
         # The weight gradients of a sharded model are shards: the step's sketches are not compared with them.
@@ -117,7 +119,7 @@ class LiveSketcher:
 
     @property
     def _plan(self) -> Attachment:
-        return self._tried._tapped.plan
+        return self._tapped.plan
 
     @property
     def coverage(self) -> Coverage:
@@ -127,12 +129,12 @@ class LiveSketcher:
     @property
     def origin(self) -> dict[str, Any]:
         """As `GradientSketcher.origin`."""
-        return self._tried.origin
+        return origin_of(self.model, self.coverage)
 
     @property
     def self_test(self) -> SelfTest | None:
         """The comparison of the taps with autograd on a few tokens; None before it."""
-        return self._tried.self_test
+        return self._tests.last
 
     # ---------------------------------------------------------------------------------------------- the block
 
@@ -140,7 +142,12 @@ class LiveSketcher:
         if self._handles:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
         if (shape := code_shape(self.model)) != self._shape:
-            self._shape, self._audits, self.loss = shape, Schedule(), None
+            self._shape, self._audits, self._tests, self.loss = (
+                shape,
+                Schedule(),
+                TapTests(self._tapped),
+                None,
+            )
             self._ready, self._apart = False, Tested(self.model, self._acc)
         try:
             self._handles.extend(self._plan.hook())
@@ -194,7 +201,7 @@ class LiveSketcher:
         size = _number(scale)
         if self._verify and self._whole and not self._ready:
             with own_precision(self.model):
-                self._try(self._tried._try_batch)
+                self._try(self._tests.before_batches)
             self._ready = True
         due = self._verify and self._audited and self._audits.due()
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
@@ -233,7 +240,7 @@ class LiveSketcher:
             self._runs = None
         if self._untested(runs.segments):
             again = recorded.again(self.model)
-            self._try(lambda: self._tried._test_again("batch", again, runs.segments, not self.coupled))
+            self._try(lambda: self._tests.again("batch", again, runs.segments, not self.coupled))
         sketches /= -size  # down the loss
         result.sketches = runs.gathered(sketches)
         result.spec, result.names, result.origin = self.spec, self.coverage.names, self.origin
@@ -308,14 +315,17 @@ class LiveSketcher:
 
     def _untested(self, segments: Segments | None = None) -> bool:
         """Whether no test has heard some of the taps, or of those that were heard in the batch ``segments``."""
-        return self._verify and self._whole and bool(self._tried._heard.untested("batch", segments))
+        return self._verify and self._whole and bool(self._tests.untested("batch", segments))
 
     def _try(self, check: Callable[[], None]) -> None:
         """Make a check of `GradientSketcher.batch`, with frozen weights."""
         self._plan.unhook(self._handles)
         try:
-            with self._tried:
+            self._tapped.tap()
+            try:
                 check()
+            finally:
+                self._tapped.untap()
         finally:
             self._handles.extend(self._plan.hook())
 

@@ -48,12 +48,17 @@ class TappedModel:
     def __init__(
         self,
         model: nn.Module,
-        spec: SketchSpec,
+        spec: SketchSpec | None,
         exclude: Sequence[str] | str,
-        more: Sequence[SketchSpec],
-        fused: bool,
-        groups: Mapping[str, Sequence[str]] | None,
+        more: Sequence[SketchSpec] = (),
+        fused: bool = False,
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        spec = SketchSpec() if spec is None else spec
+        for name, value, wanted in (("model", model, nn.Module), ("spec", spec, SketchSpec)):
+            if not isinstance(value, wanted):
+                shown = "torch.nn.Module" if wanted is nn.Module else wanted.__name__
+                raise ValueError(f"{name} is of type {type(value).__name__}: give a {shown}")
         self.model, self.spec = unwrapped(model), spec
         check_adapters(self.model)
         keep_gradients(self.model)

@@ -1,4 +1,5 @@
-"""Which taps the self-tests have heard: all of them are to be heard in later batches, and no others untested.
+"""The self-tests of taps, and which taps they have heard: all of them are to be heard in later batches, and no others
+untested.
 
 A few token ids do not reach every module: an image tower is called where there are images. What its taps see may have
 the batch's sizes by accident (as many images as rows, and as many patches as tokens), and they would give the parts of
@@ -8,27 +9,64 @@ one prompt to another. So a batch in which a tap is heard for the first time is 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+
+import torch
 
 from ..names import listed
 from . import sharded
-from .beside import check_heard
+from .beside import check_heard, inside_compiled
+from .replay import RunOfBatch, model_self_test, replayed_self_test, takes_ids
 from .segments import Segments
 from .selftest import SelfTest
 from .tapped import TappedModel
+from .unseen import calls
+from .untouched import untouched
 
 
-class Heard:
-    """The taps of a model that were heard in self-tests, by the method that runs the batches."""
+class TapTests:
+    """The self-tests of a model's taps. Those that were heard in them are kept by the method that runs the batches.
+
+    Attributes:
+        last: the result of the last one; None before it.
+    """
 
     def __init__(self, tapped: TappedModel) -> None:
         self._tapped = tapped
+        self.last: SelfTest | None = None
         self._always: dict[str, frozenset[str]] = {}
         self._tested: dict[str, frozenset[str]] = {}
 
-    def note(self, method: str, test: SelfTest) -> None:
-        """Take note of the first test of a method: what is heard in it is to be heard in every batch."""
-        self._always.setdefault(method, test.heard)
-        self.leave(method, test.heard)
+    def before_batches(self) -> None:
+        """The checks before the first batch of a model that runs on token ids alone; of no other model."""
+        tapped = self._tapped
+        runnable = takes_ids(tapped.model)
+        if runnable is None:
+            return
+        run, ids, plain = runnable
+        # A graph that was compiled before the taps came calls no hook: the self-test will say so.
+        if not inside_compiled(tapped.model):
+            with untouched(tapped.model):
+                with calls(tapped.plan.taps) as called, torch.no_grad():
+                    run(ids)
+                tapped.mend(run, ids, called)
+        self.note("batch", model_self_test(tapped.model, tapped.plan, tapped.acc, run, ids, plain))
+
+    def again(self, method: str, runs: Iterable[RunOfBatch], where: Segments, apart: bool = True) -> None:
+        """Run the batch ``where`` again as tests of the taps, until none was heard in it that no test has heard."""
+        tapped = self._tapped
+        for run in runs:
+            if not self.untested(method, where):
+                return
+            self.note(method, replayed_self_test(tapped.model, tapped.plan, tapped.acc, run, where, apart))
+        self.give_up(method, where)
+
+    def note(self, method: str, test: SelfTest | None) -> None:
+        """Take note of a test, if there was one: what is heard in a method's first is to be heard in every batch."""
+        if test is not None:
+            self.last = test
+            self._always.setdefault(method, test.heard)
+            self.leave(method, test.heard)
 
     def check(self, method: str, segments: Segments) -> None:
         """See `check_heard`."""
