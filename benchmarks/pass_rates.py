@@ -29,8 +29,8 @@ from benchmarks.lib.environment import describe
 from benchmarks.rlvr_mini.config import SCALES, Scale
 from benchmarks.rlvr_mini.data import base_model, seed_data
 from benchmarks.rlvr_mini.scoring import sketched_scores
+from cropi.atomic import write_atomic
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 from cropi.gradient.estimators import make_estimator
 from cropi.options import Selecting
 from cropi.ranking.cut import Drift, anew

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cropi.atomic import write_atomic
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.gradient.layout import choose_layout

@@ -18,8 +18,8 @@ from benchmarks.rlvr_mini.config import SCALES
 from benchmarks.rlvr_mini.data import base_model, seed_data
 from benchmarks.rlvr_mini.report import write_report
 from benchmarks.rlvr_mini.run import run_arm
+from cropi.atomic import write_atomic
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,8 +20,8 @@ from benchmarks.lib.environment import describe
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose
 from benchmarks.rlvr_mini.config import SCALES, Scale
 from benchmarks.rlvr_mini.data import base_model, seed_data
+from cropi.atomic import write_atomic
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 
 QUARTER = dataclasses.replace(LEVERS["cropi_quarter60"], label="CROPI, a quarter of the stored responses")
 LEVER_NAMES = (

@@ -25,10 +25,10 @@ from benchmarks.rlvr_mini.config import SCALES, Scale
 from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data
 from benchmarks.rlvr_mini.grpo import ESTIMATOR, layout_of, logprobs
 from benchmarks.rlvr_mini.rollouts import to_tokens
+from cropi.atomic import write_atomic
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi_kernels.sketcher.decoder import split_model
 

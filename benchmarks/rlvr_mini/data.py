@@ -19,9 +19,9 @@ from benchmarks.rlvr_mini.model import make_model
 from benchmarks.rlvr_mini.pretrain import pretrain
 from benchmarks.rlvr_mini.rollouts import to_record
 from benchmarks.rlvr_mini.tasks import FAMILIES, Problem, encode, make_set, verify
+from cropi.atomic import replacing, write_atomic
 from cropi.data.readers import read_trajectories
 from cropi.data.records import PromptGroup
-from cropi.files import replacing, write_atomic
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.tasks import DIFFICULTIES, END, FAMILIES, encode, held_out, make_problem
-from cropi.files import replacing
+from cropi.atomic import replacing
 
 MIX = (0.30, 0.27, 0.21, 0.14, 0.08)  # share of each difficulty: the hard ones are seen least
 IGNORE = -100

@@ -22,8 +22,8 @@ from benchmarks.rlvr_mini.summary import (
     resampled_gains,
     spread,
 )
+from cropi.atomic import write_atomic
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 
 HEAD = (
     "| arm | seeds | targeted | untargeted | selection's share | prompts with a gradient | an evaluation, s |"

@@ -22,7 +22,7 @@ from benchmarks.rlvr_mini.config import Scale
 from benchmarks.rlvr_mini.data import SeedData, accuracy, save_torch
 from benchmarks.rlvr_mini.grpo import Trainer
 from benchmarks.rlvr_mini.live import Live
-from cropi.files import write_atomic
+from cropi.atomic import write_atomic
 
 PARTS = ("train", "select", "evaluate")
 

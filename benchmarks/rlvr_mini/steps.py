@@ -26,8 +26,8 @@ from benchmarks.rlvr_mini.config import SCALES, Scale
 from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data
 from benchmarks.rlvr_mini.grpo import Trainer
 from benchmarks.rlvr_mini.live import Live
+from cropi.atomic import write_atomic
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 
 VISITED = {"full_pool3": "full data", "then_long_pool3": "live, visits at their time"}
 Way = tuple[int, bool]  # tokens of a micro-batch, and whether there are taps

@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cropi.atomic import make_folder, remove
 from cropi.errors import CropiError, warn
-from cropi.files import is_folder, is_there, make_folder, remove, writing
+from cropi.files import is_folder, is_there, writing
 
 LOCK = ".lock"  # the file of a folder's lock
 

@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from cropi.agreement import Ranks
+from cropi.atomic import write_atomic
 from cropi.checked import fits
 from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan
 from cropi.data.share import Share, without
 from cropi.errors import CropiError
-from cropi.files import is_file, write_atomic
+from cropi.files import is_file
 from cropi.options import Influence, Rescoring, Selecting
 from cropi.ranking.cut import Drift, affordable, anew, spreads
 from cropi.ranking.influence import influence_by

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.atomic import forget, write_atomic
 from cropi.bulk import check_bulk
 from cropi.errors import CropiError, shown
-from cropi.files import check_no_pipe, forget, is_folder, reading, tree, write_atomic, writing
+from cropi.files import check_no_pipe, is_folder, reading, tree, writing
 from cropi.form import check_form, is_writable
 from cropi.locks import one_at_a_time
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from cropi.atomic import replacing, write_atomic
 from cropi.cli.config import read_config
 from cropi.data.export import read_dataset
 from cropi.data.readers import read
 from cropi.data.saved import save_folder
 from cropi.errors import CropiError
-from cropi.files import replacing, write_atomic
 from cropi.gradient.template import template_text
 from cropi.ranking.selection_files import read_selection, selected_rows
 from cropi.trainers.dumps.pickled import load_dump
@@ -101,7 +101,7 @@ def test_permissions_of_a_replaced_file_are_kept(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    out, code = tmp_path / "a[1].txt", "import os, sys\nfrom cropi.files import replacing\n"
+    out, code = tmp_path / "a[1].txt", "import os, sys\nfrom cropi.atomic import replacing\n"
     code += (
         "with replacing(__import__('pathlib').Path(sys.argv[1])) as t:\n    t.write_text('half'); os._exit(9)"
     )

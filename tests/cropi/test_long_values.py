@@ -192,4 +192,4 @@ def test_paths_are_asked_about_in_words() -> None:
     root = Path(cropi.__file__).parent
     asked = re.compile(r"\.(exists|is_file|is_dir)\(\)")
     found = {str(path.relative_to(root)) for path in root.rglob("*.py") if asked.search(path.read_text())}
-    assert found == {"files.py"}, found
+    assert found == {"atomic.py"}, found

@@ -15,8 +15,8 @@ import pytest
 from support.failing_files import PRELOADED, SHARE, check_places
 from support.syncs import recorded
 
+from cropi.atomic import make_folder, sync_all, write_atomic
 from cropi.errors import CropiError
-from cropi.files import make_folder, sync_all, write_atomic
 from cropi.rollouts import file as rollouts
 from cropi.rollouts.file import RolloutFile
 

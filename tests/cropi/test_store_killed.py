@@ -19,12 +19,13 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 import test_store as t
-from cropi import files
+from cropi import atomic
 from cropi.store import shards
 from cropi.store import store as s
 
 target, total = Path(sys.argv[1]), 300  # more than any child can finish before it is killed
-OPERATIONS = [(os, "fsync"), (os, "replace"), (os, "unlink"), (files, "write_parts"), (Path, "mkdir"), (Path, "unlink")]
+OPERATIONS = [(os, "fsync"), (os, "replace"), (os, "unlink")]
+OPERATIONS += [(atomic, "write_parts"), (Path, "mkdir"), (Path, "unlink")]
 
 def die_before(n):
     count = [0]
@@ -37,7 +38,7 @@ def die_before(n):
         setattr(owner, name, wrapped)
 
 def half_written(n):  # the n-th write leaves half a file behind
-    real, count = files.write_parts, [0]
+    real, count = atomic.write_parts, [0]
     def wrapped(path, parts):
         count[0] += 1
         if count[0] == n:
@@ -45,7 +46,7 @@ def half_written(n):  # the n-th write leaves half a file behind
             real(path, [data[: len(data) // 2]])
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path, parts)
-    files.write_parts = wrapped
+    atomic.write_parts = wrapped
 
 def child(pipe):
     with s.SketchStore.create(target, t.MANIFEST, shard_rows=3, shard_bytes=20000) as store:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from support.made_data import make_model, make_tokenizer, save_policy
 from support.made_dumps import KINDS, MORE, made, write
 
-from cropi import files
+from cropi import atomic, files
 from cropi.cli.config import read_config
 from cropi.cli.contents import describe_file
 from cropi.data.export import read_dataset
@@ -207,7 +207,7 @@ LISTINGS: dict[str, Callable[[Path], Any]] = {
     "checkpoints": lambda path: newest_whole(path, "state.json"),
     "an optimizer's state": file_of,
     "checksums": write_sums,
-    "what is synced": files.sync_all,
+    "what is synced": atomic.sync_all,
 }
 
 

@@ -104,6 +104,7 @@ FLOORS = [
     {"option_fields"},
     {"sealed", "commands"},
     {"form", "locks"},
+    {"atomic"},
     {"bulk", "checked", "files", "summary", "agreement"},
     {"amounts", "errors", "_moved"},
 ]

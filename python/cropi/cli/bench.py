@@ -42,10 +42,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and keep."""
+    from cropi.atomic import write_atomic
     from cropi.bench.machine import machine, versions
     from cropi.bench.table import measure
     from cropi.errors import CropiError
-    from cropi.files import check_outputs, write_atomic
+    from cropi.files import check_outputs
     from cropi.sealed import read_sealed, sealed
 
     if args.rounds < 1:

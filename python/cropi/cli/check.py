@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Check, and print the verdict; 1 if something failed."""
     from pathlib import Path
 
-    from cropi.files import check_outputs, write_atomic
+    from cropi.atomic import write_atomic
+    from cropi.files import check_outputs
     from cropi.report.check import check_job
     from cropi.sealed import sealed
     from cropi.sketching.job import make_job

@@ -81,7 +81,7 @@ def write_config(args: argparse.Namespace, out: Path) -> Path:
     Options that name files have their absolute paths, where those are there, so that the file works from any folder.
     """
     import cropi
-    from cropi.files import write_atomic
+    from cropi.atomic import write_atomic
 
     parser: Parser = args.parser
     held: dict[str, Any] = {}

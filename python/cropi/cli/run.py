@@ -68,6 +68,7 @@ def add_options(command: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check every step first: a mistake in the last one must not show after hours of the first one."""
+    from cropi.data.formats import stem
     from cropi.files import check_outputs
 
     if args.config:
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         valid = " (scored responses to prompts like those that the policy is to learn; `cropi rollout` makes them)"
         hint = valid if missing == ["--valid"] else ""
         args.parser.error(f"the following arguments are required: {', '.join(missing)}{hint}")
-    names = [file_stem(path) for path in args.valid]
+    names = [stem(path) for path in args.valid]
     if len(set(names)) < len(names):
         args.parser.error(f"--valid: two files of one name ({', '.join(names)}), but each names a store")
     check_outputs(
@@ -215,10 +216,3 @@ def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selecti
         report=out / "report.html" if args.report else None, config=out / CONFIG,
         uncertainty=chosen.scores.meta.get("uncertainty"), export=args.export,
     )  # fmt: skip
-
-
-def file_stem(path: str) -> str:
-    """The name of a trajectory file without its endings."""
-    from cropi.data.formats import stem
-
-    return stem(path)

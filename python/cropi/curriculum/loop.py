@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from cropi.atomic import make_folder
 from cropi.curriculum import steps
 from cropi.curriculum.checks import check_plan
 from cropi.curriculum.data import Files
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.report import line, write_report
 from cropi.curriculum.state import State
-from cropi.files import make_folder, writing
+from cropi.files import writing
 from cropi.locks import locked_folder
 
 LOG = "log.txt"

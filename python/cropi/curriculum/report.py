@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cropi.atomic import write_atomic
 from cropi.curriculum.learnt import nothing_learnt
 from cropi.curriculum.plan import Plan
 from cropi.curriculum.state import State
 from cropi.errors import printable
-from cropi.files import write_atomic
 from cropi.report.curriculum import curriculum_page
 from cropi.sealed import sealed
 

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cropi.atomic import write_atomic
 from cropi.checked import fits
 from cropi.curriculum.plan import Plan
 from cropi.errors import CropiError, shown
-from cropi.files import entries, is_there, write_atomic
+from cropi.files import entries, is_there
 from cropi.form import check_form
 from cropi.report.forms import BESIDE, TRAINED, is_amount
 from cropi.sealed import read_sealed, sealed

@@ -15,6 +15,7 @@ import torch
 
 from cropi import pipeline
 from cropi.agreement import Alone
+from cropi.atomic import make_folder, sync_all
 from cropi.commands import fill, run_command
 from cropi.curriculum import data
 from cropi.curriculum.learnt import read_training
@@ -23,7 +24,7 @@ from cropi.curriculum.state import State
 from cropi.data.export import export
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
-from cropi.files import is_file, is_there, make_folder, sync_all, writing
+from cropi.files import is_file, is_there, writing
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
 from cropi.ranking.plot import plot_scores

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from cropi.atomic import replacing, write_atomic
 from cropi.bulk import check_bulk
 from cropi.data import coded, saved
 from cropi.data.formats import begins, ending_of
@@ -26,7 +27,7 @@ from cropi.data.spilled import Rows
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, trainer_row
 from cropi.errors import CropiError, optional, shown
-from cropi.files import reading, replacing, write_atomic
+from cropi.files import reading
 from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)

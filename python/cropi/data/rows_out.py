@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.atomic import replacing
 from cropi.data.spilled import Rows
 from cropi.data.values import json_value
 from cropi.errors import CropiError, optional
-from cropi.files import replacing
 
 # From this size on, a column of text has offsets that 32 bits do not hold once its parts are put together.
 LARGEST_COLUMN = 2**31 - 1

@@ -8,20 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cropi.atomic import leftovers, make_folder, remove, sync, sync_all, temporary_path
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, optional
-from cropi.files import (
-    entries,
-    is_folder,
-    is_there,
-    leftovers,
-    make_folder,
-    remove,
-    sync,
-    sync_all,
-    temporary_path,
-    writing,
-)
+from cropi.files import entries, is_folder, is_there, writing
 
 
 def dataset_of(table: Any) -> Any:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cropi.atomic import replacing
 from cropi.data.readers import read
-from cropi.files import replacing
 from cropi.sealed import summed
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cropi.atomic import replacing
 from cropi.errors import CropiError, optional
-from cropi.files import replacing
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 

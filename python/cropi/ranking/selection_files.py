@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cropi.atomic import replacing
 from cropi.data.forms import content_id
 from cropi.data.readers import read
 from cropi.errors import CropiError, shown, warn
-from cropi.files import reading, replacing
+from cropi.files import reading
 from cropi.form import check_form, is_number
 from cropi.ranking.repeated import Hashes
 from cropi.ranking.scores import Scores

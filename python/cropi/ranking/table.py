@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from cropi.atomic import replacing
 from cropi.data import coded
 from cropi.errors import CropiError, optional, printable, shown
-from cropi.files import is_file, reading, replacing
+from cropi.files import is_file, reading
 from cropi.form import check_form, is_writable
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cropi.atomic import write_atomic
 from cropi.errors import CropiError
-from cropi.files import is_file, is_there, write_atomic
+from cropi.files import is_file, is_there
 from cropi.ranking.table import SCORES
 from cropi.report.charts import line
 from cropi.report.forms import REPORT

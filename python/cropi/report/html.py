@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cropi.atomic import write_atomic
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
-from cropi.files import write_atomic
 from cropi.ranking.contributions import mean_contributions
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select

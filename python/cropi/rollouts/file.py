@@ -22,18 +22,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from cropi.atomic import make_folder, remove, replacing, sync
 from cropi.errors import CropiError, shown
-from cropi.files import (
-    is_folder,
-    is_there,
-    make_folder,
-    open_to_read,
-    reason,
-    remove,
-    replacing,
-    sync,
-    writing,
-)
+from cropi.files import is_folder, is_there, open_to_read, reason, writing
 from cropi.locks import is_at, try_lock
 from cropi.sealed import check_sums, summed
 from cropi.store.differences import first_difference

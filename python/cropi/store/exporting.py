@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cropi.atomic import forget, replacing, sync, write_parts
 from cropi.errors import CropiError, optional
-from cropi.files import forget, replacing, sync, write_parts, writing
+from cropi.files import writing
 from cropi.sealed import summed
 from cropi.store.rows import RowInfo, placed, rows_to_json
 from cropi.store.store import SketchStore

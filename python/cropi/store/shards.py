@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
+from cropi.atomic import forget, write_atomic
 from cropi.errors import CropiError, optional, shown
-from cropi.files import forget, reading, write_atomic, writing
+from cropi.files import reading, writing
 from cropi.store.codec import PACKED
 from cropi.store.rows import RowInfo, from_json, rows_from_json, rows_to_json
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from cropi.atomic import make_folder, write_atomic
 from cropi.errors import CropiError
-from cropi.files import is_folder, is_there, make_folder, reason, write_atomic, writing
+from cropi.files import is_folder, is_there, reason, writing
 from cropi.locks import LOCK, is_at, lock_folder
 from cropi.store.codec import check_dtype, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail

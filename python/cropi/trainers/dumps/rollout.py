@@ -9,12 +9,12 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cropi.atomic import replacing
 from cropi.data.forms import hashed
 from cropi.data.keys import FIELDS, RENDERED
 from cropi.data.records import PromptGroup, parse_record
 from cropi.data.spilled import Spilled
 from cropi.errors import CropiError, RecordError
-from cropi.files import replacing
 from cropi.sealed import summed
 from cropi.trainers.dumps.fields import BadSample, Left, shown
 from cropi.trainers.values import plain_value, whole_text

@@ -12,13 +12,13 @@ from typing import Any, get_type_hints
 
 import torch
 
+from cropi.atomic import write_atomic
 from cropi.checked import fits, in_words, is_number
 from cropi.data.export import ROLLOUT_KEYS
 from cropi.data.readers import read_trajectories
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional, shown
-from cropi.files import write_atomic
 from cropi.model.load import DTYPES, check_device, load_model
 from cropi.sealed import sealed
 from cropi.trainers.trl.as_scored import prompts_as_scored

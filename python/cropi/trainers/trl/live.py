@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from cropi import pipeline
+from cropi.atomic import replacing
 from cropi.data.prompt_ids import column_values
 from cropi.errors import CropiError, as_keywords, shown
-from cropi.files import failure_of, is_file, reason, replacing
+from cropi.files import failure_of, is_file, reason
 from cropi.model.policy import Policy
 from cropi.ranking.alike import prompt_features
 from cropi.ranking.origin import Known

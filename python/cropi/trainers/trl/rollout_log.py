@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 from zlib import crc32
 
+from cropi.atomic import make_folder, replacing, sync
 from cropi.data.fast import RecordReader
 from cropi.errors import CropiError, RecordError, shown
-from cropi.files import entries, is_there, make_folder, reading, replacing, size_of, sync, writing
+from cropi.files import entries, is_there, reading, size_of, writing
 from cropi.sealed import summed
 from cropi.trainers.trl.records import checked_line
 

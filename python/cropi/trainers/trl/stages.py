@@ -20,12 +20,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from cropi.atomic import write_atomic
 from cropi.data.prompt_ids import PromptIds
 from cropi.data.readers import read
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
-from cropi.files import entries, is_file, is_there, write_atomic, writing
+from cropi.files import entries, is_file, is_there, writing
 from cropi.model.policy import Policy
 from cropi.sealed import read_sealed, sealed
 from cropi.sketching.job import make_tokenize
