@@ -24,7 +24,7 @@ from cropi.ranking.scores import Scores
 from cropi.ranking.selection import OtherChoices, select
 from cropi.ranking.shares import apportion, read_quotas
 from cropi.ranking.table import read_scores, write_scores
-from cropi.ranking.values import FROM_SCORES, best_of, fuse_ranks, order_of
+from cropi.ranking.values import FROM_SCORES, STRIDE, best_of, fuse_ranks, order_of
 from cropi.store.rows import RowInfo
 
 
@@ -81,6 +81,9 @@ def test_count_is_shared_out_by_size_and_what_a_group_lacks_goes_to_the_others()
     table[9:] = np.nan  # one usable prompt is left of task b
     few = select(table_of(table, tasks="a" * 8 + "b" * 4), count=6, per="task")
     assert Counter(few.scores.rows[i].task for i in few.chosen) == {"a": 5, "b": 1}
+    # Half of each task is 4 + 2, of which b has 1. A trainer's batch takes more, or the fraction chooses none.
+    for fraction, least, given in ((0.5, 5, 5), (0.5, 6, 6), (0.1, 5, 5), (0.5, 20, 9)):
+        assert len(select(few.scores, fraction=fraction, per="task", least=least)) == given
     assert len(select(scores, count=5)) == 5
     with pytest.raises(CropiError, match="count 13 is more than the 12 prompts that have a score"):
         select(scores, count=13)
@@ -119,6 +122,14 @@ def test_quotas_that_do_not_fit_are_errors(quota: list[str], named: str) -> None
     scores = table_of([*range(20)], tasks="a" * 8 + "b" * 6 + "c" * 6)
     with pytest.raises(CropiError, match=named):
         select(scores, count=10, quota=quota)
+
+
+def test_a_count_that_quotas_do_not_leave_is_an_error() -> None:
+    scores = table_of([*range(20)], tasks="a" * 8 + "b" * 6 + "c" * 6)
+    assert len(select(scores, count=13, quota=["a=1"])) == 13
+    with pytest.raises(CropiError, match="count 14 is more than the 13 prompts that the quotas leave"):
+        select(scores, count=14, quota=["a=1"])
+    assert len(select(scores, fraction=0.7, quota=["a=1"])) == 13  # a fraction chooses so many at most
 
 
 def test_names_of_quotas_may_hold_the_equals_sign() -> None:
@@ -445,11 +456,14 @@ def test_a_pool_without_a_usable_prompt_gives_nothing() -> None:
     "size, n", [(5, 2), (5, 9), (700, 70), (20_000, 1), (20_000, 1900), (20_000, 15_000)]
 )
 def test_what_is_chosen_without_sorting_is_what_sorting_chooses(kinds: int, size: int, n: int) -> None:
-    """With many equal values, a few, and none; also where values rise with the place, so that a sample misleads."""
+    """With many equal values, a few, and none; also where values rise with the place, or a sample has the highest."""
     rng = np.random.default_rng(size + n)
-    for ordered in (False, True):
+    for arranged in ("drawn", "rising", "high in the sample"):
         value = rng.integers(0, kinds, size).astype(np.float64)
-        value = np.sort(value) if ordered else value
+        if arranged == "rising":
+            value = np.sort(value)
+        elif arranged == "high in the sample":
+            value[::STRIDE] += kinds
         beyond, ties = rng.integers(0, 2, size).astype(np.float64), rng.permutation(size)
         want = order_of(value, beyond, ties)[:n]
         assert sorted(best_of(value, beyond, ties, n).tolist()) == sorted(want.tolist())

@@ -79,12 +79,18 @@ def shared_out(
     """
     if given.quota:
         n = given.count or how_many(given.fraction, sum(sizes.values()), least)
-        return n, with_quotas(n, read_quotas(given.quota), usable, grouped_by(given))
+        counts = with_quotas(n, read_quotas(given.quota), usable, grouped_by(given))
+        held = sum(counts.get(name, number) for name, number in usable.items())
+        if given.count is not None and held < n:
+            raise CropiError(
+                f"count {n} is more than the {held} prompts that the quotas leave; lower it, or raise the quotas"
+            )
+        return n, counts
     most = {name: usable.get(name, 0) for name in sizes}
     counts = {name: part_of(given.fraction, size) for name, size in sizes.items()}
     if given.count is not None:
         counts = apportion(given.count, sizes, most)
-    elif sum(counts.values()) < least:
+    elif sum(min(counts[name], most[name]) for name in counts) < least:
         counts = apportion(least, sizes, most)
     elif not any(counts.values()):
         largest = max(sizes.values(), default=0)
