@@ -212,8 +212,8 @@ class Executor:
 def test_openrlhfs_rollouts_are_recorded_exactly(tmp_path: Path) -> None:
     two_turns = [20, 21, 5, 6, 30, 31, 7, 1, 40]  # 30 and 31 are the environment's, and so is 40
     made = [
-        outputs(torch.tensor([1.0]), two_turns, [(2, 4), (6, 8)]),
-        outputs(0.0, [20, 21, 8, 1], [(2, 4)]),
+        outputs(torch.tensor([1.0]), two_turns, [(2, 4), (6, 8)], truncated=False),
+        outputs(0.0, [20, 21, 8, 9], [(2, 4)], truncated=True),
         outputs(None, [20, 21, 8, 1], [(2, 4)]),
         outputs(0.5, [20, 21, 8, 1], [(2, 9)]),
     ]
@@ -225,7 +225,8 @@ def test_openrlhfs_rollouts_are_recorded_exactly(tmp_path: Path) -> None:
     (path,) = (tmp_path / "rollouts").iterdir()
     assert len(path.read_text().splitlines()) == 2  # without a reward, and with a range beyond the tokens
     (group,) = read(str(path))
-    assert group.prompt_ids == [20, 21] and group.response_ids == [[5, 6, 30, 31, 7, 1], [8, 1]]
+    assert group.prompt_ids == [20, 21] and group.response_ids == [[5, 6, 30, 31, 7, 1], [8, 9]]
+    assert group.truncated == [False, True]
     assert group.loss_mask == [[1, 1, 0, 0, 1, 1], [1, 1]] and group.rewards == [1.0, 0.0]
     assert group.logprobs == [[-0.25, -0.5, 0.0, 0.0, -1.25, -1.5], [-0.25, -0.5]]
     assert group.temperature == 0.6 and group.answer == "2" and group.prompt == "<user>1+1="

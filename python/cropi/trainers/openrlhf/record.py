@@ -75,7 +75,7 @@ def rollout_of(output: Any, temperature: Any, where: str) -> Rollout:
     Args:
         output: what ``execute`` returned: ``prompt``, ``label``, ``observation_tokens``, ``action_ranges`` (begin and
             end of what the policy said, in tokens), ``reward`` (a number, or a list of one), ``rollout_log_probs`` (of
-            all tokens, or None).
+            all tokens, or None), ``truncated`` (whether the last turn was cut at a length).
         temperature: of the sampling.
         where: named in messages.
 
@@ -108,12 +108,12 @@ def rollout_of(output: Any, temperature: Any, where: str) -> Rollout:
     if reward is None:
         raise Unused(where, "reward", "is missing")
     values = log_probs(output.get("rollout_log_probs"), len(tokens), mask, "rollout_log_probs", where)
-    prompt = whole_text(str(output.get("prompt")))
+    prompt, cut = whole_text(str(output.get("prompt"))), output.get("truncated")
     label = plain_answer(output.get("label"), "label", where)
     return checked(Rollout(
         id=content_id({"prompt": prompt, "answer": label}), reward=finite(reward, "reward", where), step=0,
         where=where, prompt=prompt, answer=label, prompt_ids=tokens[:begin], response_ids=tokens[begin:stop],
         loss_mask=None if all(mask[begin:stop]) else mask[begin:stop],
-        logprobs=None if values is None else values[begin:stop],
+        logprobs=None if values is None else values[begin:stop], truncated=cut if isinstance(cut, bool) else None,
         temperature=None if temperature is None else finite(temperature, "temperature", where),
     ))  # fmt: skip
