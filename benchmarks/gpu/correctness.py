@@ -252,9 +252,16 @@ def by_turns(n: int, vocab: int, features: int, dtype: torch.dtype, scale: float
 
 
 def slabs_by_turns(
-    rows: list[int], cols: int, width: int | None, lengths: list[int], dtype: torch.dtype, into: str
+    rows: list[int],
+    cols: int,
+    width: int | None,
+    lengths: list[int],
+    dtype: torch.dtype,
+    into: str,
+    **values: Any,
 ) -> dict[str, Any]:
-    """Whether `slab_turns_kernel` gives the bits of `slab_kernel`, of one matrix or of some with the same inputs."""
+    """Whether `slab_turns_kernel` gives the bits of `slab_kernel`, of one matrix or of some with the same inputs.
+    ``values``: other constants than what ships."""
     g = torch.Generator().manual_seed(0)
     plans = tuple(plan_matrix(SketchSpec(width=width), f"{n}.weight", r, cols) for n, r in enumerate(rows))
     n = sum(lengths)
@@ -267,7 +274,7 @@ def slabs_by_turns(
     offsets = torch.tensor([0, *lengths]).cumsum(0).cuda()
 
     def results(turns: bool) -> torch.Tensor:
-        with changed(slab, takes_turns=lambda device: turns):
+        with changed(slab, takes_turns=lambda device: turns, **values):
             stack = slab.stack_of(plans, a.device, dtype)
         assert bool(stack.turns) == turns
         always = into != "out" or stack.groups > 1 or stack.wide
@@ -371,6 +378,14 @@ def main() -> None:
                             r, c, w, n, t, i
                         ),
                     )
+            for case in () if small else ("no fold", "no fold, three matrices"):
+                rows, cols, width, lengths, into = SLABS[case]
+                results.attempt(
+                    f"slabs by turns, {case}, tiles of D stay {name}",
+                    lambda r=rows, c=cols, n=lengths, i=into, t=dtype: slabs_by_turns(
+                        r, c, None, n, t, i, HELD_FROM=1
+                    ),
+                )
             for n, vocab, features in ((130, 1003, 72),) if small else TURNS:
                 shape = f"{n} x {vocab} x {features}"
                 results.attempt(

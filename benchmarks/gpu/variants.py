@@ -7,10 +7,12 @@ before any measurement. Nothing here changes what ships: a variant that wins is 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import common
+import sketch
 import torch
 from changed import changed
 
@@ -34,6 +36,7 @@ from cropi_kernels.ops.swiglu import triton as gates
 TOKENS, SCORED = 16384, 8192
 VOCAB, HIDDEN = 151936, 1536
 WIDE, NARROW = 8960, 256  # features of the fold, and of k and v
+SEVEN = 3584, 18944  # rows and columns of Qwen2.5-7B's down_proj
 Row = dict[str, Any]
 
 
@@ -47,11 +50,11 @@ def measured(runs: list[Callable[[], Any]], prediction: float | None) -> Row:
 
 
 class Slab:
-    """gate_proj of Qwen2.5-1.5B; without a fold, down_proj."""
+    """gate_proj of Qwen2.5-1.5B; without a fold, down_proj, or ``shape``."""
 
-    def __init__(self, width: int | None, segments: int = 16) -> None:
-        name, rows, cols = ("gate_proj", WIDE, HIDDEN) if width else ("down_proj", HIDDEN, WIDE)
-        self.plan = plan_matrix(SketchSpec(width=width), f"model.layers.0.mlp.{name}.weight", rows, cols)
+    def __init__(self, width: int | None, segments: int = 16, shape: tuple[int, int] | None = None) -> None:
+        rows, cols = shape or ((WIDE, HIDDEN) if width else (HIDDEN, WIDE))
+        self.plan = plan_matrix(SketchSpec(width=width), "model.layers.0.mlp.gate_proj.weight", rows, cols)
         self.d, self.a = random(TOKENS, rows), random(TOKENS, self.plan.folded_cols)
         self.offsets = common.ragged(TOKENS, segments).cuda()
         self.out = torch.zeros(segments, 32768, device="cuda")
@@ -61,6 +64,20 @@ class Slab:
             run = lambda: sketch_linear(self.d, self.a, self.offsets, self.plan, self.out)  # noqa: E731
             return measured([run], prediction)
 
+    def beside_mm(self, prediction: float, **values: Any) -> Row:
+        """In turns with the product that it replaces: a card at work is slower, and not in all it does alike."""
+        product = self.d.new_empty(self.d.shape[1], self.a.shape[1])
+        with changed(slab, **values):
+            runs: dict[str, Callable[[], Any]] = {
+                "sketch": lambda: sketch_linear(self.d, self.a, self.offsets, self.plan, self.out),
+                "mm": lambda: torch.mm(self.d.t(), self.a, out=product),
+            }
+            graphs = {name: common.graph_of([run], 3)[::2] for name, run in runs.items()}
+            times = common.in_turns({name: graph.replay for name, (graph, _) in graphs.items()}, rounds=5)
+        us = {name: statistics.median(t) / graphs[name][1] * 1000 for name, t in times.items()}
+        row = {"us": us["sketch"], "prediction_us": prediction, "mm_us": us["mm"]}
+        return row | {"of_mm": common.share(times["sketch"], times["mm"])}
+
     def shaped(self, prediction: float | None, **shape: int) -> Row:
         """By steps, with another tile, depth of the pipeline, or number of warps."""
         choose = slab.slab_config
@@ -69,8 +86,51 @@ class Slab:
 
     def in_parts(self, prediction: float | None, **values: int) -> Row:
         """By turns, with other constants."""
-        wide = {"OF_SECOND": 208, "OF_COPIES": 88}
-        return self.time(prediction, turns_options=lambda cols, groups: wide | values)
+        wide = {"HELD": 0, "OF_SECOND": 208, "OF_COPIES": 88}
+        return self.time(prediction, turns_options=lambda *args: wide | values)
+
+
+def larger_groups() -> list[tuple[str, Callable[[], Row]]]:
+    """Fewer programs and partial results, and tiles of D that stay.
+
+    Predicted by a schedule of the programs on 132 multiprocessors, of which each takes 5 us besides its products, and
+    each partial result 0.033 us in the reduction. Without a fold what a token takes of a block pair is what the L2
+    gives (6.1 TB/s, from 970 us of 64 segments, 18 pairs), or with tiles of D that stay, of which 0.74 of it are
+    brought, the product (0.95 of `torch.mm`, of steps of 64 tokens). Measured before: of 64 segments, 18 pairs 970 us
+    beside a product of 613, 36 pairs 911 (624). A layer in a pass 508 and 581 us of 16 and 64 segments, or 1.79 and
+    2.05 reads (a read is 284 us)."""
+    todo: list[tuple[str, Callable[[], Row]]] = []
+    layer = "qwen2.5-1.5b"
+    predicted = {
+        16: ((18, 907), (30, 905), (36, 875), (42, 1000)),
+        64: ((18, 970), (30, 925), (36, 911), (42, 905)),
+    }
+    stay = {16: ((18, 820), (36, 785)), 64: ((18, 840), (36, 785))}
+    passes = {16: ((18, 508), (30, 510), (36, 495)), 64: ((18, 581), (30, 575), (36, 560))}
+    for n in (16, 64):
+        made = Slab(None, n)
+        for held, rows in (False, predicted[n]), (True, stay[n]):
+            for pairs, us in rows:
+                values = {"MOST_PAIRS": pairs, "HELD_FROM": 1 if held else slab.HELD_FROM}
+                run = lambda s=made, p=us, v=values: s.beside_mm(p, **v)  # noqa: E731
+                name = f"slab, no fold, {n} segments: {pairs} pairs a group{', D stays' if held else ''}"
+                todo.append((name, run))
+        for pairs, us in passes[n]:
+            run = lambda n=n, p=us, m=pairs: in_a_pass(layer, n, m, p)  # noqa: E731
+            todo.append((f"a layer in a pass, width 256, {n} segments: {pairs} pairs a group", run))
+    # Six column blocks, of which 4.4 have tiles of their own; 74, of which 8.
+    for shape, us, us_held in (((HIDDEN, HIDDEN), 149, 146), (SEVEN, 3790, 3450)):
+        made = Slab(None, shape=shape)
+        for name, held, p in ("as it ships", slab.HELD_FROM, us), ("D stays", 1, us_held):
+            run = lambda s=made, p=p, h=held: s.beside_mm(p, HELD_FROM=h)  # noqa: E731
+            todo.append((f"slab, no fold, {shape[0]} x {shape[1]}: {name}", run))
+    return todo
+
+
+def in_a_pass(model: str, segments: int, pairs: int, prediction: float) -> Row:
+    with changed(slab, MOST_PAIRS=pairs):
+        row = sketch.in_a_pass(model, segments, 256, common.copy_bandwidth())
+    return {"us": row["pass_ms"] * 1000, "prediction_us": prediction, "times_read": row["times_read"]}
 
 
 def fold(tokens: int, prediction: float) -> Row:
@@ -155,11 +215,7 @@ def main() -> None:
         for pairs, us in ((24, 112), (12, 114), (6, 120), (3, 130)):
             run = lambda n=pairs, p=us, s=made: s.time(p, group_pairs=lambda cols, pairs: n)  # noqa: E731
             todo.append((f"slab w={width}: {pairs} pairs a group", run))
-    # Measured before this prediction: of 64 segments 970 with 18 pairs, 911 with 36.
-    for segments, made in (16, whole), (64, Slab(None, 64)):
-        for pairs, us in ((18, 910), (36, 950)) if segments == 16 else ((18, 970), (36, 910)):
-            run = lambda n=pairs, p=us, s=made: s.time(p, group_pairs=lambda cols, pairs: n)  # noqa: E731
-            todo.append((f"slab, no fold, {segments} segments: {pairs} pairs a group", run))
+    todo += larger_groups()
     for tokens, us in ((512, 112), (256, 116), (1024, 118)):
         todo.append((f"slab w=64: chunks of {tokens}", lambda n=tokens, p=us: gate.time(p, CHUNK_TOKENS=n)))
     for stages, us in ((4, 112), (3, 118), (5, 110)):

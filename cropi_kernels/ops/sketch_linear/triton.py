@@ -26,8 +26,17 @@ from ... import _native, _triton
 from ..._launch import MEMBERS, Launch, padded, usual
 from ..._triton import takes_turns
 from ...plan import MatrixPlan
-from .._device_plan import cached, column_flips, matrix_tables, pair_words, slab_row_signs, upload
+from .._device_plan import (
+    cached,
+    column_flips,
+    matrix_tables,
+    pair_words,
+    slab_row_signs,
+    upload,
+    what_d_is_of,
+)
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
+from .turns import HELD_FROM, HELD_STEPS, TURNS_FROM, TURNS_STEP, turns_launch, turns_options
 
 # ------------------------------------------------------------------------------------------------- fold
 # Measured on an H200, 8960 features folded to 64, 128 and 256: 73, 74 and 75 us; 8 tokens and 4 warps 73, 94 and 81.
@@ -122,6 +131,9 @@ CHUNK_TOKENS = 512  # of a segment per partial result
 # Of tiles of up to 128 columns: two programs a multiprocessor, where a few more would leave one. Measured on an H200,
 # 16384 tokens of 8960 x 1536 folded to 128: two programs 125 us, one 145.
 MOST_REGISTERS = 128
+MOST_PAIRS = (
+    18  # of a group, of slabs wider than 128 columns. 36 is better for 64 segments, of 16 it is not measured
+)
 
 
 def group_pairs(slab_cols: int, pairs: int) -> int:
@@ -137,9 +149,9 @@ def group_pairs(slab_cols: int, pairs: int) -> int:
     """
     if slab_cols <= 128:
         return 12
-    if pairs > 1000:
-        return 24  # what it takes to write and add up the partial results would outweigh the rest
-    return min(18, max(4, _triton.ceil_div(pairs, 4)))
+    # Of many pairs, what it takes to write and add up the partial results would outweigh the rest.
+    most = max(MOST_PAIRS, 24) if pairs > 1000 else MOST_PAIRS
+    return min(most, max(4, _triton.ceil_div(pairs, 4)))
 
 
 def lanes(slab_cols: int) -> int:
@@ -165,12 +177,17 @@ WIDEST_TILE = 4 * (128 + 256) * 64 * 2  # bytes: four stages of both operands
 
 INTO = ("out", "slots", "sums")  # where results go, see `slab_kernel`
 SIGN_BIT: tl.constexpr = tl.constexpr(-(1 << 31))  # of a float32
+WARP: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
-def _pick(values, lane, index):
-    """``values[index]`` of a vector that lives in registers: a few shuffles instead of a load in the loop."""
-    return tl.sum(tl.where(lane == index, values, 0), 0)
+def _pick(values, more, lane, index, SIZE: tl.constexpr):
+    """``values[index]`` of SIZE numbers that live in registers, ``more`` those behind the first WARP: a few shuffles
+    instead of a load in the loop. One vector of all would be spread over warps, which would wait for each other."""
+    found = tl.where(lane == index, values, 0)
+    if SIZE > WARP:
+        found |= tl.where(lane + WARP == index, more, 0)
+    return tl.sum(found, 0)
 
 
 @triton.jit
@@ -238,17 +255,20 @@ def slab_kernel(
         token = tl.arange(0, BK)
         # All that depends on the pair is loaded here, once: a load in the loop whose result is an address of another
         # one would cost the pipeline a stage.
-        lane = tl.arange(0, PAIRS)
+        lane = tl.arange(0, PAIRS if PAIRS < WARP else WARP)
         begin = tl.load(first + slab) + group * group_pairs
         n_pairs = tl.maximum(tl.minimum(group_pairs, tl.load(first + slab + 1) - begin), 0)
         words = tl.load(pairs + begin + lane, mask=lane < n_pairs, other=0)
+        behind = words
+        if PAIRS > WARP:
+            behind = tl.load(pairs + begin + WARP + lane, mask=lane + WARP < n_pairs, other=0)
         length = (t1 - t0).to(tl.int32)
         a_token = token.to(tl.int64) * stride_a
         acc = tl.zeros((BM, BN), tl.float32)
         t = tl.zeros((), tl.int32)
         p = tl.zeros((), tl.int32)
         for _ in range(0, n_pairs * tl.cdiv(length, BK)):
-            word = _pick(words, lane, p)
+            word = _pick(words, behind, lane, p, PAIRS)
             block = (word >> 48 & 0x7FFF).to(tl.int32)
             row = i ^ (word & 0xFFFF).to(tl.int32)
             c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
@@ -283,7 +303,7 @@ def slab_kernel(
             done = t >= length
             # A product whose result is used under a condition alone may run on while the next tiles are fetched.
             if done:
-                after = _pick(words, lane, p + 1)  # no pair: 0
+                after = _pick(words, behind, lane, p + 1, PAIRS)  # no pair: 0
                 more = p + 1 < n_pairs
                 sign = row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
                 sign *= tl.where(more, row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
@@ -324,51 +344,6 @@ def slab_options(slab_cols: int, dtype: torch.dtype, shared: int) -> dict[str, A
 @functools.cache
 def slab_launch(slab_rows: int, slab_cols: int, options: tuple[tuple[str, Any], ...], into: str) -> Launch:
     return Launch(slab_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, INTO=into, **dict(options))
-
-
-TURNS_FROM = 64  # columns of a slab
-TURNS_STEP = 64  # tokens
-
-
-def turns_options(slab_cols: int, groups: int) -> dict[str, int]:
-    """Constants of `slab_turns_kernel`; 4 stages of 256 x 256 are 197 kB, as 6 of 128 x 128; 4 of 128 x 64 are 98.
-
-    Measured on an H200, in turns, 16384 tokens in 16 segments, microseconds of `slab_kernel`, and of slabs in 1, 2 and
-    4 parts:
-
-    - 256 columns: 8960 x 1536 184; 144. Without a fold 1099; 768. Products have 64 rows, so a part has 128 at least.
-    - 128 columns: 1536 x 1536 (1 group) 48; 43, 29. 3584 x 3584 (2) 67; 56, 49. 8960 x 1536 (3) 139; 98, 109. Two of
-      them (6) 259; 203, 185, but of 64 segments 288; 203, 220. Two of 18944 x 3584 (13) 544; 375, 401.
-    - 64 columns: 1536 x 1536 27; 40, 24, 25. 8960 x 1536 101; 106, 88, 91. Two of them 189; 193, 165, 162. With two
-      programs a multiprocessor, 4 parts: 23.6, 86, 168; of 64 segments 92 and 166 for 109 and 198.
-
-    Programs that stay, and begin to copy for the next part before they write one, gained nothing: their turns are
-    fixed, the device's own are not (144 and 152, 98 and 98, 86 and 91).
-    """
-    if slab_cols == 64:  # 80 registers for each of 12 warps: two programs a multiprocessor
-        return {"PARTS": 4, "STAGES": 4, "OF_SECOND": 88, "OF_COPIES": 64, "maxnreg": 80}
-    parts = 2 if slab_cols == 128 and groups <= 2 else 1
-    # 168 for each; up to 128 hold a group's sums. From Triton 3.8 on, warps that copy for 256 columns spill with 88.
-    copies = 88 if _triton.installed() < (3, 8) else 96
-    return {"PARTS": parts, "STAGES": 6 if parts == 2 else 4, "OF_SECOND": 208, "OF_COPIES": copies}
-
-
-@functools.cache
-def turns_launch(
-    slab_rows: int,
-    slab_cols: int,
-    column_signs: bool,
-    alone: bool,
-    options: tuple[tuple[str, int], ...],
-    into: str,
-) -> Launch:
-    """`slab_kernel` by warps of different work."""
-    from .triton_turns import WARPS, slab_turns_kernel
-
-    return Launch(
-        slab_turns_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, COLUMN_SIGNS=column_signs, ALONE=alone, INTO=into,
-        BK=TURNS_STEP, num_warps=WARPS.value, **dict(options),
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,18 +389,21 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
     options = slab_options(plan.slab_cols, dtype, _triton.shared_memory(device))
     parts = plan.slab_rows // options["BM"] * _triton.ceil_div(plan.slab_cols, options["BN"])
     signs, wide = plan.col_fold is None, options["BN"] > 128
+    held = signs and plan.slab_cols == 256 and plan.n_col_blocks >= HELD_FROM
+    held = held and chunk_tokens(plan.n_slabs) <= HELD_STEPS * TURNS_STEP
     alone = wide and len(plans) == 1
     options |= {"PAIRS": lanes(plan.slab_cols), "COLUMN_SIGNS": signs, "ALONE": alone}
     launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, tuple(options.items()))
     turns, turns_parts = {}, 1
     if dtype == torch.bfloat16 and plan.slab_cols >= TURNS_FROM and takes_turns(device):
-        of_turns = turns_options(plan.slab_cols, groups)
+        of_turns = turns_options(plan.slab_cols, groups, held)
         turns_parts = of_turns["PARTS"]
         turns = {
             into: turns_launch(plan.slab_rows, plan.slab_cols, signs, alone, tuple(of_turns.items()), into)
             for into in INTO
         }
-    order = np.argsort(slab, kind="stable")
+    alike = words & np.uint64(what_d_is_of(plan.slab_rows)) if held else slab
+    order = np.lexsort((alike, slab))
     first = upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device)
     none = (1 << 15,) * (MEMBERS - len(plans))  # above every block
     return Stack(

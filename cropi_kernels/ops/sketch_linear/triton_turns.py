@@ -19,11 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .._device_plan import what_d_is_of
 from .._gluon import load_by_threads
 from .._triton_segments import chunk_of
 from .triton import SIGN_BIT, row_signs
 
 _chunk_of, _row_signs = gluon.jit(chunk_of.fn), gluon.jit(row_signs.fn)
+_what_d_is_of = gluon.constexpr_function(what_d_is_of)
 GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group: as many as share a product
 THREADS = gl.constexpr(128)  # of the warps that bring
@@ -76,8 +78,11 @@ def _bring(
     COLS: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    HELD: gl.constexpr,
 ):
     SLAB_ROWS: gl.constexpr = PARTS * GROUPS * ROWS
+    OF_D: gl.constexpr = _what_d_is_of(SLAB_ROWS)
+    OF_ROW: gl.constexpr = OF_D & 0xFFFF if HELD else 0xFFFF
     of_d: gl.constexpr = _pieces_of_16_bytes(ROWS)
     of_a: gl.constexpr = _pieces_of_16_bytes(COLS)
     d_token = gl.arange(0, BK, layout=gl.SliceLayout(1, of_d))
@@ -86,10 +91,14 @@ def _bring(
     j = gl.arange(0, COLS, layout=gl.SliceLayout(0, of_a))
     a_place = a_token.to(gl.int64)[:, None] * stride_a
     step = 0
+    steps, d_step = gl.cdiv(length, BK), 0
     word = gl.load(pairs + begin, mask=n_pairs > 0, other=0)
+    before = ~word
     for p in range(0, n_pairs):
         # On its way while this pair is copied.
         after = gl.load(pairs + begin + gl.minimum(p + 1, n_pairs - 1))
+        fresh = (word ^ before) & OF_D != 0
+        d_step += gl.where(fresh, steps, 0)
         block = (word >> 48 & 0x7FFF).to(gl.int32)
         c = (word >> 32 & 0xFFFF).to(gl.int32) * COLS + (j ^ (word >> 16 & 0xFFFF).to(gl.int32))
         c = gl.max_contiguous(gl.multiple_of(c, 8), 8)
@@ -106,14 +115,16 @@ def _bring(
             stage = step % STAGES
             # The wait for a phase before the first returns at once.
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            for group in gl.static_range(GROUPS):
-                r = first_row + (((part * GROUPS + group) * ROWS + i) ^ (word & 0xFFFF).to(gl.int32))
-                r = gl.max_contiguous(gl.multiple_of(r, 8), 8)
-                load_by_threads(
-                    d_tiles.index(stage * GROUPS + group),
-                    d + (t0 + t) * stride_d + (d_place + r[None, :]),
-                    mask=(d_token < length - t)[:, None] & (r < rows)[None, :],
-                )
+            if HELD == 0 or fresh:
+                d_stage = (d_step - steps + t // BK) % HELD if HELD else stage
+                for group in gl.static_range(GROUPS):
+                    r = first_row + (((part * GROUPS + group) * ROWS + i) ^ (word & OF_ROW).to(gl.int32))
+                    r = gl.max_contiguous(gl.multiple_of(r, 8), 8)
+                    load_by_threads(
+                        d_tiles.index(d_stage * GROUPS + group),
+                        d + (t0 + t) * stride_d + (d_place + r[None, :]),
+                        mask=(d_token < length - t)[:, None] & (r < rows)[None, :],
+                    )
             load_by_threads(
                 a_tiles.index(stage),
                 a + (t0 + t) * stride_a + (a_place + c[None, :]),
@@ -121,6 +132,7 @@ def _bring(
             )
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             step += 1
+        before = word
         word = after
 
 
@@ -147,8 +159,10 @@ def _multiply(
     COLS: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    HELD: gl.constexpr,
 ):
     SLAB_ROWS: gl.constexpr = PARTS * GROUPS * ROWS
+    OF_D: gl.constexpr = _what_d_is_of(SLAB_ROWS)
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     of_bits: gl.constexpr = _bits_of_columns(COLS)
     i = (part * GROUPS + GROUP) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, products))
@@ -157,16 +171,24 @@ def _multiply(
     high = gl.arange(0, COLS // 8, layout=gl.SliceLayout(1, of_bits))
     acc = gl.zeros((ROWS, COLS), gl.float32, layout=products)
     step = 0
+    steps, d_step = gl.cdiv(length, BK), 0
     word = gl.load(pairs + begin, mask=n_pairs > 0, other=0)
+    before = ~word
     for p in range(0, n_pairs):
         more = p + 1 < n_pairs
         after = gl.load(pairs + begin + gl.minimum(p + 1, n_pairs - 1))
+        d_step += gl.where((word ^ before) & OF_D != 0, steps, 0)
         for t in range(0, length, BK):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             # The copies write through another proxy than the products read through.
             fence_async_shared()
-            d = d_tiles.index(stage * GROUPS + GROUP).permute((1, 0))
+            if HELD:
+                d_stage = (d_step - steps + t // BK) % HELD
+                d = d_tiles.index(d_stage * GROUPS + (GROUP ^ (word & ROWS != 0).to(gl.int32)))
+            else:
+                d = d_tiles.index(stage * GROUPS + GROUP)
+            d = d.permute((1, 0))
             acc = warpgroup_mma(d, a_tiles.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if t > 0:  # the step before has ended
@@ -183,6 +205,7 @@ def _multiply(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((step - 1) % STAGES))
         acc = (acc.to(gl.int32, bitcast=True) ^ flip).to(gl.float32, bitcast=True)
+        before = word
         word = after
     place = target + i[:, None] * COLS + j[None, :]
     gl.store(place, gl.load(place, mask=(j >= 0)[None, :] & (i >= 0)[:, None] & add, other=0.0) + acc)
@@ -227,11 +250,14 @@ def slab_turns_kernel(
     PARTS: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    HELD: gl.constexpr,
     OF_SECOND: gl.constexpr,
     OF_COPIES: gl.constexpr,
 ):
-    """PARTS: of a slab, by rows, each a program's. OF_SECOND, OF_COPIES: registers of a thread of the second group, and
-    of the warps that bring operands; the first group has the rest."""
+    """PARTS: of a slab, by rows, each a program's. HELD: tiles of D that stay while pairs have them in common (see
+    `what_d_is_of`), at least the steps of a chunk; 0: D is brought for every pair. They go round: a place is written
+    HELD steps after it was read last, and ``empty`` has told of all steps but the latest STAGES. OF_SECOND, OF_COPIES:
+    registers of a thread of the second group, and of the warps that bring operands; the first group has the rest."""
     ROWS: gl.constexpr = SLAB_ROWS // GROUPS // PARTS
     SLAB: gl.constexpr = SLAB_ROWS * SLAB_COLS
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -249,7 +275,9 @@ def slab_turns_kernel(
         if INTO == "out":
             add = slot < 0
             target = gl.where(add, out + (segment * n_slabs + slab) * SLAB, target)
-        d_tiles = gl.allocate_shared_memory(d_0.dtype.element_ty, [STAGES * GROUPS, BK, ROWS], layout)
+        d_tiles = gl.allocate_shared_memory(
+            d_0.dtype.element_ty, [(HELD or STAGES) * GROUPS, BK, ROWS], layout
+        )
         a_tiles = gl.allocate_shared_memory(a.dtype.element_ty, [STAGES, BK, SLAB_COLS], layout)
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -263,6 +291,7 @@ def slab_turns_kernel(
                     (
                         d_tiles, a_tiles, ready, empty, target, add, pairs, row_sign, flips, padded_rows, begin,
                         n_pairs, length, part, 0, COLUMN_SIGNS, PARTS, ROWS, SLAB_COLS, BK, STAGES,
+                        HELD,
                     ),
                 ),
                 (
@@ -270,6 +299,7 @@ def slab_turns_kernel(
                     (
                         d_tiles, a_tiles, ready, empty, target, add, pairs, row_sign, flips, padded_rows, begin,
                         n_pairs, length, part, 1, COLUMN_SIGNS, PARTS, ROWS, SLAB_COLS, BK, STAGES,
+                        HELD,
                     ),
                 ),
                 (
@@ -278,6 +308,7 @@ def slab_turns_kernel(
                         d_0, d_1, d_2, a, pairs, d_tiles, a_tiles, ready, empty, rows_0, rows_1, rows_2, stride_0,
                         stride_1, stride_2, cols, stride_a, begin_1, begin_2, begin, n_pairs, t0, length, part, ALONE,
                         PARTS, ROWS, SLAB_COLS, BK, STAGES,
+                        HELD,
                     ),
                 ),
             ],

@@ -205,16 +205,23 @@ def log_prob(dtype: str, capped: bool, backward: bool) -> Case:
 
 
 def slab_turns(
-    dtype: str, cols: int, into: str, signs: bool = False, alone: bool = False, groups: int = 3
+    dtype: str,
+    cols: int,
+    into: str,
+    signs: bool = False,
+    alone: bool = False,
+    groups: int = 3,
+    held: bool = False,
 ) -> Case:
     """12 warps share the registers, as of `log_prob_turns`; of narrow slabs, those of half a multiprocessor."""
     kernel = linear_turns.slab_turns_kernel
-    turns = linear.turns_options(cols, groups)
+    turns = linear.turns_options(cols, groups, held)
     launch = linear.turns_launch(32768 // cols, cols, signs, alone, tuple(turns.items()), into)
     constants = {k: v for k, v in launch.constants.items() if k in kernel.arg_names}
     like = slab(dtype, cols, 90)
     types = {n: like.types[n] for n in kernel.arg_names if n not in constants}
     name = f"slab turns {dtype} {cols} {into}{' signs' if signs else ''}{' parts' if groups < 3 else ''}"
+    name += " held" if held else ""
     options = {k: v for k, v in launch.constants.items() if k not in constants}
     return Case(name, kernel, types, constants, like.aligned, options, turns.get("maxnreg", 168), True)
 
@@ -315,6 +322,8 @@ def on_hopper() -> list[Case]:
     return [
         slab_turns("bfloat16", 256, "slots", signs=True, alone=True),
         slab_turns("bfloat16", 256, "slots"),
+        slab_turns("bfloat16", 256, "slots", signs=True, alone=True, held=True),
+        slab_turns("bfloat16", 256, "slots", signs=True, held=True),
         slab_turns("bfloat16", 128, "sums"),
         slab_turns("bfloat16", 128, "out", signs=True),
         slab_turns("bfloat16", 128, "sums", groups=1),

@@ -93,7 +93,7 @@ def test_correctness_as_the_sanitizer_runs_it(
     assert len(got) >= 8 and all(row["ok"] for row in got.values())
 
 
-BY_TURNS = {
+BY_TURNS: dict[str, tuple[list[int], int, int | None, list[int], str]] = {
     "no fold, several groups": ([1312], 704, None, [3, 0, 20, 90], "out"),
     "width 128, three matrices": ([304, 32, 48], 96, 128, [70, 1], "sums"),
     "width 128, two parts, a long segment": ([304], 96, 128, [530, 33], "out"),
@@ -106,6 +106,14 @@ def test_slabs_by_turns(case: str, suite: Any, stage: None) -> None:
     """The case of the suite, in the emulator: `slab_turns_kernel` gives the bits of `slab_kernel`."""
     rows, cols, width, lengths, into = BY_TURNS[case]
     assert suite("correctness").slabs_by_turns(rows, cols, width, lengths, torch.bfloat16, into)["ok"]
+
+
+def test_tiles_of_d_that_stay(suite: Any, stage: None) -> None:
+    """Twelve pairs of one group have seven different tiles of D, three steps each: more than there is room for."""
+    values = {"HELD_FROM": 1, "group_pairs": lambda cols, pairs: 12}
+    assert suite("correctness").slabs_by_turns([144], 1312, None, [130, 3], torch.bfloat16, "out", **values)[
+        "ok"
+    ]
 
 
 def test_launches(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,11 +358,13 @@ def test_variants(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = suite("variants")
-    cut_down(monkeypatch, module, TOKENS=32, SCORED=8, VOCAB=130, HIDDEN=32, WIDE=72)
+    cut_down(monkeypatch, module, TOKENS=32, SCORED=8, VOCAB=130, HIDDEN=32, WIDE=72, SEVEN=(40, 300))
+    cut_down(monkeypatch, module.sketch, TOKENS=32)
+    monkeypatch.setattr(module.slab, "add_slabs", lambda *args: None)
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 67 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 85 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]

@@ -78,6 +78,21 @@ def test_sketch_linear(case: str, dtype: torch.dtype) -> None:
     assert (error <= bound + 2.0**-22 * (start.abs() + exact.abs() + 1e-6)).all(), float(error.max())
 
 
+def test_one_group_of_more_pairs_than_a_warp_has_lanes(
+    half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order, and where there are kernels by turns in the way, in which pairs share tiles of D."""
+    monkeypatch.setattr(kernels, "group_pairs", lambda cols, pairs: 36)
+    monkeypatch.setattr(kernels, "HELD_FROM", 36)
+    plan = plan_matrix(SketchSpec(width=None), "a.b.weight", 48, 9216)
+    offsets = torch.tensor([0, 3, 3, 5])
+    d, a = operands(plan, 5, half)
+    exact, bound = oracle(d, a, offsets, plan)
+    out = sketch_linear(d, a, offsets, plan, torch.zeros(3, 32768), backend="triton")
+    assert kernels.stack_of((plan,), d.device, half).groups == 1
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
 def test_a_segment_is_alone_in_the_world(half: torch.dtype) -> None:
     """Chunks are counted from a segment's own first token: the same bits in any company, and on every run."""
     plan = plan_matrix(SketchSpec(), "a.b.weight", 60, 64)
@@ -245,7 +260,7 @@ def test_group_size_fits_the_kernel() -> None:
     for cols in (16, 64, 128, 256):
         sizes = [kernels.group_pairs(cols, pairs) for pairs in range(1, 3000)]
         assert 1 <= min(sizes) and max(sizes) == kernels.group_pairs(cols, 1 << 30)
-        assert kernels.lanes(cols) <= 32, "a warp holds the words of a group's pairs, one per lane"
+        assert kernels.lanes(cols) <= 64, "a warp holds the words of a group's pairs, at most two per lane"
 
 
 def test_long_chunks_take_their_turns_first() -> None:
