@@ -59,6 +59,8 @@ def unsupported() -> str | None:
         torch.ops.mkldnn, "_reorder_linear_weight"
     ):
         return f"torch {torch.__version__} has no packed linear layers"
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return f"torch {torch.__version__} does not say whether a layer is checkpointed"
     return None
 
 

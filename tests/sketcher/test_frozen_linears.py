@@ -229,6 +229,15 @@ def test_errors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert GradientSketcher(model, linears="auto")._linears.linears == "torch"
 
 
+def test_a_torch_that_does_not_name_its_hooks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.6, the oldest that is allowed: every pass asked for a function that it does not have."""
+    want = sketches(model, linears="torch")
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    assert torch.equal(sketches(model), want)
+    with pytest.raises(RuntimeError, match="torch .* does not say whether a layer is checkpointed"):
+        GradientSketcher(model, linears="onednn")
+
+
 @pytest.mark.long
 def test_compiled_modules_are_refused_by_name(model: Any) -> None:
     model = copy.deepcopy(model)
