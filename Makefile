@@ -72,10 +72,11 @@ $(STAMPS)/torch: constraints.txt scripts/install_torch.py | $(STAMPS)/venv
 	  $(BIN)/python scripts/install_torch.py constraints.txt $(PINS) $(BORROW) $(INDEX); \
 	fi $(END)
 
+# TRAK's package has no wheel: setuptools builds it. Only a torch that pip installed brings setuptools along.
 $(STAMPS)/deps: pyproject.toml $(STAMPS)/torch
 	$(call BEGIN,packages from the registry) \
 	if [ -z "$(OFFLINE)" ]; then \
-	  $(PIP) -c $(PINS) scikit-build-core hatch-fancy-pypi-readme pybind11 cmake ninja; \
+	  $(PIP) -c $(PINS) scikit-build-core hatch-fancy-pypi-readme pybind11 cmake ninja setuptools; \
 	  $(PIP) -c $(PINS) --no-build-isolation --only-deps '.[run,triton,test,bench,dev]'; \
 	fi $(END)
 
