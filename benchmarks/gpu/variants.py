@@ -36,7 +36,7 @@ from cropi_kernels.ops.swiglu import triton as gates
 TOKENS, SCORED = 16384, 8192
 VOCAB, HIDDEN = 151936, 1536
 WIDE, NARROW = 8960, 256  # features of the fold, and of k and v
-SEVEN = 3584, 18944  # rows and columns of Qwen2.5-7B's down_proj
+SQUARE, SEVEN = (1536, 1536), (3584, 18944)  # Qwen2.5-1.5B's o_proj and 7B's down_proj
 Row = dict[str, Any]
 
 
@@ -93,17 +93,20 @@ class Slab:
 def larger_groups() -> list[tuple[str, Callable[[], Row]]]:
     """Fewer programs and partial results, and tiles of D that stay.
 
-    Predicted by a schedule of the programs on 132 multiprocessors, of which each takes 5 us besides its products, and
-    each partial result 0.033 us in the reduction. Without a fold what a token takes of a block pair is what the L2
-    gives (6.1 TB/s, from 970 us of 64 segments, 18 pairs), or with tiles of D that stay, of which 0.74 of it are
-    brought, the product (0.95 of `torch.mm`, of steps of 64 tokens). Measured before: of 64 segments, 18 pairs 970 us
-    beside a product of 613, 36 pairs 911 (624). A layer in a pass 508 and 581 us of 16 and 64 segments, or 1.79 and
-    2.05 reads (a read is 284 us)."""
+    Predicted without a fold: 834 us of 64 segments and 804 of 16 for what the L2 gives, 0.071 us a program and its
+    partial result, 65 us for every GB that the L2 lacks, of 45 MB whose oldest blocks go first. Groups of 24, 30 and 42
+    pairs lack 1.6 of 64 segments and 1.7 to 3.5 of 16; 18 (about half of a row block's 35 pairs) 0.4 and 0.5, 36 (35
+    are taken) 0.3: the programs of a chunk then read the same columns of A at the same time. Measured before, of 64
+    segments: 18 pairs 970 us (the product 613), 24 pairs 1025 (663), 36 pairs 911 (624). With tiles of D that stay the
+    L2 gives 0.74 of it, and the product is the limit (0.95 of `torch.mm`, of whole steps of 64 tokens). Of a 7B layer,
+    74 pairs a row block, 24 pairs lack 2.2 GB, 36 pairs 9.2, 37 pairs 1.0.
+
+    A layer in a pass took 508 and 581 us of 16 and 64 segments: 1.79 and 2.05 reads."""
     todo: list[tuple[str, Callable[[], Row]]] = []
     layer = "qwen2.5-1.5b"
     predicted = {
-        16: ((18, 907), (30, 905), (36, 875), (42, 1000)),
-        64: ((18, 970), (30, 925), (36, 911), (42, 905)),
+        16: ((18, 907), (24, 1083), (30, 985), (36, 860), (42, 1080)),
+        64: ((18, 970), (24, 1022), (30, 995), (36, 911), (42, 995)),
     }
     stay = {16: ((18, 820), (36, 785)), 64: ((18, 840), (36, 785))}
     passes = {16: ((18, 508), (30, 510), (36, 495)), 64: ((18, 581), (30, 575), (36, 560))}
@@ -118,12 +121,20 @@ def larger_groups() -> list[tuple[str, Callable[[], Row]]]:
         for pairs, us in passes[n]:
             run = lambda n=n, p=us, m=pairs: in_a_pass(layer, n, m, p)  # noqa: E731
             todo.append((f"a layer in a pass, width 256, {n} segments: {pairs} pairs a group", run))
-    # Six column blocks, of which 4.4 have tiles of their own; 74, of which 8.
-    for shape, us, us_held in (((HIDDEN, HIDDEN), 149, 146), (SEVEN, 3790, 3450)):
+    for shape, pairs, held, us in (
+        (SQUARE, 18, False, 149),
+        (SQUARE, 18, True, 146),  # six column blocks, of which five have tiles of their own
+        (SEVEN, 24, False, 3790),
+        (SEVEN, 36, False, 4150),
+        (SEVEN, 37, False, 3620),
+        (SEVEN, 37, True, 3450),
+    ):
         made = Slab(None, shape=shape)
-        for name, held, p in ("as it ships", slab.HELD_FROM, us), ("D stays", 1, us_held):
-            run = lambda s=made, p=p, h=held: s.beside_mm(p, HELD_FROM=h)  # noqa: E731
-            todo.append((f"slab, no fold, {shape[0]} x {shape[1]}: {name}", run))
+        constants: Row = {"group_pairs": lambda cols, pairs, n=pairs: n}
+        constants["HELD_FROM"] = 1 if held else slab.HELD_FROM
+        run = lambda s=made, p=us, v=constants: s.beside_mm(p, **v)  # noqa: E731
+        name = f"slab, no fold, {shape[0]} x {shape[1]}: {pairs} pairs a group{', D stays' if held else ''}"
+        todo.append((name, run))
     return todo
 
 

@@ -358,13 +358,23 @@ def test_variants(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = suite("variants")
-    cut_down(monkeypatch, module, TOKENS=32, SCORED=8, VOCAB=130, HIDDEN=32, WIDE=72, SEVEN=(40, 300))
+    cut_down(
+        monkeypatch,
+        module,
+        TOKENS=32,
+        SCORED=8,
+        VOCAB=130,
+        HIDDEN=32,
+        WIDE=72,
+        SQUARE=(32, 32),
+        SEVEN=(40, 300),
+    )
     cut_down(monkeypatch, module.sketch, TOKENS=32)
     monkeypatch.setattr(module.slab, "add_slabs", lambda *args: None)
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 85 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 89 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]
