@@ -65,8 +65,6 @@ def test_standard_error_of_the_nearest_is_the_widened_bootstraps(stores: Any) ->
     rng = np.random.default_rng(0)
     drawn = np.stack([one.score(one.resample(rng)) for _ in range(4000)])
     np.testing.assert_allclose(one.stderr(), math.sqrt(8 / 7) * drawn.std(axis=0), rtol=0.15)
-    alone = pairwise(train, [in_memory(stores[3][:1], "v", ["x"])])
-    assert np.isnan(NearestSet(alone, "x", usable, "cosine").stderr()).all()
 
 
 def test_standard_error_and_moves_of_the_nearest_are_those_of_other_prompts() -> None:

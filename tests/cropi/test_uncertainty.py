@@ -12,12 +12,13 @@ from support.stores import on_disk
 
 from cropi.errors import CropiError
 from cropi.ranking import redrawn
+from cropi.ranking.given import given_stores
 from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import Pairwise, neighbours, pairwise
 from cropi.ranking.response_noise import ResponseNoise
 from cropi.ranking.rule import Rule
 from cropi.ranking.selection import select
-from cropi.ranking.uncertainty import Uncertainty, uncertainty
+from cropi.ranking.uncertainty import Uncertainty, uncertainty, with_uncertainty
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 
@@ -347,13 +348,28 @@ def test_columns_that_are_ranked_grow_with_the_sets_as_draws_do(monkeypatch: pyt
 
 
 def test_a_set_of_one_prompt_has_no_estimate() -> None:
+    """All of the chosen prompts seemed to stay chosen: nothing moves the scores of one prompt."""
+    rng = np.random.default_rng(4)
+    train, valid = rng.normal(size=(10, 6)), rng.normal(size=(4, 6))
+    with pytest.raises(CropiError, match="validation set 'b' has 1 prompt, so that nothing shows how others"):
+        uncertainty(made_pairs(train, valid, ["a"] * 3 + ["b"]), draws=5)
+    pool, sides = given_stores(train, {"a": valid[:3], "b": valid[3:]})
+    scores = with_uncertainty(influence(pool, sides), pool, sides)
+    assert scores.stderr is None and Uncertainty.of(scores) is None
+    for options in ({"confidence": 0.9}, {"method": "p_selected"}):
+        with pytest.raises(CropiError, match="the validation set 'b' has 1 prompt"):
+            scores.select(0.2, **options)
+
+
+@pytest.mark.parametrize("prompts", [2, 5])
+def test_few_prompts_are_said_to_tell_little(prompts: int) -> None:
+    """docs/trust.md has how far off the shares are."""
     rng = np.random.default_rng(4)
     made = uncertainty(
-        made_pairs(rng.normal(size=(10, 6)), rng.normal(size=(4, 6)), ["a"] * 3 + ["b"]), draws=5
+        made_pairs(rng.normal(size=(10, 6)), rng.normal(size=(prompts, 6)) + 2, ["a"] * prompts), draws=5
     )
-    assert np.isnan(made.stderr[:, 1]).all() and np.isfinite(made.stderr[:, 0]).all()
-    assert "1 prompt; its noise cannot be estimated" in made.sets[1].advice()
-    assert np.isnan(made.interval()[0][:, 1]).all()
+    said = "of fewer than 5 it is rough, and fewer prompts stay chosen than is said here" in str(made)
+    assert said == (prompts < 5)
 
 
 def test_mistakes(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ KEPT = 64  # nearest prompts that draws look at: none of them is drawn once in e
 
 
 class ResampledSet(Protocol):
-    """What :func:`cropi.ranking.uncertainty.uncertainty` needs of a validation set."""
+    """What :func:`cropi.ranking.uncertainty.uncertainty` needs of a validation set, which has two prompts or more."""
 
     name: str
     members: np.ndarray
@@ -49,13 +49,13 @@ class ResampledSet(Protocol):
         that other prompts give. The length of the mean gradient, which moves no rank, stays as it is."""
 
     def halves(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Weights of two halves; a set of one prompt stands in both."""
+        """Weights of two halves."""
 
     def stderr(self) -> np.ndarray:
-        """The standard error of every score, NaN for a set of one prompt."""
+        """The standard error of every score."""
 
     def signal(self) -> float:
-        """The signal's share of the mean gradient, |mu|^2 / E|m|^2; NaN without a mean, or with one prompt."""
+        """The signal's share of the mean gradient, |mu|^2 / E|m|^2; NaN without a mean."""
 
 
 class _Drawn:
@@ -65,7 +65,7 @@ class _Drawn:
     def _widened(self) -> float:
         """Draws with replacement from n prompts vary (n - 1) / n times as much as other prompts do."""
         n = len(self.base)
-        return math.sqrt(n / (n - 1)) if n > 1 else 0.0
+        return math.sqrt(n / (n - 1))
 
     def resample(self, rng: np.random.Generator) -> np.ndarray:
         n = len(self.base)
@@ -73,8 +73,6 @@ class _Drawn:
 
     def halves(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         n = len(self.base)
-        if n == 1:
-            return self.base, self.base
         order = rng.permutation(n)
         sides = np.zeros(n), np.zeros(n)
         for side, part in zip(sides, (order[: n // 2], order[n // 2 :]), strict=True):
@@ -134,8 +132,6 @@ class MeanSet(_Drawn):
 
     def stderr(self) -> np.ndarray:
         n = len(self.base)
-        if n == 1:
-            return np.full(len(self.usable), math.nan)
         squared = float(self.base @ self._with_mean)
         errors = np.empty(len(self.usable))
         for here, values in self._blocks():
@@ -147,8 +143,6 @@ class MeanSet(_Drawn):
 
     def signal(self) -> float:
         n = len(self.base)
-        if n == 1:
-            return math.nan
         between = (self.gram.sum() - np.trace(self.gram)) / (n * (n - 1))
         return float(between / (self.base @ self.gram @ self.base))
 
@@ -190,8 +184,6 @@ class NearestSet(_Drawn):
         return mean, np.sqrt(np.maximum((ordered - mean[:, None]) ** 2 @ share, 0.0))
 
     def stderr(self) -> np.ndarray:
-        if len(self.base) == 1:
-            return np.full(len(self.products), math.nan)
         return self._of_draws()[1] * self._widened
 
     def signal(self) -> float:

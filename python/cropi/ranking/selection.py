@@ -326,11 +326,6 @@ def _lower(table: np.ndarray, scores: Scores, level: float, places: np.ndarray) 
             f"({scores.meta.get('uncertainty_missing', 'none were made')}); score with draws of at least 2"
         )
     prompts = {one["name"]: one["prompts"] for one in held["sets"]}
-    alone = [name for name in scores.sets if prompts[name] < 2]
-    if alone:
-        raise CropiError(
-            f"confidence: the validation set {alone[0]!r} has 1 prompt, so its standard error is unknown; give it more"
-        )
     lower = scores.stderr[places]
     lower *= -students_quantile(level, [prompts[name] - 1 for name in scores.sets])
     lower += table  # in place: of a million prompts another table would not fit beside it

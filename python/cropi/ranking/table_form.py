@@ -8,7 +8,7 @@ from cropi.checked import fits
 from cropi.form import is_number, wrong_form
 
 _SET = {
-    "name": str, "prompts": lambda count: fits(count, int) and count > 0, "stderr": is_number,
+    "name": str, "prompts": lambda count: fits(count, int) and count > 1, "stderr": is_number,
     "stderr_at_cut": is_number, "signal": is_number, "from_responses?": is_number, "own?": is_number,
 }  # fmt: skip
 _UNCERTAINTY = {

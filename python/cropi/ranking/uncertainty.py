@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # what a table holds of it is read without torch
     from cropi.store.store import SketchStore
 
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
+# Of fewer validation prompts their gradients span too little of what others would move: docs/trust.md has figures.
+FEW = 5
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,27 @@ class SetUncertainty:
     from_responses: float = math.nan
     own: float = math.nan
 
+    @property
+    def few(self) -> bool:
+        """Whether the prompts are too few to say what others would choose."""
+        return self.prompts < FEW
+
     def advice(self) -> str:
         """One sentence in words."""
-        if self.prompts < 2:
-            return f"{self.name}: 1 prompt; its noise cannot be estimated, give at least 8"
-        if math.isnan(self.signal):
-            return (
-                f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut (of the "
-                "nearest prompt)"
-            )
         if self.signal <= 0.2:
             return (
                 f"{self.name}: {self.prompts} prompts; their mean gradient is mostly noise (signal "
                 f"{max(self.signal, 0):.2f} of 1), give more prompts or leave the set out"
+            )
+        if self.few:
+            return (
+                f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut; of fewer "
+                f"than {FEW} it is rough, and fewer prompts stay chosen than is said here"
+            )
+        if math.isnan(self.signal):
+            return (
+                f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut (of the "
+                "nearest prompt)"
             )
         part = (
             ""
@@ -118,7 +128,7 @@ class Uncertainty:
 
         Student's t over n - 1 degrees of freedom times the standard error; of cosines divided by ``sqrt(signal)``, and
         by ``sqrt(own_signal)`` where that is known: then they are limits of the cosine of the two *population*
-        gradients. NaN where a set's signal is not above 0, or a set has one prompt.
+        gradients. NaN where a set's signal is not above 0.
 
         Raises:
             CropiError: a level that is not in (0, 1), or cosines less those of a contrast set, of which each has a
@@ -131,7 +141,7 @@ class Uncertainty:
                 f"interval: these scores are differences of cosines (minus {self.minus!r}), whose limits are not "
                 "known; score without minus, or with metric='dot'"
             )
-        degrees = [s.prompts - 1 if s.prompts > 1 else math.nan for s in self.sets]
+        degrees = [s.prompts - 1 for s in self.sets]
         scale = np.ones(len(self.sets))
         if self.metric == "cosine":
             own = 1.0 if math.isnan(self.own_signal) else self.own_signal
@@ -213,7 +223,8 @@ def uncertainty(
         options: the fields of :class:`cropi.options.Selecting`.
 
     Raises:
-        CropiError: an unknown option, a fraction that chooses nothing, no training prompt with a score.
+        CropiError: an unknown option, a fraction that chooses nothing, no training prompt with a score, or a validation
+            set of one prompt.
     """
     given = one_of(selecting, options, Selecting)
     if given.method not in FROM_SCORES:
@@ -227,6 +238,8 @@ def uncertainty(
         raise CropiError(
             "noise is that of means of validation gradients: aggregate must be mean, got 'nearest'"
         )
+    if alone := _alone({name: len(pairs.members(name)) for name in pairs.sets}):
+        raise CropiError(alone)
     usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
     if not len(usable):
         raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
@@ -281,7 +294,8 @@ MOST_PAIRS = 1 << 27
 
 def few_pairs(train: SketchStore, valid: Sequence[SketchStore], max_valid: int | None) -> bool:
     """Whether the products of all training and validation prompts that count are few enough to be resampled."""
-    return not _too_many(len(train), _members(valid, max_valid))
+    members = _members(valid, max_valid)
+    return not _alone(members) and not _too_many(len(train), sum(members.values()))
 
 
 def _too_many(train: int, valid: int) -> str:
@@ -292,9 +306,21 @@ def _too_many(train: int, valid: int) -> str:
     return f"{train} x {valid} pairs" if train >= valid else f"{valid} x {valid} pairs of validation prompts"
 
 
-def _members(valid: Sequence[SketchStore], max_valid: int | None) -> int:
+def _alone(members: Mapping[str, int]) -> str:
+    """Which set has a single prompt, by which nothing is known of others, or nothing."""
+    alone = [name for name, count in members.items() if count < 2]
+    return (
+        f"the validation set {alone[0]!r} has 1 prompt, so that nothing shows how others would move its scores; give "
+        "at least 8"
+        if alone
+        else ""
+    )
+
+
+def _members(valid: Sequence[SketchStore], max_valid: int | None) -> dict[str, int]:
+    """How many prompts of every validation set count."""
     counts = Counter(row.set or DEFAULT_SET for store in valid for row in store.rows() if row.status == OK)
-    return sum(min(count, max_valid or count) for count in counts.values())
+    return {name: min(count, max_valid or count) for name, count in counts.items()}
 
 
 def with_uncertainty(
@@ -310,7 +336,8 @@ def with_uncertainty(
     """A score table with its standard errors and ``p_selected``, from the stores that it was made from.
 
     Left out, and said why in ``meta["uncertainty_missing"]``: with ``draws`` 0, where the fraction chooses none, and
-    beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt, or of two validation prompts.
+    where a validation set has one prompt, and beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt, or
+    of two validation prompts.
     """
     from cropi.ranking.pairwise import pairwise
     from cropi.ranking.response_noise import response_noise
@@ -326,7 +353,9 @@ def with_uncertainty(
         why = "resampling was switched off (draws)"
     elif nothing := _chooses_nothing(scores, given):
         why = nothing
-    elif many := _too_many(len(train), members):
+    elif alone := _alone(members):
+        why = alone
+    elif many := _too_many(len(train), sum(members.values())):
         why = f"{many} are more than are resampled; --max-valid makes them fewer"
     if why:
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why}, pairs=None)

@@ -158,7 +158,7 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
             "choice",
             f"{sure.overlap:.0%} of the chosen prompts would stay with other validation prompts",
         )
-        weak = [s for s in sure.sets if s.prompts < 2 or s.signal <= 0.2]
+        weak = [s for s in sure.sets if s.few or s.signal <= 0.2]
         for one in weak:
             add("warning", "validation", one.advice())
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
