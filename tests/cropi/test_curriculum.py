@@ -118,11 +118,38 @@ def test_training_in_this_process_with_trl(
     assert curriculum(path_of_config) == 0
     again = AutoModelForCausalLM.from_pretrained(new).lm_head.weight
     assert torch.equal(trained, again)
-    # Killed between the last checkpoint and the end of the step: nothing is trained a second time.
+    # With other options only anew: what is in a checkpoint goes on with the learning rate and the steps that it has.
     forget(out / "state.json", "train")
     shutil.rmtree(new)
+    before = (out / "state.json").read_bytes()
+    for changes in (
+        {"trl": {**options, "args": {**args, "learning_rate": 0.02}}},
+        {"steps": 1},
+        {"trainer": TRAINER},
+    ):
+        given = {
+            "trainer": "trl",
+            "trl": options,
+            "stages": 1,
+            "steps": 2,
+            "chat_template": template,
+        } | changes
+        if given["trainer"] != "trl":
+            given["trl"] = None
+        assert curriculum(config(made, out, **given)) == 2
+        assert "holds half of a stage's training with train." in capsys.readouterr().err
+        assert (out / "state.json").read_bytes() == before
+    path_of_config = config(made, out, **(given | {"trainer": "trl", "trl": options}))
+    # Killed between the last checkpoint and the end of the step: nothing is trained a second time.
     assert curriculum(path_of_config) == 0
     assert torch.equal(trained, AutoModelForCausalLM.from_pretrained(new).lm_head.weight)
+    # And anew it trains as a stage that had none.
+    forget(out / "state.json", "train")
+    path_of_config = config(made, out, **(given | {"trainer": "trl", "trl": options, "steps": 1}))
+    assert curriculum(path_of_config, "--accept-changes") == 0
+    assert [path.name for path in (out / "stage-00/trained/checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-1"
+    ]
     capsys.readouterr()
     for changes, words in (
         ({"rewards": "x"}, "'rewards' is not known; did you mean 'reward'?"),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from cropi.atomic import write_atomic
 from cropi.checked import fits
-from cropi.curriculum.plan import Plan
+from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.errors import CropiError, shown
-from cropi.files import entries, is_there
+from cropi.files import entries, is_there, writing
 from cropi.form import check_form
 from cropi.report.forms import BESIDE, TRAINED, is_amount
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
+from cropi.trainers.trl.checkpoints import newest_whole
 
 FORMAT = 1
 NAME = "state.json"
@@ -96,6 +98,7 @@ class State:
                     f"{shown(differs.right)}, and {len(used)} finished stage(s) used the first; put it back, give "
                     "another --out, or pass --accept-changes to use the new value from here on"
                 )
+        self._check_training(plan, wanted)
         last = max((entry["stage"] for entry in self.data["done"]), default=0)
         if last >= plan.stages:
             raise CropiError(
@@ -103,6 +106,24 @@ class State:
                 f"give at least {last + 1}"
             )
         self.data["settings"] = wanted
+
+    def _check_training(self, plan: Plan, wanted: dict[str, Any]) -> None:
+        """Training in this process goes on from its checkpoints, with the learning rate and the steps that are in them:
+        it cannot change half way. A command's training is its own."""
+        started, held = self.data["started"] or {}, self.data["settings"].get("train", {})
+        differs = first_difference(held, wanted["train"], "train")
+        if started.get("step") != "train" or held.get("trainer") != IN_PROCESS or not differs:
+            return
+        checkpoints = plan.stage_folder(started["stage"]) / "trained" / "checkpoints"
+        if newest_whole(checkpoints, "trainer_state.json") is None:
+            return
+        if not plan.accept_changes:
+            raise CropiError(
+                f"{checkpoints} holds half of a stage's training with {differs.field} = {shown(differs.left)}, but now "
+                f"it is {shown(differs.right)}; put it back to go on, or pass --accept-changes to train this stage anew"
+            )
+        with writing(checkpoints):
+            shutil.rmtree(checkpoints)
 
     def result(self, stage: int, step: str) -> dict[str, Any] | None:
         """The results of a finished step, or None while it is not finished."""
