@@ -131,9 +131,8 @@ CHUNK_TOKENS = 512  # of a segment per partial result
 # Of tiles of up to 128 columns: two programs a multiprocessor, where a few more would leave one. Measured on an H200,
 # 16384 tokens of 8960 x 1536 folded to 128: two programs 125 us, one 145.
 MOST_REGISTERS = 128
-MOST_PAIRS = (
-    18  # of a group, of slabs wider than 128 columns. 36 is better for 64 segments, of 16 it is not measured
-)
+# Of a group, of slabs wider than 128 columns; docs/gpu.md says what 36 would give.
+MOST_PAIRS = 18
 
 
 def group_pairs(slab_cols: int, pairs: int) -> int:

@@ -111,9 +111,8 @@ def test_slabs_by_turns(case: str, suite: Any, stage: None) -> None:
 def test_tiles_of_d_that_stay(suite: Any, stage: None) -> None:
     """Twelve pairs of one group have seven different tiles of D, three steps each: more than there is room for."""
     values = {"HELD_FROM": 1, "group_pairs": lambda cols, pairs: 12}
-    assert suite("correctness").slabs_by_turns([144], 1312, None, [130, 3], torch.bfloat16, "out", **values)[
-        "ok"
-    ]
+    row = suite("correctness").slabs_by_turns([144], 1312, None, [130, 3], torch.bfloat16, "out", **values)
+    assert row["ok"]
 
 
 def test_launches(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
