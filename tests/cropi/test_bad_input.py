@@ -189,7 +189,7 @@ def test_prompts_whose_hashes_collide_are_not_put_together(
     path = write_lines(tmp_path / "records.jsonl", records)
     assert main(["info", str(path)]) == 2
     assert "the prompt id 'text-0000' was used before" in capsys.readouterr().err
-    monkeypatch.setattr("cropi.trainers.dumps.rows.text_id", lambda text: "text-0000")
+    monkeypatch.setattr("cropi.trainers.dumps.rows.hashed", lambda text: "text-0000")
     dump = [{"input": p, "output": "a", "reward": n} for n, p in enumerate("qqz")]
     path = write_lines(tmp_path / "dump.jsonl", dump)
     assert main(["info", str(path), "--source", "openrlhf"]) == 2

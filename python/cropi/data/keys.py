@@ -44,6 +44,12 @@ ENDS: dict[str | None, bool] = {
     ),
 }
 
+
+def was_cut(reason: Any) -> bool | None:
+    """Whether a response was cut by a limit, by the engine's reason for its end; None: the reason does not say."""
+    return ENDS.get(reason) if isinstance(reason, str) else None
+
+
 # Other names of fields, as trainers and engines write them.
 ALIASES = {
     **dict.fromkeys(REASONS, "truncated"),

@@ -29,7 +29,7 @@ from cropi.trainers.dumps.fields import (
     token_ids,
 )
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 
 COLUMNS = ("tokens", "masks", "scores")
@@ -123,7 +123,7 @@ def _rollout(
         nested(group, "generation_params.temperature") if reading.temperature is None else reading.temperature
     )
     return checked(Rollout(
-        id=text_id(" ".join(map(str, prompt))) if reading.id_key is None else id_of(group, reading.id_key, None, where),
+        id=id_of(group, reading.id_key, " ".join(map(str, prompt)), where),
         reward=reward_of(row["scores"], "scores", where), step=step, where=where, prompt_ids=prompt, response_ids=ids,
         loss_mask=mask, logprobs=log_probs(probs, len(ids), mask, LOGPROBS, where),
         temperature=None if warm is None else finite(warm, "generation_params.temperature", where),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cropi.data.forms import hashed
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
@@ -31,7 +32,7 @@ from cropi.trainers.dumps.fields import (
     whole,
 )
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import rows_of_dump
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
@@ -116,7 +117,7 @@ def _rollout(
     if values is not None and len(values) < end:
         raise BadSample(where, str(source), f"has {len(values)} entries for {length} tokens")
     probs = None if values is None else log_probs(values[start:end], end - start, mask, str(source), where)
-    name = prompt_id(row[id_key], id_key, where) if id_key else text_id(" ".join(map(str, tokens[:start])))
+    name = prompt_id(row[id_key], id_key, where) if id_key else hashed(" ".join(map(str, tokens[:start])))
     return checked(Rollout(
         id=name, reward=finite(row["rewards"], "rewards", where), step=step, where=where, prompt_ids=tokens[:start],
         response_ids=tokens[start:end], logprobs=probs, loss_mask=mask, temperature=temperature,

@@ -23,7 +23,7 @@ from cropi.trainers.dumps.fields import (
     whole,
 )
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, answer, checked, text_id
+from cropi.trainers.dumps.rollout import Rollout, answer, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
 
@@ -45,9 +45,9 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
         prompt, ids = (token_ids(row[key], key, where) for key in KEYS[:2])
         if not ids:
             raise Unused(where, KEYS[1], "is empty")
-        task, name = row.get("dataset"), text_id(" ".join(map(str, prompt)))
+        task = row.get("dataset")
         return checked(Rollout(
-            id=name if reading.id_key is None else id_of(row, reading.id_key, None, where),
+            id=id_of(row, reading.id_key, " ".join(map(str, prompt)), where),
             reward=reward_of(row["reward"], "reward", where), where=where,
             step=step if row.get("step") is None else whole(row["step"], "step", where), prompt_ids=prompt,
             response_ids=ids, logprobs=log_probs(row.get("logprobs"), len(ids), None, "logprobs", where),

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cropi.data.keys import RENDERED
+from cropi.data.keys import RENDERED, was_cut
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError, warn
 from cropi.trainers.dumps.fields import (
@@ -160,7 +160,7 @@ def _rollout(
     warm = reading.temperature
     if warm is None:
         warm = row.request.get("temperature", row.row.get("temperature"))
-    tools, reason = row.request.get("tools", row.row.get("tools")), choice.get("finish_reason")
+    tools = row.request.get("tools", row.row.get("tools"))
     extra: dict[str, Any] = {} if ids else {"lossy": True}
     if isinstance(message, Mapping) and isinstance(row.prompt, str):
         extra[RENDERED] = False  # the server made a user's message of it
@@ -176,8 +176,7 @@ def _rollout(
         id=id_of(row.row, reading.id_key, prompt, where), reward=reward, step=step, where=where,
         prompt_ids=prompt_ids, response_ids=ids, logprobs=probs, prompt=row.prompt, response=text or None,
         answer=row.row.get("answer"), temperature=None if warm is None else finite(warm, "temperature", where),
-        truncated={"length": True, "stop": False, "tool_calls": False}.get(reason) if isinstance(reason, str) else None,
-        extra=extra,
+        truncated=was_cut(choice.get("finish_reason")), extra=extra,
     ))  # fmt: skip
 
 

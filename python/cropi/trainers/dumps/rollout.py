@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cropi.atomic import replacing
-from cropi.data.forms import hashed
 from cropi.data.keys import FIELDS, RENDERED
 from cropi.data.records import PromptGroup, parse_record
 from cropi.data.spilled import Spilled
@@ -44,11 +43,6 @@ class Rollout:
     loss_mask: list[int] | None = None
     truncated: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-def text_id(text: str) -> str:
-    """A prompt id made from the prompt's text, for dumps that carry none: equal texts have equal ids."""
-    return hashed(text)
 
 
 def messages(value: Any) -> Any:

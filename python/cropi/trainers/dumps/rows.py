@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.data.forms import hashed
 from cropi.data.sources import PathSource, fields_of, is_blank
 from cropi.data.tables import TableRow, row_of_table
 from cropi.errors import RecordError
 from cropi.trainers.dumps.fields import BadSample, Left, finite, listed, names, nested, prompt_id, shown
-from cropi.trainers.dumps.rollout import text_id
 
 
 def rows_of_dump(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -60,9 +60,7 @@ def id_of(row: Any, id_key: str | None, prompt: Any, where: str) -> str:
         BadSample: there is nothing at ``id_key``.
     """
     if id_key is None:
-        return text_id(
-            prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr)
-        )
+        return hashed(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr))
     value = row.get(id_key) if id_key in row else nested(row, id_key)
     if value is None:
         raise BadSample(where, id_key[:80], "is missing, which --id-key names")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.checked import is_id
+from cropi.data.forms import hashed
 from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import (
     BadSample,
@@ -32,7 +33,7 @@ from cropi.trainers.dumps.fields import (
 )
 from cropi.trainers.dumps.pickled import contents, items_of, load_dump
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, messages, text_id
+from cropi.trainers.dumps.rollout import Rollout, checked, messages
 from cropi.trainers.dumps.rollout import answer as plain_answer
 from cropi.trainers.dumps.rows import named_reward
 
@@ -162,7 +163,7 @@ def _id(sample: Mapping[str, Any], prompt: list[int], key: str | None, where: st
     metadata = sample.get("metadata")
     name = metadata.get(key or ID_KEY) if isinstance(metadata, Mapping) else None
     if key is None and not is_id(name):
-        return text_id(" ".join(map(str, prompt)))
+        return hashed(" ".join(map(str, prompt)))
     key = key or ID_KEY
     if name is None:
         raise BadSample(

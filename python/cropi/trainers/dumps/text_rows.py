@@ -33,6 +33,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from cropi.data.keys import was_cut
 from cropi.data.scan import LossyTokens
 from cropi.errors import warn
 from cropi.trainers.dumps.fields import BadSample, Left, Unused, check_keys, nested, whole
@@ -94,7 +95,7 @@ def read_dump(path: Path, source: str, reading: Reading, left: Left) -> Iterator
         stop = row.get(columns.stop) if columns.stop else None
         task = row.get(columns.task) if columns.task else None
         response = text_of(row[columns.response], columns.response, where)
-        cut = {"length": True, "stop": False}.get(stop) if isinstance(stop, str) else None
+        cut = was_cut(stop)
         if cut is None and columns.special:
             cut = not response.endswith(">")
         extra: dict[str, Any] = {"lossy": True}

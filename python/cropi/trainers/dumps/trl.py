@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from cropi.data.forms import hashed
 from cropi.errors import CropiError
 from cropi.trainers.dumps.evaluated import warn_evaluated
 from cropi.trainers.dumps.fields import BadSample, Left, NotFinite, Unused, finite, names, whole
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
 
@@ -101,7 +102,7 @@ def rollouts_of(path: Path, reading: Reading, left: Left, rows: Rows) -> Iterato
 
 def _group(row: dict[str, Any]) -> str:
     """What the completions of one prompt at one step share."""
-    return text_id(repr((row.get("step"), row.get("prompt"))))
+    return hashed(repr((row.get("step"), row.get("prompt"))))
 
 
 def _reward_columns(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.formats import ending_of
+from cropi.data.forms import hashed
 from cropi.errors import CropiError, optional
 from cropi.trainers.dumps.fields import (
     BadSample,
@@ -37,7 +38,7 @@ from cropi.trainers.dumps.fields import (
 )
 from cropi.trainers.dumps.pickled import load_dump
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import named_reward, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
 from cropi.trainers.dumps.verl_batch import SEVERAL, rollouts_of_proto, rollouts_of_table
@@ -79,7 +80,7 @@ def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             raise Unused(where, "output", "is empty")
         if isinstance(row.get("uid"), str) and re.fullmatch(r".+_\d+_[1-9]\d*", row["uid"]):
             raise BadSample(where, "uid", f"{shown(row['uid'])}: {SEVERAL}")
-        name = text_id(prompt)
+        name = hashed(prompt)
         if id_key is not None:
             if row.get(id_key) is None:
                 raise BadSample(where, shown(id_key), f"is missing in this row, which holds {names(row)}")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.data.keys import was_cut
 from cropi.errors import CropiError
 from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import (
@@ -30,7 +31,7 @@ from cropi.trainers.dumps.fields import (
 )
 from cropi.trainers.dumps.pickled import contents, items_of, load_dump
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, text_id
+from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
 
@@ -103,10 +104,8 @@ def _rollout(
     ids = token_ids(output["token_ids"], "token_ids", where)
     if not ids:
         raise Unused(where, "token_ids", "is empty")
-    name = text_id(" ".join(map(str, prompt)))
-    if reading.id_key is not None:
-        name = id_of(request, reading.id_key, None, where)
-    text, reason = output.get("text"), output.get("finish_reason")
+    name = id_of(request, reading.id_key, " ".join(map(str, prompt)), where)
+    text = output.get("text")
     if reading.scorer is None:
         reward = _reward(request, output, number, where)
     else:
@@ -118,7 +117,7 @@ def _rollout(
         response_ids=ids, logprobs=sampled_logprobs(output.get("logprobs"), ids, where),
         prompt=request.get("messages") or request.get("prompt"), response=text if isinstance(text, str) else None,
         answer=request.get("answer"), temperature=reading.temperature,
-        truncated={"length": True, "stop": False}.get(reason) if isinstance(reason, str) else None,
+        truncated=was_cut(output.get("finish_reason")),
     ))  # fmt: skip
 
 
