@@ -16,6 +16,7 @@ from cropi.model.policy import Policy
 from cropi.option_fields import keywords_of, names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
 from cropi.pipeline import Setup
+from cropi.ranking import selection
 from cropi.ranking.given import given_stores
 from cropi.ranking.pairwise import Neighbour
 from cropi.ranking.scores import Scores
@@ -258,7 +259,7 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
             f"scores is a {type(scores).__name__}: give the Scores of cropi.score or cropi.influence"
         )
     (given,) = split({"fraction": fraction, **options}, Selecting)
-    return pipeline.pick(scores, given)
+    return selection.select(scores, given)
 
 
 @as_keywords(KEYWORDS)

@@ -33,7 +33,7 @@ from cropi.errors import CropiError
 from cropi.files import is_file
 from cropi.options import Influence, Rescoring, Selecting
 from cropi.ranking.cut import Drift, affordable, anew, spreads
-from cropi.ranking.influence import influence_by
+from cropi.ranking.influence import influence
 from cropi.ranking.rule import Rule
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.values import FROM_SCORES
@@ -273,7 +273,7 @@ def _earlier_scores(
     """Scores by earlier sketches ``[n, sets]`` (NaN without one), their ages ``[n]``, and the names of the sets."""
     if earlier is None or not any(row.status == OK for row in earlier.rows()):
         return np.full((len(ready), 1), math.nan), np.zeros(len(ready)), []
-    scores = influence_by(options, earlier, valid, stages="any")
+    scores = influence(earlier, valid, options, stages="any")
     stage, places = _stage_of(valid[0]), {row.id: i for i, row in enumerate(scores.rows)}
     table, ages = np.full((len(ready), len(scores.sets)), math.nan), np.zeros(len(ready))
     for i, row in enumerate(ready):

@@ -23,7 +23,7 @@ from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions, Sketching
 from cropi.pipeline import Setup, check, choose
-from cropi.ranking.selection import Selection
+from cropi.ranking.selection import Selection, select
 from cropi.sketching.interrupt import Interrupted
 
 T = TypeVar("T")
@@ -239,7 +239,7 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     from cropi.gradient.tokenize import TOO_LONG
     from cropi.model.adapting import QUANTIZE
     from cropi.model.load import DTYPES
-    from cropi.ranking.influence import MEANS, METRICS
+    from cropi.ranking.influence import METRICS
     from cropi.ranking.selection import POOLS
     from cropi.ranking.values import METHODS
     from cropi.store.codec import DTYPES as STORED
@@ -254,7 +254,7 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     for name, wanted in (
         ("behaviour", BEHAVIOURS), ("estimator", ESTIMATORS), ("layout", LAYOUTS), ("too_long", TOO_LONG),
         ("dtype", ("auto", *DTYPES)), ("quantize", QUANTIZE),
-        ("mean", MEANS), ("metric", METRICS), ("method", METHODS), ("pool", POOLS),
+        ("metric", METRICS), ("method", METHODS), ("pool", POOLS),
         ("store_dtype", STORED), ("kind", KINDS),
     ):  # fmt: skip
         assert set(held[name].metadata["choices"]) == set(wanted), name
@@ -269,4 +269,4 @@ def test_scores_and_selections_of_options_are_those_of_their_functions() -> None
     stores = pipeline.sketch_all(policy(), checked, SETUP.job, lambda name: None, progress=False)
     scores = pipeline.score(stores["train"], [stores["valid"]], Influence(metric="dot", mean="normalised"))
     assert scores.meta["metric"] == "dot" and scores.meta["mean"] == "normalised"
-    assert pipeline.pick(scores, Selecting(fraction=0.5, method="max")).method == "max"
+    assert select(scores, Selecting(fraction=0.5, method="max")).method == "max"

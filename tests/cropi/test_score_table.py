@@ -17,8 +17,9 @@ from test_uncertainty import two_stores
 
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
-from cropi.pipeline import pick, score
+from cropi.pipeline import score
 from cropi.ranking.scores import Scores
+from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, with_uncertainty
 from cropi.store.store import SketchStore
@@ -36,7 +37,7 @@ def scores(stores: tuple[SketchStore, SketchStore]) -> Scores:
 
 
 def test_a_table_comes_back_whole(scores: Scores, tmp_path: Path) -> None:
-    chosen = pick(scores, Selecting(fraction=0.2))
+    chosen = select(scores, Selecting(fraction=0.2))
     write_scores(tmp_path / "s.parquet", scores, chosen)
     back = read_scores(tmp_path / "s.parquet")
     assert back.rows == [replace(row, row=None) for row in scores.rows], "a place in a shard is the store's"
@@ -153,7 +154,7 @@ def test_what_is_not_asked_for_is_not_read(scores: Scores, tmp_path: Path) -> No
             {k: v for k, v in want.extra.items() if k == "file"},
         )
         assert row.norm is None and row.task is None and row.status is None
-    assert pick(some, Selecting(fraction=0.2)).ids == pick(scores, Selecting(fraction=0.2)).ids
+    assert select(some, Selecting(fraction=0.2)).ids == select(scores, Selecting(fraction=0.2)).ids
 
 
 def test_nulls_and_other_kinds_of_numbers_of_other_writers_are_read(scores: Scores, tmp_path: Path) -> None:

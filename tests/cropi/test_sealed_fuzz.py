@@ -25,8 +25,8 @@ from cropi.cli import info
 from cropi.curriculum.learnt import nothing_learnt, read_training
 from cropi.errors import CropiError
 from cropi.options import Selecting
-from cropi.pipeline import pick
 from cropi.ranking import selection_files, table
+from cropi.ranking.selection import select
 from cropi.ranking.selector import Selector
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report import folder as folders
@@ -94,7 +94,7 @@ def test_any_table_of_scores_is_read_or_ends_in_words(tmp_path: Path) -> None:
     file, scores = tmp_path / table.SCORES, made_scores()
     table.write_scores(file, scores)
     selection_files.write_selection(
-        tmp_path / "selected.jsonl", scores, pick(scores, Selecting(fraction=0.25))
+        tmp_path / "selected.jsonl", scores, select(scores, Selecting(fraction=0.25))
     )
     right, whole = scores.meta, pyarrow.parquet.read_table(file)
     places = list(fuzz.ways(right))
@@ -127,7 +127,7 @@ def read_all(file: Path) -> None:
         {"per": "task"},
         {"method": "learnability"},
     ):
-        chosen = pick(scores, Selecting(fraction=0.25, **options))
+        chosen = select(scores, Selecting(fraction=0.25, **options))
         assert len(set(chosen.ids)) == len(chosen.ids)
     selection_files.write_selection(file.parent / "other.jsonl", scores, chosen)
     repr(scores), scores._repr_html_(), str(Uncertainty.of(scores)), chosen.weights

@@ -18,8 +18,8 @@ from support.sealed_files import put_summed
 
 from cropi.errors import CropiError
 from cropi.options import Selecting
-from cropi.pipeline import pick
 from cropi.ranking.influence import influence
+from cropi.ranking.selection import select
 from cropi.ranking.selection_files import write_selection
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import _run
@@ -43,7 +43,7 @@ def read_all(path: Path) -> None:
     scores = influence(store, [store])
     write_scores(path.parent / SCORES, scores)
     selected = path.parent / "selected.jsonl"
-    write_selection(selected, scores, pick(read_scores(path.parent / SCORES), Selecting(fraction=0.5)))
+    write_selection(selected, scores, select(read_scores(path.parent / SCORES), Selecting(fraction=0.5)))
     _run(scores, store), _policy(scores, np.arange(1))
     _composition(scores, np.arange(len(scores)), np.arange(1))
 

@@ -18,9 +18,9 @@ from cropi.cli import contents
 from cropi.curriculum.report import write_report
 from cropi.curriculum.state import FORMAT, State
 from cropi.options import Selecting
-from cropi.pipeline import pick
 from cropi.ranking import selection_files, table
 from cropi.ranking.scores import Scores
+from cropi.ranking.selection import select
 from cropi.report import folder as folders
 from cropi.report import html
 from cropi.report.curriculum import curriculum_page
@@ -154,7 +154,7 @@ def check(folder: Path) -> Kind:
         "by_type": {"mlp.up_proj": 0.5, "q": 0.5}, "by_layer": {"0": 0.5, "1": 0.5},
     }  # fmt: skip
     scores = made_scores()
-    chosen, file = pick(scores, Selecting(fraction=0.25)), folder / "check.json"
+    chosen, file = select(scores, Selecting(fraction=0.25)), folder / "check.json"
 
     def back() -> Any:
         contents.describe_file(file)
@@ -185,7 +185,7 @@ def budget(folder: Path) -> Kind:
 
 def chosen_prompts(folder: Path) -> Kind:
     scores, file = made_scores(), folder / "selected.jsonl"
-    selection_files.write_selection(file, scores, pick(scores, Selecting(fraction=0.5)))
+    selection_files.write_selection(file, scores, select(scores, Selecting(fraction=0.5)))
     right = json_lines(file)
     for row in right:
         del row["check"]

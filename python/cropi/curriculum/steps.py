@@ -28,6 +28,7 @@ from cropi.files import is_file, is_there, writing
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
 from cropi.ranking.plot import plot_scores
+from cropi.ranking.selection import select
 from cropi.ranking.selection_files import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
@@ -202,7 +203,7 @@ def select_best(stage: Stage) -> Result:
     plan, folder = stage.plan, stage.folder
     scores = read_scores(folder / SCORES)
     sketches = training_store(folder / "sketches") if plan.select.needs_sketches else None
-    selection = pipeline.pick(scores, plan.select, sketches=sketches)
+    selection = select(scores, plan.select, sketches=sketches)
     source = data.source_of(plan, stage.state, stage.number)
     write_selection(folder / "selected.jsonl", scores, selection)
     write_selected_records(

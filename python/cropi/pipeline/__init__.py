@@ -7,7 +7,7 @@ Its parts can be called alone: a curriculum keeps its state between them.
 """
 
 from cropi.pipeline.checks import Checked, Part, Setup, check
-from cropi.pipeline.choosing import choose, conclude, pick, score
+from cropi.pipeline.choosing import choose, conclude, score
 from cropi.pipeline.sketches import (
     Sketches,
     noise_stores,
@@ -27,7 +27,6 @@ __all__ = [
     "conclude",
     "noise_stores",
     "one_date",
-    "pick",
     "score",
     "sketch_all",
     "sketch_part",

@@ -16,7 +16,7 @@ from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.checks import Checked, Setup, check
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
-from cropi.ranking.influence import influence_by
+from cropi.ranking.influence import influence
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import write_selection
@@ -159,7 +159,7 @@ def conclude(
     """The last part of :func:`choose`: from the stores of all parts to the selection, and its files in ``folder``."""
     valid = [store for name, store in stores.items() if name != "train"]
     scores = score(stores["train"], valid, setup.influence, setup.selecting, noise)
-    chosen = pick(scores, setup.selecting, setup.least, stores["train"])
+    chosen = select(scores, setup.selecting, least=setup.least, sketches=stores["train"])
     if folder is not None:
         with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores
             write_scores(folder / SCORES, scores, chosen)
@@ -179,7 +179,7 @@ def score(
     given, choice = options or Influence(), selecting or Selecting()
     valid = _whole(valid)
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
-    scores = influence_by(given, train, valid, pairs=pairs)
+    scores = influence(train, valid, given, pairs=pairs)
     return with_uncertainty(scores, train, valid, noise=noise, draws=given.draws, selecting=choice)
 
 
@@ -191,10 +191,3 @@ def _whole(stores: Sequence[SketchStore]) -> list[SketchStore]:
         job = shared_job(store.manifest) if isinstance(store, SketchStore) else ""
         jobs.setdefault(job or number, []).append(store)
     return [SketchStore.join(parts) if len(parts) > 1 else parts[0] for parts in jobs.values()]
-
-
-def pick(
-    scores: Scores, options: Selecting | None = None, least: int = 0, sketches: SketchStore | None = None
-) -> Selection:
-    """:func:`cropi.ranking.selection.select` by its options."""
-    return select(scores, options or Selecting(), least=least, sketches=sketches)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError, warn
+from cropi.option_fields import one_of
 from cropi.options import Influence
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.products import in_order
@@ -32,8 +33,6 @@ from cropi.store.rows import OK, RowInfo
 from cropi.store.store import SketchStore
 
 METRICS = ("cosine", "dot")
-MEANS = ("plain", "normalised")
-AGGREGATES = ("mean", "nearest")
 STAGES = ("same", "any")
 
 
@@ -67,16 +66,12 @@ def check_stores(train: SketchStore, valid: Sequence[SketchStore], stages: str =
 def influence(
     train: SketchStore,
     valid: Sequence[SketchStore],
+    comparing: Influence | None = None,
     *,
-    metric: str = "cosine",
-    mean: str = "plain",
-    aggregate: str = "mean",
-    minus: str | None = None,
-    minus_weight: float = 1.0,
-    max_valid: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     pairs: bool = False,
     stages: str = "same",
+    **options: Any,
 ) -> Scores:
     """Score every training prompt against every validation set.
 
@@ -86,19 +81,15 @@ def influence(
     Args:
         train: the store of training prompts.
         valid: stores of validation prompts; a set is the prompts with one ``set`` name, over all of them.
-        metric: "cosine" or "dot".
-        mean: "plain", or "normalised" to give every validation prompt the same length first, so that a few
-            prompts with long gradients do not make up the mean alone.
-        aggregate: "mean", or "nearest": the highest cosine (or dot product) with a single prompt of the set.
-        minus: a set whose score counts against a prompt: ``score[s, v] - minus_weight * score[s, minus]``; it has no
-            column of its own.
-        minus_weight: see there.
-        max_valid: at most so many prompts per set, drawn with ``seed``; None takes all.
-        seed: of that draw.
+        comparing: the options; None: those that are given by keyword. ``minus``:
+            ``score[s, v] - minus_weight * score[s, minus]``, a set that has no column of its own. ``draws`` is for the
+            uncertainty (:mod:`cropi.ranking.uncertainty`), and not looked at.
+        seed: ``valid_seed`` by its short name.
         pairs: keep the inner products with every validation prompt as ``scores.pairs``
             (:class:`cropi.ranking.pairwise.Pairwise`): the training store is read once for both.
         stages: "same", or "any" to take training sketches of an earlier stage, whose policy was another: such scores
             only say what to sketch anew (:mod:`cropi.ranking.cut`).
+        options: the fields of :class:`cropi.options.Influence`: ``metric="dot"``, ``mean="normalised"``, ...
 
     Returns:
         The scores; of stores with groups of parameters the groups' contributions too, but not with ``aggregate``
@@ -108,33 +99,25 @@ def influence(
         CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
             an unknown option.
     """
-    for value, allowed, name in (
-        (metric, METRICS, "metric"),
-        (mean, MEANS, "mean"),
-        (aggregate, AGGREGATES, "aggregate"),
-        (stages, STAGES, "stages"),
-    ):
-        if value not in allowed:
-            raise CropiError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if max_valid is not None and max_valid < 1:
-        raise CropiError(f"max_valid must be at least 1, got {max_valid}")
+    given = one_of(comparing, options if seed is None else options | {"valid_seed": seed}, Influence)
+    minus, weight = given.minus, given.minus_weight
+    if stages not in STAGES:
+        raise CropiError(f"stages must be one of {', '.join(STAGES)}, got {stages!r}")
     for store in [train, *valid]:
         if not isinstance(store, SketchStore):
             raise CropiError(f"a SketchStore is needed, got {type(store).__name__}; score_rows takes tensors")
     check_stores(train, valid, stages)
-    compared = _compared(valid, metric, mean, aggregate, max_valid, seed, pairs)
+    compared = _compared(valid, given, pairs)
     kept_sets, wanted = names_without(compared.sets, minus), len(compared.valid) if pairs else 0
     # The nearest prompt is another one for every row: its groups' products are not taken.
-    count, groups = len(kept_sets), train.groups if aggregate == "mean" else []
+    count, groups = len(kept_sets), train.groups if given.aggregate == "mean" else []
     apart = len(compared.sets) if groups else 0
 
     def score(products: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         # Of all parameters, then of each group, whose products follow.
         several = (products[:, g * apart :] for g in range(len(groups) + 1))
         with np.errstate(divide="ignore", invalid="ignore"):  # a zero sketch has no direction: NaN
-            made = [
-                without(compared.score(each, lengths), compared.sets, minus, minus_weight) for each in several
-            ]
+            made = [without(compared.score(each, lengths), compared.sets, minus, weight) for each in several]
         return np.concatenate([*made, lengths[:, None]], axis=1)
 
     columns = count * (len(groups) + 1) + 1
@@ -146,13 +129,13 @@ def influence(
             f"{train.path}: no training prompt has a usable sketch; see `cropi info {train.path}`"
         )
     meta: dict[str, Any] = {
-        "metric": metric, "mean": mean, "max_valid": max_valid, "seed": seed,
+        "metric": given.metric, "mean": given.mean, "max_valid": given.max_valid, "seed": given.valid_seed,
         "train": _origin(train), "valid": [_origin(store) for store in valid],
     }  # fmt: skip
-    if aggregate != "mean":
-        meta["aggregate"] = aggregate
+    if given.aggregate != "mean":
+        meta["aggregate"] = given.aggregate
     if minus is not None:
-        meta |= {"minus": minus, "minus_weight": minus_weight}
+        meta |= {"minus": minus, "minus_weight": weight}
     if train.groups:
         meta["groups"] = groups
     parts = (
@@ -165,15 +148,6 @@ def influence(
 
     held = made(rows, compared.valid, compared.sketches, dots, streamed[:, -1].copy())
     return replace(scores, pairs=held)
-
-
-def influence_by(options: Influence, train: SketchStore, valid: Sequence[SketchStore], **more: Any) -> Scores:
-    """:func:`influence` by its options, and ``more`` that are not options.
-
-    ``draws`` is left out: it is for the uncertainty (:mod:`cropi.ranking.uncertainty`).
-    """
-    given = {name: value for name, value in vars(options).items() if name not in ("draws", "valid_seed")}
-    return influence(train, valid, **given, seed=options.valid_seed, **more)
 
 
 # How much the lengths of one gradient may differ, made twice: in bfloat16 half a hundredth was measured.
@@ -226,18 +200,11 @@ class _Compared:
     sketches: torch.Tensor
 
 
-def _compared(
-    valid: Sequence[SketchStore],
-    metric: str,
-    mean: str,
-    aggregate: str,
-    max_valid: int | None,
-    seed: int,
-    pairs: bool,
-) -> _Compared:
+def _compared(valid: Sequence[SketchStore], given: Influence, pairs: bool) -> _Compared:
     from cropi.ranking.pairwise import nearest_scores, validation
 
-    nearest = aggregate == "nearest"
+    metric, max_valid, seed = given.metric, given.max_valid, given.valid_seed
+    nearest = given.aggregate == "nearest"
     rows, sketches = (
         validation(valid, max_valid, seed)
         if pairs or nearest
@@ -246,7 +213,7 @@ def _compared(
     if nearest:
         sets, score = nearest_scores(rows, sketches, metric)
         return _Compared(sets, sketches, score, rows, sketches)
-    means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
+    means = validation_means(valid, normalised=given.mean == "normalised", max_valid=max_valid, seed=seed)
     directions = torch.stack(list(means.values())).float()
     norms = np.linalg.norm(directions.double().numpy(), axis=1)
     count = len(means)

@@ -37,7 +37,7 @@ def leave_one_out(
 
     Args:
         pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
-        metric, mean: as in :func:`cropi.ranking.influence.influence`.
+        metric, mean: as in :class:`cropi.options.Influence`.
         selecting: the options of the choice; a method that ranks by scores.
 
     Raises:

@@ -132,7 +132,7 @@ def pairwise(
     Args:
         train: the store of training prompts.
         valid: stores of validation prompts.
-        max_valid, seed: the validation prompts that count, as in :func:`cropi.ranking.influence.influence`.
+        max_valid, seed: the validation prompts that count, as in :class:`cropi.options.Influence`.
 
     Raises:
         CropiError: stores that cannot be compared, an unfinished one, or no usable validation prompt.

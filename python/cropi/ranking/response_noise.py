@@ -68,7 +68,7 @@ def response_noise(
         train: the store of training prompts.
         valid: stores of validation prompts.
         noise: stores of noise, of some or all of these.
-        metric, mean, max_valid, seed: as in :func:`cropi.ranking.influence.influence`.
+        metric, mean, max_valid, seed: as in :class:`cropi.options.Influence`.
 
     Raises:
         CropiError: stores that cannot be compared, or one of noise that belongs to none of them.

@@ -214,7 +214,7 @@ def uncertainty(
 
     Args:
         pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
-        metric, mean, aggregate, minus, minus_weight: as in :func:`cropi.ranking.influence.influence`.
+        metric, mean, aggregate, minus, minus_weight: as in :class:`cropi.options.Influence`.
         noise: of the scores, from the finite number of responses, in order of ``pairs.rows``.
         draws: resamples for the choice.
         seed: of the draws.
