@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.gradient.estimators import group_advantages
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.load import load_model
@@ -27,7 +27,7 @@ def main() -> None:
 
     model, tokenizer = load_model(args.model)
     tokenize = Tokenize(tokenizer, model.get_input_embeddings().weight.shape[0])
-    groups = [tokenize(group) for group in read_trajectories(args.records)]
+    groups = [tokenize(group) for group in read(args.records)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     for step in range(args.steps):
         group = groups[step % len(groups)]

@@ -17,7 +17,7 @@ from datasets import Dataset
 from rewards import is_right
 from trl import GRPOConfig, GRPOTrainer
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.model.load import load_model
 from cropi.trainers.trl import Curriculum, curriculum
 
@@ -30,7 +30,7 @@ def main() -> None:
     prompts = Dataset.from_list(
         [
             {"id": group.id, "prompt": group.prompt, "answer": str(group.answer), "task": group.task}
-            for group in read_trajectories(DATA / "train.jsonl.gz")
+            for group in read(DATA / "train.jsonl.gz")
         ]
     )
     lora = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.rewards import no_gradient_reason
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import Estimator, make_estimator
@@ -47,7 +47,7 @@ class Example:
 def read_groups(model: Any, tokenizer: Any, path: str) -> list[TokenGroup]:
     """Tokenised prompt groups with a gradient, in the file's order."""
     tokenize = make_tokenize(Policy(model, tokenizer), SketchJob([path], "unused"))
-    return [tokenize(g) for g in read_trajectories([path]) if no_gradient_reason(g.rewards) is None]
+    return [tokenize(g) for g in read([path]) if no_gradient_reason(g.rewards) is None]
 
 
 def load_example(name: str, path: str, n_groups: int, tokens: int) -> Example:

@@ -20,7 +20,7 @@ from benchmarks.rlvr_mini.pretrain import pretrain
 from benchmarks.rlvr_mini.rollouts import to_record
 from benchmarks.rlvr_mini.tasks import FAMILIES, Problem, encode, make_set, verify
 from cropi.atomic import replacing, write_atomic
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 
 
@@ -77,8 +77,8 @@ def seed_data(scale: Scale, seed: int, model: Any, folder: Path, pool_times: int
         write_atomic(done, json.dumps({"cpu": time.process_time() - begun}))
     data = SeedData(
         problems,
-        list(read_trajectories(folder / "pool.jsonl.gz")),
-        list(read_trajectories(folder / "valid.jsonl.gz")),
+        list(read(folder / "pool.jsonl.gz")),
+        list(read(folder / "valid.jsonl.gz")),
         test,
         float(json.loads(done.read_text())["cpu"]),
     )
@@ -96,7 +96,7 @@ def _enlarge(data: SeedData, scale: Scale, seed: int, model: Any, folder: Path, 
         _collect(model, more, scale.train_rollouts, generator, path, None)
         write_atomic(done, json.dumps({"cpu": time.process_time() - begun}))
     cpu = data.collect_cpu + float(json.loads(done.read_text())["cpu"])
-    pool = sorted([*data.pool, *read_trajectories(path)], key=lambda record: record.id)
+    pool = sorted([*data.pool, *read(path)], key=lambda record: record.id)
     return SeedData(data.problems | more, pool, data.valid, data.test, cpu)
 
 

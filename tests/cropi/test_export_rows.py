@@ -15,7 +15,7 @@ from support.made_data import make_records, write_lines
 
 from cropi.data import rows_out
 from cropi.data.export import check_export, export
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.errors import CropiError
 
 
@@ -111,7 +111,7 @@ def test_a_template_around_a_prompt_is_no_other_prompt(tmp_path: Path) -> None:
         for i in range(3)
     ]
     records = write_lines(tmp_path / "records.jsonl", rows)
-    check_export("jsonl", trajectories=records, dataset=data, records=list(read_trajectories(records)))
+    check_export("jsonl", trajectories=records, dataset=data, records=list(read(records)))
     export(tmp_path / "out.jsonl", ["2"], dataset=data, trajectories=records)
     assert read_back(tmp_path / "out.jsonl") == [{"id": 2, "prompt": "q2"}]
     for change in ({"rendered": None}, {"prompt": "<user>\nq9<end>"}):

@@ -19,7 +19,7 @@ from support.commands import cropi, json_lines
 from support.made_data import make_records, make_tokenizer, save_policy, write_lines
 
 from cropi.data.export import export
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
 from cropi.ranking.scores import Scores
@@ -208,7 +208,7 @@ def test_a_terminal_that_lacks_a_letter_does_not_end_the_export(tmp_path: Path) 
 
 
 def check_records(path: Path, names: list[str] | None = None) -> None:
-    groups = list(read_trajectories(path))
+    groups = list(read(path))
     if names is not None:
         assert [group.id for group in groups] == names
     assert sorted(group.prompt_ids for group in groups) == sorted(PROMPTS.values())  # type: ignore[type-var]
@@ -315,7 +315,7 @@ def test_verl_text_dumps_are_read_and_called_lossy(
     shown = capsys.readouterr()
     assert "4 prompts, 16 responses; token ids in 0 records" in shown.out
     assert "text without special tokens" in shown.err and "skip.rollout_tq" in shown.err
-    groups = {group.answer: group for group in read_trajectories(tmp_path / "t.jsonl")}
+    groups = {group.answer: group for group in read(tmp_path / "t.jsonl")}
     assert groups[records[2]["answer"]].policy == "step 2" and groups[records[0]["answer"]].policy == "step 1"
     assert all(group.id.startswith("text-") for group in groups.values())
     assert all(group.extra == {"lossy": True, "rendered": True} for group in groups.values())
@@ -331,7 +331,7 @@ def test_verl_text_dumps_are_read_and_called_lossy(
         source = [*given, "--out", tmp_path / "t.jsonl"]
         dataset = ["--dataset", tmp_path / data, "--model", tmp_path / "model"]
         assert cropi("convert", *source, *dataset) == 0
-        found = {group.id: group for group in read_trajectories(tmp_path / "t.jsonl")}
+        found = {group.id: group for group in read(tmp_path / "t.jsonl")}
         assert {name: group.prompt for name, group in found.items() if name != "10"} == {
             str(i + 10): record["prompt"] for i, record in enumerate(records) if i}  # fmt: skip
         assert found["10"].responses == records[0]["responses"]
@@ -407,7 +407,7 @@ def test_nemo_rl_dumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     convert = ["convert", source, "--source", "nemo-rl", "--out", tmp_path / "t.jsonl", "--temperature", 0.7]
     assert cropi(*convert) == 0
     check_records(tmp_path / "t.jsonl")
-    assert {group.policy for group in read_trajectories(tmp_path / "t.jsonl")} == {"step 3"}
+    assert {group.policy for group in read(tmp_path / "t.jsonl")} == {"step 3"}
     columns = {name: [row[name][0] for row in nemo_lines()] for name in nemo_lines()[0] if name != "idx"}
     write_lines(source, [columns])
     assert cropi(*convert) == 0

@@ -25,7 +25,7 @@ from support.stores import sketches_of
 
 from cropi.cli import main
 from cropi.data import hub
-from cropi.data.readers import read, read_trajectories
+from cropi.data.readers import read
 from cropi.data.scan import scan
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
@@ -210,7 +210,7 @@ def test_other_formats_are_named_also_with_skip_bad_and_inside_gzip(tmp_path: Pa
         packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
         for path in (tmp_path / name, packed):
             with pytest.raises(CropiError) as caught:
-                list(read_trajectories(path, skip_bad=True))
+                list(read(path, skip_bad=True))
             assert words in str(caught.value) and str(path) in str(caught.value), name
 
 
@@ -223,7 +223,7 @@ def test_a_file_that_was_cut_is_called_damaged(tmp_path: Path, name: str) -> Non
     for size in (len(data) // 2, len(data) - 9):
         (tmp_path / name).write_bytes(data[:size])
         with pytest.raises(CropiError, match="damaged|cut|is not JSON|comma or"):
-            list(read_trajectories(tmp_path / name))
+            list(read(tmp_path / name))
 
 
 def test_folders_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from cropi.curriculum.learnt import read_training
 from cropi.curriculum.state import read_state
 from cropi.data.export import export, read_dataset
 from cropi.data.parquet_footer import parts_of
-from cropi.data.readers import read, read_trajectories
+from cropi.data.readers import read
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.moments import read_moments
 from cropi.ranking.scores import Scores
@@ -72,7 +72,6 @@ READERS: dict[str, list[tuple[str, Any, Callable[[Any], Any]]]] = {
         ("r.jsonl", ROW, gone_through(read)),
         ("r.jsonl", ROW | {"key": "a"}, gone_through(lambda path: read(path, columns={"answer": "key"}))),
     ],
-    "data.readers.read_trajectories": [("r.jsonl", ROW, gone_through(read_trajectories))],
     "data.export.read_dataset": [("d.jsonl", ROW, read_dataset), ("d.jsonl", ROW | {"index": 4}, exported)],
     "data.parquet_footer.parts_of": [("t.parquet", "scores", parts_of)],
     "rollouts.prompts.read_prompts": [("q.jsonl", ROW, lambda path: read_prompts(path, NO_MODEL))],

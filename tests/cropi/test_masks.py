@@ -12,7 +12,7 @@ import torch
 from support.made_data import make_model, make_tokenizer, write_lines
 from support.oracle import response_logprobs, sketch_of
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.records import parse_record
 from cropi.errors import RecordError
 from cropi.gradient.estimators import ESTIMATORS
@@ -123,9 +123,9 @@ def test_masks_that_cannot_be(tmp_path: Path, case: str) -> None:
     mask, words = BAD[case]
     path = write_lines(tmp_path / "t.jsonl", [RECORD | {"id": "first"}, RECORD | {"loss_mask": mask}])
     with pytest.raises(RecordError) as caught:
-        list(read_trajectories(path))
+        list(read(path))
     assert words in str(caught.value) and f"{path}:2" in str(caught.value)
-    assert [group.id for group in read_trajectories(path, skip_bad=True)] == ["first"]
+    assert [group.id for group in read(path, skip_bad=True)] == ["first"]
 
 
 def test_a_mask_needs_token_ids() -> None:

@@ -25,7 +25,7 @@ from test_long_values import NO_MODEL, READERS, written
 
 from cropi.cli.contents import describe_rows
 from cropi.data.export import read_dataset
-from cropi.data.readers import read, read_trajectories
+from cropi.data.readers import read
 from cropi.errors import printable
 from cropi.rollouts.prompts import read_prompts
 from cropi.trainers.dumps.auto import Dumps
@@ -80,9 +80,6 @@ LINES: dict[str, list[tuple[str, list[Any], Callable[[Any], Any]]]] = {
     "data.readers.read": [
         ("r.jsonl", rows(), lambda path: plain(list(read(path)))),
         ("r.jsonl", rows(), lambda path: plain(list(read(path, columns={"answer": "level"})))),
-    ],
-    "data.readers.read_trajectories": [
-        ("r.jsonl", rows(), lambda path: plain(list(read_trajectories(path))))
     ],
     "data.export.read_dataset": [("d.jsonl", rows(), lambda path: list(read_dataset(path)))],
     "rollouts.prompts.read_prompts": [

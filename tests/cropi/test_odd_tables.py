@@ -17,7 +17,7 @@ from test_long_values import NO_MODEL
 from test_odd_files import TEXT, ended, plain
 
 from cropi.data.export import read_dataset
-from cropi.data.readers import read, read_trajectories
+from cropi.data.readers import read
 from cropi.rollouts.prompts import read_prompts
 from cropi.trainers.dumps.recognise import recognise
 
@@ -109,7 +109,6 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
 }  # fmt: skip
 TABLES: dict[str, Callable[[Any], Any]] = {
     "data.readers.read": lambda path: plain(list(read(path))),
-    "data.readers.read_trajectories": lambda path: plain(list(read_trajectories(path))),
     "data.export.read_dataset": lambda path: read_dataset(path).to_pylist(),
     "rollouts.prompts.read_prompts": lambda path: [
         (one.id, one.row, list(one.ids)) for one in read_prompts(path, NO_MODEL)[0]

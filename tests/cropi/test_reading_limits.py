@@ -15,7 +15,7 @@ from support.made_data import save_policy
 
 from cropi.cli import main
 from cropi.data import lines, opened, tables
-from cropi.data.readers import read, read_trajectories
+from cropi.data.readers import read
 from cropi.data.share import Share
 from cropi.errors import CropiError, RecordError
 
@@ -31,7 +31,7 @@ def test_a_packed_bomb_is_stopped(tmp_path: Path) -> None:
         for _ in range(80):
             file.write(b" " * 2**20)
     with pytest.raises(CropiError, match="unpacks to more than 400 times its size .*unpack it yourself"):
-        list(read_trajectories(path, skip_bad=True))
+        list(read(path, skip_bad=True))
 
 
 def test_a_line_and_an_element_without_end_are_stopped(
@@ -40,10 +40,10 @@ def test_a_line_and_an_element_without_end_are_stopped(
     monkeypatch.setattr(lines, "LONGEST_LINE", 2**20)
     (tmp_path / "t.jsonl").write_bytes(b'{"id": "' + b"x" * 2**21)
     with pytest.raises(CropiError, match="t.jsonl:1 is longer than 1 MiB"):
-        list(read_trajectories(tmp_path / "t.jsonl"))
+        list(read(tmp_path / "t.jsonl"))
     (tmp_path / "t.json").write_bytes(b'[{"id": "' + b"x" * 2**23)
     with pytest.raises(CropiError, match=r"t.json\[0\] is not JSON, or longer than 1 MiB"):
-        list(read_trajectories(tmp_path / "t.json"))
+        list(read(tmp_path / "t.json"))
     assert opened.LONGEST_LINE == 256 * 2**20
 
 

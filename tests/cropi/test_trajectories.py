@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.made_data import make_records, write_lines
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.scan import LossyTokens, scan, warn_lossy
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.behaviour import behaviour_source
@@ -24,7 +24,7 @@ GOOD: dict[str, Any] = {
 
 def test_released_layout_is_read_unchanged(tmp_path: Path) -> None:
     record = {"id": 7, "prompt": "1+1=", "answer": "2", "responses": ["2", "3"], "rewards": [1.0, 0.0]}
-    (group,) = read_trajectories(write_lines(tmp_path / "t.jsonl", [record]))
+    (group,) = read(write_lines(tmp_path / "t.jsonl", [record]))
     assert (group.id, group.prompt, group.answer) == ("7", "1+1=", "2")
     assert group.responses == ["2", "3"] and group.rewards == [1.0, 0.0] and group.size == 2
     assert group.logprobs is None and group.temperature is None and group.set is None
@@ -47,7 +47,7 @@ def test_records_come_back(tmp_path: Path, name: str) -> None:
     ]
     plain = write_lines(tmp_path / "in.jsonl", records).read_bytes()
     (tmp_path / name).write_bytes(gzip.compress(plain) if name.endswith(".gz") else plain)
-    assert [group.to_record() for group in read_trajectories(tmp_path / name)] == records
+    assert [group.to_record() for group in read(tmp_path / name)] == records
 
 
 def test_byte_order_mark_blank_lines_and_missing_newline_at_the_end(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_byte_order_mark_blank_lines_and_missing_newline_at_the_end(tmp_path: Pa
     path.write_bytes(
         b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\n" + json.dumps({**GOOD, "id": "b"}).encode()
     )
-    assert [group.id for group in read_trajectories(path)] == ["a", "b"]
+    assert [group.id for group in read(path)] == ["a", "b"]
 
 
 BAD = {
@@ -100,11 +100,11 @@ def test_bad_record_is_named_with_file_line_and_remedy(tmp_path: Path, case: str
     path = tmp_path / "t.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD | {'id': 'z'})}\n")
     with pytest.raises(RecordError) as caught:
-        list(read_trajectories(path))
+        list(read(path))
     assert str(caught.value).startswith(f"{path}:2") and message in str(caught.value)
     assert ";" in str(caught.value), "the remedy follows the problem"
     left_out: list[RecordError] = []
-    assert [g.id for g in read_trajectories(path, skip_bad=True, on_bad=left_out.append)] == ["a", "z"]
+    assert [g.id for g in read(path, skip_bad=True).each(left_out.append)] == ["a", "z"]
     assert len(left_out) == 1 and message in str(left_out[0])
 
 
@@ -120,29 +120,29 @@ def test_duplicate_id_names_both_places_also_across_files(tmp_path: Path) -> Non
     one = write_lines(tmp_path / "one.jsonl", [GOOD])
     two = write_lines(tmp_path / "two.jsonl", [GOOD | {"id": "b"}, GOOD])
     with pytest.raises(RecordError, match="prompt id 'a' was used before") as caught:
-        list(read_trajectories([one, two]))
+        list(read([one, two]))
     assert f"{two}:2" in str(caught.value) and f"{one}:1" in str(caught.value)
-    assert [group.id for group in read_trajectories([one, two], skip_bad=True)] == ["a", "b"]
+    assert [group.id for group in read([one, two], skip_bad=True)] == ["a", "b"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="no such trajectory file"):
-        list(read_trajectories(tmp_path / "none.jsonl"))
+        list(read(tmp_path / "none.jsonl"))
     with pytest.raises(CropiError, match="is a folder; give trajectory files"):
-        list(read_trajectories(tmp_path))
+        list(read(tmp_path))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CropiError, match="is a pipe or a device"):
-        list(read_trajectories(tmp_path / "pipe"))
+        list(read(tmp_path / "pipe"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(CropiError, match="holds no trajectory record"):
-        list(read_trajectories(tmp_path / "empty.jsonl"))
+        list(read(tmp_path / "empty.jsonl"))
     whole = gzip.compress((json.dumps(GOOD) + "\n").encode() * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CropiError, match="gzip stream is damaged after line"):
-        list(read_trajectories(tmp_path / "cut.jsonl.gz", skip_bad=True))
+        list(read(tmp_path / "cut.jsonl.gz", skip_bad=True))
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}\n')
     with pytest.raises(RecordError, match="latin.jsonl:1: not UTF-8"):
-        list(read_trajectories(tmp_path / "latin.jsonl"))
+        list(read(tmp_path / "latin.jsonl"))
 
 
 def test_scan_counts_and_its_fingerprint_ignores_compression(tmp_path: Path) -> None:

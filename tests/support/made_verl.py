@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from support.made_data import make_tokenizer, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def queue_table(ids: list[int]) -> Any:
 
 
 def check_queue_records(path: Path) -> None:
-    groups = list(read_trajectories(path))
+    groups = list(read(path))
     assert [group.id for group in groups] == ["103", "104"]
     for group in groups:
         i = int(group.id)

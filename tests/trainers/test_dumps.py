@@ -18,7 +18,7 @@ from support.commands import json_lines
 from support.made_dumps import KINDS, ROLLOUTS, logprobs, made, words, write
 
 from cropi.cli import main
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.pickled import load_dump
@@ -49,7 +49,7 @@ def test_masks_log_probs_and_tokens_are_kept(kind: str, tmp_path: Path) -> None:
         ]
         assert record.get("loss_mask") == (None if number == 0 else [mask for _, _, mask, _ in expected])
         assert record["policy"] == "step 7" and record["temperature"] == 0.7
-    assert [group.id for group in read_trajectories(tmp_path / "out.jsonl")] == ["m0", "m1"]
+    assert [group.id for group in read(tmp_path / "out.jsonl")] == ["m0", "m1"]
 
 
 def test_responses_that_were_cut_are_marked(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_unused_samples_are_left_out_and_counted(
     content = made(kind)
     change(KINDS[kind][2](content)[2])
     assert converted(kind, tmp_path, content) == 0
-    groups = list(read_trajectories(tmp_path / "out.jsonl"))
+    groups = list(read(tmp_path / "out.jsonl"))
     assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
     shown = capsys.readouterr().out
     assert f"left out      1 samples: 1 by {reason}" in shown and f", {reason}: " in shown
@@ -190,7 +190,7 @@ def test_a_sample_with_a_number_that_is_not_finite_is_left_out_and_counted(
     content = made(kind)
     put(field, value)(kind, content)
     assert converted(kind, tmp_path, content) == 0
-    groups = list(read_trajectories(tmp_path / "out.jsonl"))
+    groups = list(read(tmp_path / "out.jsonl"))
     assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
     shown = capsys.readouterr().out
     assert "left out      1 samples: 1 by" in shown and message in shown
@@ -207,7 +207,7 @@ def test_a_bad_sample_is_named_and_can_be_skipped(
     assert str(tmp_path / KINDS[kind][0]) in error and message in error and "--skip-bad" in error, error
     assert not (tmp_path / "out.jsonl").exists()
     assert converted(kind, tmp_path, content, "--skip-bad") == 0
-    groups = list(read_trajectories(tmp_path / "out.jsonl"))
+    groups = list(read(tmp_path / "out.jsonl"))
     assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
     assert "left out      1 samples: 1 by" in capsys.readouterr().out
 
@@ -231,7 +231,7 @@ def test_lines_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             assert f"{path}:5" in capsys.readouterr().err
             assert main([*words(kind, path, tmp_path / "out.jsonl"), "--skip-bad"]) == 0
             assert "left out      1 samples" in capsys.readouterr().out
-            assert [group.size for group in read_trajectories(tmp_path / "out.jsonl")] == [2, 2]
+            assert [group.size for group in read(tmp_path / "out.jsonl")] == [2, 2]
 
 
 def test_samples_that_disagree_on_their_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ import torch
 from support import fuzz
 from support.made_dumps import KINDS, MORE, made, write
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.trainers.dumps import pickle_items
 from cropi.trainers.dumps.auto import read_rollouts
@@ -101,7 +101,7 @@ def ends_well(kind: str, path: Path, id_key: str | None, skip_bad: bool, written
         assert str(path) in text or "holds no rollout" in text, text
         assert text.isprintable(), text
         return "refused"
-    assert sum(group.size for group in (read_trajectories(out) if written else groups)) > 0
+    assert sum(group.size for group in (read(out) if written else groups)) > 0
     return "read"
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from support.made_dumps import ROLLOUTS, made, words, write
 
 from cropi.cli import main
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 
 
 def converted(tmp_path: Path, content: Any) -> list[PromptGroup]:
     path = write(tmp_path / "train_data_step7.jsonl", content)
     assert main(words("nemo-rl", path, tmp_path / "out.jsonl")) == 0
-    return list(read_trajectories(tmp_path / "out.jsonl"))
+    return list(read(tmp_path / "out.jsonl"))
 
 
 def test_rewards_beside_filtered_ones_are_those_of_other_rollouts(tmp_path: Path) -> None:

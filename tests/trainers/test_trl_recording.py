@@ -18,7 +18,7 @@ from support.commands import json_lines  # noqa: E402
 from support.trl_runs import SPEC, Seen, dataset, digits, recorded, staged, stored  # noqa: E402
 from support.versions import needs  # noqa: E402
 
-from cropi.data.readers import read_trajectories  # noqa: E402
+from cropi.data.readers import read  # noqa: E402
 from cropi.data.scan import scan  # noqa: E402
 from cropi.errors import CropiError  # noqa: E402
 from cropi.model.policy import Policy  # noqa: E402
@@ -187,7 +187,7 @@ def test_evaluations_are_recorded_by_set(tmp_path: Path) -> None:
     sets = {"x": dataset(2, seed=1), "y": dataset(3, seed=2)}
     trainer = recorded(tmp_path, Recording(text=False), eval_dataset=sets, per_device_eval_batch_size=4)
     trainer.evaluate()
-    groups = list(read_trajectories(tmp_path / "cropi/rollouts/valid-rank00000.jsonl"))
+    groups = list(read(tmp_path / "cropi/rollouts/valid-rank00000.jsonl"))
     assert [(g.id[:2], g.set) for g in groups] == [("p1", "x")] * 2 + [("p2", "y")] * 3
     assert all(g.logprobs and g.responses is None and g.prompt is None for g in groups)
 
@@ -195,7 +195,7 @@ def test_evaluations_are_recorded_by_set(tmp_path: Path) -> None:
 def test_without_logprobs(tmp_path: Path) -> None:
     trainer = recorded(tmp_path, Recording(logprobs=False, folder=tmp_path / "here"), max_steps=1)
     trainer.train()
-    (group, _) = read_trajectories(tmp_path / "here/train-rank00000.jsonl")
+    (group, _) = read(tmp_path / "here/train-rank00000.jsonl")
     assert group.logprobs is None and group.response_ids
 
 
@@ -274,7 +274,7 @@ def test_what_an_environment_wrote_is_masked(given: bool, tmp_path: Path) -> Non
     trainer.train()
     records = json_lines(tmp_path / LOG)
     assert len({ids[0] for record in records for ids in record["response_ids"]}) == 16
-    for record, group in zip(records, read_trajectories(tmp_path / LOG), strict=True):
+    for record, group in zip(records, read(tmp_path / LOG), strict=True):
         assert group.loss_mask == record["loss_mask"] == [mask] * 4
         for k, got in enumerate(group.logprobs):
             want = torch.tensor([-0.5, 0.0, 0.0, -1.0]) if given else exact_logprobs(make_model(), record, k)
@@ -308,7 +308,7 @@ def test_what_tools_answered_is_masked(tmp_path: Path) -> None:
     trainer.train()
     records, model = json_lines(tmp_path / LOG), make_model()
     assert len(records) == 4
-    for record, group in zip(records, read_trajectories(tmp_path / LOG), strict=True):
+    for record, group in zip(records, read(tmp_path / LOG), strict=True):
         assert group.loss_mask == [[1] * (len(ids) - 3) + [0, 0, 1] for ids in record["response_ids"]]
         for k, ids in enumerate(record["response_ids"]):
             assert ids[-3:] == [7, 8, 9]
@@ -381,7 +381,7 @@ def test_environments_that_show_all_responses_the_same_are_recorded(tmp_path: Pa
     )  # fmt: skip
     recorded(tmp_path, **given, environment_factory=Room).train()
     records, model, answers = json_lines(tmp_path / LOG), make_model(), 0
-    for record, group in zip(records, read_trajectories(tmp_path / LOG), strict=True):
+    for record, group in zip(records, read(tmp_path / LOG), strict=True):
         assert f" at {record['answer']}<assistant>" in tokenizer.decode(record["prompt_ids"])
         for k, (ids, mask) in enumerate(zip(group.response_ids, group.loss_mask, strict=True)):
             written = tokenizer.decode([token for token, own in zip(ids, mask, strict=True) if not own])
@@ -405,7 +405,7 @@ def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
     trainer = recorded(tmp_path, Recording(text=False), num_generations_eval=3, per_device_eval_batch_size=6)
     for name, out in ((None, tmp_path / "train.jsonl"), ("sums", tmp_path / "valid.jsonl")):
         assert collect(trainer, dataset(5, seed=4), out, set=name) == 5
-        groups = list(read_trajectories(out))
+        groups = list(read(out))
         assert [group.id for group in groups] == [f"p4-{i:03d}" for i in range(5)]
         assert all(group.size == 3 and group.set == name and group.logprobs for group in groups)
     assert not list((tmp_path).glob(".*")) and not (tmp_path / "cropi").exists()

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 from support.commands import json_lines  # noqa: E402
 from support.trl_runs import dataset, digits, recorded, staged  # noqa: E402
 
-from cropi.data.readers import read_trajectories  # noqa: E402
+from cropi.data.readers import read  # noqa: E402
 from cropi.data.records import parse_record  # noqa: E402
 from cropi.data.scan import NothingToSelect, scan  # noqa: E402
 from cropi.errors import CropiError  # noqa: E402
@@ -130,7 +130,7 @@ def test_what_is_recorded_is_what_the_reader_finds(name: str, tmp_path: Path) ->
     given, expected = COLUMNS[name]
     trainer = recorded(tmp_path, max_steps=1, train_dataset=dataset(20, **given), eval_dataset=None)
     trainer.train()
-    groups = list(read_trajectories(tmp_path / LOG))
+    groups = list(read(tmp_path / LOG))
     assert len(groups) == 2
     for group in groups:
         assert {key: getattr(group, key) for key in expected} == expected

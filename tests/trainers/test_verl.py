@@ -34,7 +34,7 @@ from support.made_verl import (
 )  # fmt: skip
 
 from cropi.data.export import export
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.errors import CropiError
 
 
@@ -160,7 +160,7 @@ def test_the_sampler_walks_the_selection_and_takes_up_a_new_one(tmp_path: Path) 
     assert set(seen[0]) <= set(first) and sorted(seen[1] + seen[2]) == sorted(second) and len(seen) == 3
     files = sorted((tmp_path / "rollouts").glob("*.jsonl"))
     assert [path.name for path in files] == ["1.jsonl", "2.jsonl", "3.jsonl"]
-    groups = list(read_trajectories(files[0]))
+    groups = list(read(files[0]))
     assert {int(group.id) for group in groups} == set(seen[0])
     assert groups[0].prompt_ids == [40 + int(groups[0].id) % 7] and groups[0].logprobs == [[-0.5, -0.5]] * 2
     assert groups[0].rewards == [0.0, 1.0] and groups[0].temperature == pytest.approx(0.9)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from support.made_verl import ROOT, check_queue_records, new_only, proto, queue_table, select_into, verl_only
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.trainers.versions import UntestedVersion
 
@@ -48,7 +48,7 @@ def test_dumps_of_the_transfer_queue_are_read(tmp_path: Path, capsys: pytest.Cap
     words = ["convert", str(path), "--source", "verl", "--out", str(out), "--temperature", "0.8"]
     assert main(words) == 0
     check_queue_records(out)
-    assert {group.policy for group in read_trajectories(out)} == {"step 4"}
+    assert {group.policy for group in read(out)} == {"step 4"}
     assert main([*words, "--id-key", "extra_info.name"]) == 2
     assert "extra_info.name: is missing, which is the only stable id" in capsys.readouterr().err
 
@@ -61,7 +61,7 @@ def test_pickled_batches_are_read(tmp_path: Path) -> None:
     proto([103, 103, 104, 104], temperature=0.9).save_to_disk(tmp_path / "6" / "gen_batch.dp")
     out = tmp_path / "t.jsonl"
     assert main(["convert", str(tmp_path / "6" / "gen_batch.dp"), "--source", "verl", "--out", str(out)]) == 0
-    groups = list(read_trajectories(out))
+    groups = list(read(out))
     assert [(group.id, group.policy, group.rewards) for group in groups] == [
         ("103", "step 6", [0.0, 1.0]), ("104", "step 6", [0.0, 1.0])]  # fmt: skip
     assert groups[0].response_ids == [[50, 1]] * 2 and groups[0].temperature == pytest.approx(0.9)

@@ -66,9 +66,6 @@ class Places:
             self._lines.append(-1)
             self._wheres[number] = where
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._numbers
-
     def _where(self, number: int) -> str:
         line = self._lines[number]
         return f"{self._names[self._sources[number]]}{line}" if line >= 0 else self._wheres[number]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -223,31 +223,6 @@ class PromptGroups:
                         f"{self.sources[number].name} was changed while it was used; run the same again"
                     )
                 yield group
-
-
-def read_trajectories(
-    paths: Any,
-    *,
-    skip_bad: bool = False,
-    on_bad: Callable[[RecordError], None] | None = None,
-    on_line: Callable[[bytes], None] | None = None,
-) -> Iterator[PromptGroup]:
-    """Stream the prompt groups of one or more files (or of anything that :func:`read` takes), one in memory at a time.
-
-    Args:
-        paths: the files, read in the order given. A prompt id must be unique over all of them.
-        skip_bad: go on after a bad record (it is left out) instead of raising.
-        on_bad: called with the error of every record that is left out.
-        on_line: called with the bytes of every line as it is read (for a checksum, or a byte count).
-
-    Raises:
-        RecordError: a malformed or inconsistent record, with ``file:line`` and the remedy.
-        CropiError: a file is missing, unreadable, damaged or holds no record.
-    """
-    groups = read(paths)
-    if skip_bad and not groups.skip_bad:
-        groups = replace(groups, skip_bad=True)
-    return groups.each(on_bad, on_line)
 
 
 class _State:

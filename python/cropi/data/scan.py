@@ -135,7 +135,7 @@ def scan(
 
     ``on_group`` is called with every group, where the source is read.
 
-    Raises what :func:`cropi.data.readers.read_trajectories` raises.
+    Raises what :meth:`cropi.data.readers.PromptGroups.each` raises.
     """
     groups = read(source, skip_bad=skip_bad)
     if isinstance(groups.scan, Scan) and on_group is None:

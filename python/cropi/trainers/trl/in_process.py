@@ -15,7 +15,7 @@ import torch
 from cropi.atomic import write_atomic
 from cropi.checked import fits, in_words, is_number
 from cropi.data.export import ROLLOUT_KEYS
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional, shown
@@ -165,7 +165,7 @@ def train_stage(
     policy, tokenizer = load_model(
         model, dtype=options.get("dtype", "float32"), device=device, trust_remote_code=trust_remote_code
     )
-    groups = list(read_trajectories(records))
+    groups = list(read(records))
     rows = [
         {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
         for group in groups
