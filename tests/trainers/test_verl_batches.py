@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cropi.data.readers import read_trajectories
+from cropi.data.readers import read
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.verl_batch import LOGPROBS, REWARDS, rollouts_of_proto, rollouts_of_table
 from cropi.trainers.recording import record_step
@@ -72,11 +72,11 @@ def test_a_bad_rollout_does_not_end_the_training_that_records_it(
     table["rm_scores"][1] = float("nan")
     path = tmp_path / "7.jsonl"
 
-    def read(left: Left) -> Iterator[Any]:
+    def rollouts(left: Left) -> Iterator[Any]:
         return rollouts_of_table(table, ["a_0_0", "a_1_0", "b_0_0", "b_1_0"], [{}] * 4, 7, left=left)
 
-    assert record_step(path, read) == 2
-    assert [group.size for group in read_trajectories(path)] == [1, 2]
+    assert record_step(path, rollouts) == 2
+    assert [group.size for group in read(path)] == [1, 2]
     assert "1 rollouts are left out; the first" in caplog.text and "rm_scores[0]" in caplog.text
     table["rm_scores"][:] = float("nan")
-    assert record_step(tmp_path / "8.jsonl", read) == 0 and not (tmp_path / "8.jsonl").exists()
+    assert record_step(tmp_path / "8.jsonl", rollouts) == 0 and not (tmp_path / "8.jsonl").exists()
