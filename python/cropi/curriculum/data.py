@@ -144,8 +144,7 @@ def behaviour_of(plan: Plan, scan: Scan, maker: str, model: str) -> str:
     Raises:
         CropiError: some records have log-probs, and others have none.
     """
-    who = "policy" if maker == model else "other"
-    return behaviour_source(plan.job.behaviour, scan, plan.job.estimator.ratio, maker=who)
+    return behaviour_source(plan.job.behaviour, scan, plan.job.estimator.ratio, of_another=maker != model)
 
 
 def refresh(plan: Plan, files: Files, stored: Sequence[str], newer: Path, out: Path) -> Mapping[str, int]:

@@ -17,8 +17,6 @@ from cropi_kernels import token_logprobs
 from cropi_kernels.sketcher.lengths import measure_lengths
 
 BEHAVIOURS = ("auto", "file", "current", "model")
-# Who made the trajectories, as far as the caller knows.
-MAKERS = ("unknown", "policy", "other")
 
 
 class BehaviourModel:
@@ -71,7 +69,7 @@ class Behaviour:
             )
 
 
-def behaviour_source(asked: str, scan: Scan, needed: bool, *, maker: str = "unknown") -> str:
+def behaviour_source(asked: str, scan: Scan, needed: bool, *, of_another: bool = False) -> str:
     """Where the behaviour log-probs come from: "file", "current" or "model".
 
     "auto" takes the file's log-probs when every record has them. When none has, it takes the current policy itself
@@ -83,19 +81,17 @@ def behaviour_source(asked: str, scan: Scan, needed: bool, *, maker: str = "unkn
         asked: one of :data:`BEHAVIOURS`.
         scan: what the trajectory files hold.
         needed: whether the estimator has a ratio to them.
-        maker: who made the trajectories: "unknown", "policy" (the one that is sketched) or "other".
+        of_another: whether another policy than the sketched one is known to have made the trajectories.
 
     Raises:
         CropiError: a record without log-probs where they are needed.
     """
     if asked not in BEHAVIOURS:
         raise CropiError(f"behaviour must be one of {', '.join(BEHAVIOURS)}, got {asked!r}")
-    if maker not in MAKERS:
-        raise CropiError(f"maker must be one of {', '.join(MAKERS)}, got {maker!r}")
     if not needed:
         return "current"
     if asked == "auto" and scan.with_logprobs == 0:
-        return "model" if maker == "other" else "current"
+        return "model" if of_another else "current"
     if asked in ("auto", "file") and scan.with_logprobs < scan.prompts:
         raise CropiError(
             f"{scan.without_logprobs}: no 'logprobs' in this record, while {scan.with_logprobs} of "

@@ -37,7 +37,6 @@ from cropi_kernels.sketcher.inputs import model_inputs
 from cropi_kernels.sketcher.logprobs import measured_split
 from cropi_kernels.sketcher.precision import own_precision
 
-LEVELS = ("off", "warn", "error")
 # Scored tokens to ask for, batches to read at most, tokens to judge by.
 ENOUGH, MOST_BATCHES, FEWEST = 256, 4, 16
 FAR, TOO_FAR, IMPOSSIBLE = 0.5, 0.1, 2.0
@@ -106,12 +105,10 @@ def check_behaviour(
         CropiError: the log-probs cannot be those of the policy that sampled, or are too far from this one; names what
             they fit, and the remedy.
     """
-    if level not in LEVELS:
-        raise CropiError(f"behaviour_check must be one of {', '.join(LEVELS)}, got {level!r}")
     first, again = tee(groups)
     shared = layout.shared and not (layout.trial is not None and layout.trial.problem)
     parts = _parts(policy, first, estimator, replace(layout, shared=shared, trial=None), budget)
-    if level == "off" or not parts:
+    if not parts:
         return None
     finding = examine(parts, estimator)
     if finding.level and any(part.batch.blocks is not None for part in parts):
