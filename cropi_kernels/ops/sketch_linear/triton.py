@@ -180,13 +180,19 @@ WARP: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
-def _pick(values, more, lane, index, SIZE: tl.constexpr):
-    """``values[index]`` of SIZE numbers that live in registers, ``more`` those behind the first WARP: a few shuffles
-    instead of a load in the loop. One vector of all would be spread over warps, which would wait for each other."""
-    found = tl.where(lane == index, values, 0)
-    if SIZE > WARP:
-        found |= tl.where(lane + WARP == index, more, 0)
-    return tl.sum(found, 0)
+def _pick(values, lane, index):
+    """``values[index]`` of a vector that lives in registers: a few shuffles instead of a load in the loop."""
+    return tl.sum(tl.where(lane == index, values, 0), 0)
+
+
+@triton.jit
+def _pick_word(words, behind, lane, index, PAIRS: tl.constexpr):
+    """`_pick` of PAIRS words, ``behind`` those behind the first WARP: one vector of all would be spread over warps,
+    which would wait for each other."""
+    if PAIRS > WARP:
+        return _pick(words, lane, index) | _pick(behind, lane + WARP, index)
+    else:
+        return _pick(words, lane, index)
 
 
 @triton.jit
@@ -267,7 +273,7 @@ def slab_kernel(
         t = tl.zeros((), tl.int32)
         p = tl.zeros((), tl.int32)
         for _ in range(0, n_pairs * tl.cdiv(length, BK)):
-            word = _pick(words, behind, lane, p, PAIRS)
+            word = _pick_word(words, behind, lane, p, PAIRS)
             block = (word >> 48 & 0x7FFF).to(tl.int32)
             row = i ^ (word & 0xFFFF).to(tl.int32)
             c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
@@ -302,7 +308,7 @@ def slab_kernel(
             done = t >= length
             # A product whose result is used under a condition alone may run on while the next tiles are fetched.
             if done:
-                after = _pick(words, behind, lane, p + 1, PAIRS)  # no pair: 0
+                after = _pick_word(words, behind, lane, p + 1, PAIRS)  # no pair: 0
                 more = p + 1 < n_pairs
                 sign = row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
                 sign *= tl.where(more, row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
