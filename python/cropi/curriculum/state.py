@@ -28,14 +28,14 @@ RESULTS: dict[str, Any] = {
     "rollouts": {"maker": str, "train?": [str], "valid?": [str]},
     "sketch": {
         "prompts": int, "usable": int, "without_gradient": dict, "weights": str, "anew?": int, "left?": int,
-        "train": _STORE, "valid": {str: _STORE}, "fingerprints": {str: str},
+        "train": _STORE, "valid": {str: _STORE}, "fingerprints": {str: str}, "checkpoints?": {str: str},
     },
     "influence": {"sets": [str], "scored": int},
     "select": {
         "prompts": int, "selected": int, "scores": {str: BESIDE}, "pass_rate": BESIDE,
         "kept_from_last": int | None, "last": int,
     },
-    "train": {"model": str, "training?": TRAINED},
+    "train": {"model": str, "training?": TRAINED, "checkpoints?": {str: str}},
     "collect": {"model": str, "train?": [str], "replaced?": int},
 }  # fmt: skip
 _STEP = {
@@ -136,6 +136,11 @@ class State:
         """The newest result of ``step`` in the stages below ``before``."""
         entries = [e for e in self.data["done"] if e["step"] == step and e["stage"] < before]
         return dict(entries[-1]) if entries else None
+
+    def checkpoint(self, model: str) -> str | None:
+        """The checkpoint (:attr:`cropi.Policy.checkpoint`) of a model, when a finished step used or made it last."""
+        known = [entry["checkpoints"] for entry in self.data["done"] if model in entry.get("checkpoints", ())]
+        return str(known[-1][model]) if known else None
 
     def do(self, stage: int, step: str, work: Any) -> dict[str, Any]:
         """Do a step unless it is finished, and write down that it is; returns its result."""

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ Result = dict[str, Any]
 
 @dataclass
 class Stage:
-    """Everything that the steps of one stage share. ``lock`` is inherited by commands."""
+    """Everything that the steps of one stage share. ``lock`` is inherited by commands; ``checkpoints`` are those of the
+    models that this stage has loaded."""
 
     plan: Plan
     files: data.Files
@@ -52,6 +53,23 @@ class Stage:
     number: int
     model: str
     lock: int
+    checkpoints: dict[str, str] = field(default_factory=dict)
+
+    def load(self, model: str) -> Policy:
+        """A policy by its name, of which nothing is loaded yet.
+
+        Raises:
+            CropiError: its weights are not those that an earlier step used or made.
+        """
+        policy = data.load(self.plan, model)
+        now, used = policy.checkpoint, self.state.checkpoint(model)
+        if used not in (None, now) and not self.plan.accept_changes:
+            raise CropiError(
+                f"the files of {model} have changed since an earlier step: what was scored, trained and compared would "
+                "be of different models; put the old ones back, give another --out, or pass --accept-changes"
+            )
+        self.checkpoints[model] = now
+        return policy
 
     @property
     def folder(self) -> Path:
@@ -101,7 +119,7 @@ def sketch_all(stage: Stage) -> Result:
     begun = time.monotonic()
     plan, source = stage.plan, data.source_of(stage.plan, stage.state, stage.number)
     stage.files.keep(source)
-    models = {"policy": data.load(plan, stage.model)}
+    models = {"policy": stage.load(stage.model)}
     checked = data.check(plan, stage.files, source, stage.number, models["policy"])
     _check_unchanged(stage, data.fingerprints(checked))
     parts = [*checked.valid, checked.train]
@@ -126,6 +144,7 @@ def sketch_all(stage: Stage) -> Result:
         torch.cuda.empty_cache()
     return {
         "train": train, "valid": valid, "fingerprints": data.fingerprints(checked), "weights": weights,
+        "checkpoints": dict(stage.checkpoints),
         "prompts": len(rows), "usable": sum(row.status == OK for row in rows),
         "without_gradient": dict(Counter(row.reason for row in rows if row.status != OK)),
         **({} if anew is None else {"anew": anew.scored, "left": anew.left}),
@@ -165,7 +184,7 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
     # Two of one weights are two models: the sketched one is tapped, and must not score for the other.
     role = f"behaviour {maker}"
     if behaviour == "model" and role not in models:
-        models[role] = data.load(plan, maker)
+        models[role] = stage.load(maker)
     part = replace(
         part, behaviour=behaviour,
         behaviour_model=models[role] if behaviour == "model" else None,
@@ -250,7 +269,7 @@ def _records(stage: Stage, source: data.Source, name: str) -> Any:
 
 def train(stage: Stage) -> Result:
     """Train on the selection, by the user's command or in this process."""
-    plan, values = stage.plan, stage.values()
+    plan, values, policy = stage.plan, stage.values(), stage.load(stage.model)
     with writing(stage.folder):
         make_folder(stage.folder / "trained")
     if plan.trainer == IN_PROCESS:
@@ -260,7 +279,7 @@ def train(stage: Stage) -> Result:
             Path(str(values["records"])),
             plan.steps,
             Path(str(values["out"])),
-            tokens=make_tokenize(data.load(plan, stage.model), plan.job).prompt,
+            tokens=make_tokenize(policy, plan.job).prompt,
             trust_remote_code=plan.trust_remote_code,
         )
     else:
@@ -275,7 +294,9 @@ def train(stage: Stage) -> Result:
             "policy there, or say by trained_model where it is"
         )
     _keep(model)
-    return {"model": _relative(model)} | read_training(stage.folder / "trained")
+    name = _relative(model)
+    made = {"model": name, "checkpoints": {name: data.load(plan, name).checkpoint}}
+    return made | read_training(stage.folder / "trained")
 
 
 def collect(stage: Stage) -> Result:
