@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,15 @@ def test_files_of_earlier_releases_go_on(tmp_path: Path, keys: str, finished: bo
         sums_path(out).unlink()
     else:
         out.unlink()
-        # Also without the checksum of a line.
         settings = settings_of(model, tmp_path)
         begun = {"cropi_rollout": settings, "rows": 256, "linears": "torch"}
-        write_lines(
-            out.with_name("out.jsonl.part"),
-            [begun if keys == "none" else begun | {MODEL: known}, first, *rest],
-        )
+        lines = [begun if keys == "none" else begun | {MODEL: known}, first, *rest]
+        texts = [json.dumps(line).encode() for line in lines]
+        part, sums = out.with_name("out.jsonl.part"), [b"\t%08x\n" % zlib.crc32(text) for text in texts]
+        part.write_bytes(b"".join(text + b"\n" for text in texts))
+        with pytest.raises(CropiError, match="part is damaged: the checksum of a line does not match"):
+            rolled(out, model, 4)
+        part.write_bytes(b"".join(text + check for text, check in zip(texts, sums)))
     records = rolled(out, model, 4)
     assert [record["id"] for record in records] == ["p0", "p1", "p2", "p3"]
     now = json.loads(records[0].pop(MODEL))

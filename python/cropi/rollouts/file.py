@@ -263,9 +263,9 @@ def _line(file: IO[bytes]) -> bytes:
 
 
 def _checked(line: bytes, path: Path) -> bytes:
-    """A line of the part file without its CRC-32, behind a tab, which JSON has nowhere. Earlier releases wrote none."""
-    text, tab, check = line.rstrip(b"\n").partition(b"\t")
-    if tab and check != b"%08x" % zlib.crc32(text):
+    """A line of the part file without its CRC-32, behind a tab, which JSON has nowhere."""
+    text, _, check = line.rstrip(b"\n").partition(b"\t")
+    if check != b"%08x" % zlib.crc32(text):
         raise CropiError(
             f"out: {path} is damaged: the checksum of a line does not match; {REMEDY.format(path=path)}"
         )
