@@ -100,7 +100,7 @@ def test_training_in_this_process_with_trl(
     )
     out = tmp_path / "run"
     args = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "learning_rate": 0.01,
-            "save_steps": 1, "logging_steps": 1}  # fmt: skip
+            "save_steps": 1, "logging_steps": 1, "lr_scheduler_type": "constant"}  # fmt: skip
     options = {"reward": f"{tmp_path}/rewards.py:even", "args": args}
     template = "Q: {% for m in messages %}{{ m['content'] }}{% endfor %} A: "
     path_of_config = config(made, out, trainer="trl", trl=options, stages=1, steps=2, chat_template=template)
@@ -140,8 +140,9 @@ def test_training_in_this_process_with_trl(
         assert "holds half of a stage's training with train." in capsys.readouterr().err
         assert (out / "state.json").read_bytes() == before
     path_of_config = config(made, out, **(given | {"trainer": "trl", "trl": options}))
-    # Killed between the last checkpoint and the end of the step: nothing is trained a second time.
+    # Killed between the last checkpoint, inside an epoch, and the end of the step: nothing more is trained.
     assert curriculum(path_of_config) == 0
+    assert not (out / "stage-00/trained/checkpoints/checkpoint-3").exists()
     assert torch.equal(trained, AutoModelForCausalLM.from_pretrained(new).lm_head.weight)
     # And anew it trains as a stage that had none.
     forget(out / "state.json", "train")

@@ -18,6 +18,7 @@ from cropi.report.forms import BESIDE, TRAINED, is_amount
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
 from cropi.trainers.trl.checkpoints import newest_whole
+from cropi.trainers.trl.in_process import STATE
 
 FORMAT = 1
 NAME = "state.json"
@@ -115,7 +116,7 @@ class State:
         if started.get("step") != "train" or held.get("trainer") != IN_PROCESS or not differs:
             return
         checkpoints = plan.stage_folder(started["stage"]) / "trained" / "checkpoints"
-        if newest_whole(checkpoints, "trainer_state.json") is None:
+        if newest_whole(checkpoints, STATE) is None:
             return
         if not plan.accept_changes:
             raise CropiError(

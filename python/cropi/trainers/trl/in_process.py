@@ -29,6 +29,7 @@ from cropi.trainers.trl.versions import check_version
 KEYS = ("reward", "args", "dtype", "device")
 # These belong to the stage.
 OURS = ("output_dir", "max_steps", "num_train_epochs")
+STATE = "trainer_state.json"  # of transformers, the last file of a checkpoint
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -162,8 +163,14 @@ def train_stage(
     """
     trl, datasets = optional("trl"), optional("datasets")
     device = options.get("device", "cpu")
+    started = newest_whole(out / "checkpoints", STATE)
+    # From its last step transformers' trainer would go on with one more, where that is not the end of an epoch.
+    trained = started if started and int(started.name.rpartition("-")[2]) >= steps else None
     policy, tokenizer = load_model(
-        model, dtype=options.get("dtype", "float32"), device=device, trust_remote_code=trust_remote_code
+        str(trained or model),
+        dtype=options.get("dtype", "float32"),
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
     groups = list(read(records))
     rows = [
@@ -185,9 +192,12 @@ def train_stage(
         model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
         train_dataset=datasets.Dataset.from_dict(columns_of(rows)), processing_class=tokenizer,
     )  # fmt: skip
-    started = newest_whole(out / "checkpoints", "trainer_state.json")
-    trainer.train(resume_from_checkpoint=str(started) if started else None)
-    if summary := training_summary(trainer.state.log_history):
+    if trained:
+        history = json.loads((trained / STATE).read_text(encoding="utf-8"))["log_history"]
+    else:
+        trainer.train(resume_from_checkpoint=str(started) if started else None)
+        history = trainer.state.log_history
+    if summary := training_summary(history):
         write_atomic(out / "training.json", json.dumps(sealed(summary)) + "\n")
     new = out / "policy"
     trainer.save_model(str(new))
