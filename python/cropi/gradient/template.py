@@ -249,9 +249,6 @@ class ChatTemplate:
         **options: Any,
     ) -> Any:
         text, given = self.source(tools), dict(variables or {})
-        wrong = [name for name in given if name in _OURS]
-        if wrong:
-            raise ValueError(f"chat_template_kwargs holds {wrong[0]!r}, which is not a variable of templates")
         if "strftime_now" in text:
             # A function cannot be handed to the template: its formats are looked up in a table instead.
             text = re.sub(r"strftime_now\s*\(", "cropi_dates.get(", text).replace(

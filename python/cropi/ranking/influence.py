@@ -68,7 +68,6 @@ def influence(
     valid: Sequence[SketchStore],
     comparing: Influence | None = None,
     *,
-    seed: int | None = None,
     pairs: bool = False,
     stages: str = "same",
     **options: Any,
@@ -84,7 +83,6 @@ def influence(
         comparing: the options; None: those that are given by keyword. ``minus``:
             ``score[s, v] - minus_weight * score[s, minus]``, a set that has no column of its own. ``draws`` is for the
             uncertainty (:mod:`cropi.ranking.uncertainty`), and not looked at.
-        seed: ``valid_seed`` by its short name.
         pairs: keep the inner products with every validation prompt as ``scores.pairs``
             (:class:`cropi.ranking.pairwise.Pairwise`): the training store is read once for both.
         stages: "same", or "any" to take training sketches of an earlier stage, whose policy was another: such scores
@@ -99,7 +97,7 @@ def influence(
         CropiError: stores that cannot be compared, an unfinished one, a validation set without a usable prompt,
             an unknown option.
     """
-    given = one_of(comparing, options if seed is None else options | {"valid_seed": seed}, Influence)
+    given = one_of(comparing, options, Influence)
     minus, weight = given.minus, given.minus_weight
     if stages not in STAGES:
         raise CropiError(f"stages must be one of {', '.join(STAGES)}, got {stages!r}")

@@ -155,8 +155,6 @@ def make_chunks(
         tokens: of a chunk, at least, padding included; None: a chunk is a whole window.
         window: prompts that are sorted and cut together; fewer, where they hold :data:`MOST_TOKENS`.
     """
-    if budget < 1 or window < 1:
-        raise ValueError(f"budget and window must be at least 1, got {budget} and {window}")
     held: list[TokenGroup] = []
     rows: list[RowInfo] = []
     number = windows = size = 0
