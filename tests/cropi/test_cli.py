@@ -477,17 +477,8 @@ def test_help_is_quick() -> None:
 def test_info_of_a_curriculum_inside_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"stage": 0, "step": 0, "dataset": 40, "selected": 40},
-        {
-            "stage": 1,
-            "step": 200,
-            "dataset": 40,
-            "pool": 32,
-            "usable": 30,
-            "unknown": 0,
-            "selected": 3,
-            "seconds": 5.1,
-        },
-    ]
+        {"stage": 1, "step": 200, "dataset": 40, "pool": 32, "usable": 30, "unknown": 0, "selected": 3, "seconds": 5.1},
+    ]  # fmt: skip
     (tmp_path / "cropi").mkdir()
     stages = write_lines(tmp_path / "cropi" / "stages.jsonl", rows)
     for path in (tmp_path, tmp_path / "cropi", stages):
@@ -495,5 +486,9 @@ def test_info_of_a_curriculum_inside_trl(tmp_path: Path, capsys: pytest.CaptureF
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == f"curriculum    {stages}: 2 stages begun, inside TRL"
         assert lines[2].endswith("from step 200: 3 prompts of 32, 30 with a gradient")
+    live = {"stage": 1, "step": 2, "dataset": 40, "pool": 40, "selected": 6, "seen": 4}
+    write_lines(stages, [rows[0], live])
+    assert main(["info", str(stages)]) == 0
+    assert capsys.readouterr().out.splitlines()[2].endswith("from step 2: 6 prompts of 40, 4 seen before")
     write_lines(stages, [rows[0], {"stage": None}])
     assert main(["info", str(stages)]) == 0

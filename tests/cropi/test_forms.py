@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from data.make_formats import records
 from support.made_data import write_lines
 
-from cropi.data.readers import HashedIds, read
+from cropi.cli import main
+from cropi.data.readers import HashedIds, read, read_trajectories
 from cropi.errors import CropiError, RecordError
 
 
@@ -167,3 +169,34 @@ def test_reasons_of_engines_say_what_was_cut(tmp_path: Path, kind: str) -> None:
     exact = {"id": "a", "prompt_ids": [1], "response_ids": [[2], [3]], "rewards": [1.0, 0.0]}
     (group,) = read(given([exact | {"finish_reasons": ["stop", "abort"]}]))
     assert group.truncated is None
+
+
+def test_tables_with_columns_of_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Converted whether or not ``--source`` names them; what is left out is counted, and all of it is an error."""
+    rows = [
+        {"ID": f"q{i // 2}", "Frage": f"{i // 2}+1=", "Antwort": str(i), "Note": float(i % 2)}
+        for i in range(6)
+    ]
+    rows[5]["Frage"] = "another one"
+    table, out = tmp_path / "given.jsonl", tmp_path / "out.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "convert",
+        str(table),
+        "--out",
+        str(out),
+        "--columns",
+        "id=ID,prompt=Frage,response=Antwort,reward=Note",
+    ]
+    for source in ([], ["--source", "records"]):
+        assert main([*words, *source]) == 2
+        assert "another row with the id 'q2', at " in capsys.readouterr().err
+        assert main([*words, *source, "--skip-bad"]) == 0
+        assert "left out      1 samples: 1 by form" in capsys.readouterr().out
+        assert [(group.id, group.responses) for group in read_trajectories(out)] == [
+            ("q0", ["0", "1"]), ("q1", ["2", "3"])
+        ]  # fmt: skip
+        out.unlink()
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
+    assert main([*words, "--skip-bad"]) == 2 and not out.exists()
+    assert "no usable sample is left (1 left out); the first: " in capsys.readouterr().err

@@ -174,6 +174,13 @@ def test_folders_that_are_no_run(ran: Path, tmp_path: Path) -> None:
         report_folder(tmp_path / "none")
     with pytest.raises(CropiError, match="there is no such score table"):
         report_folder(tmp_path)
+    for stage in ("stage-0001", "stage-0002"):
+        shutil.copytree(ran, tmp_path / "trl" / "cropi" / stage)
+    for folder in (tmp_path / "trl", tmp_path / "trl" / "cropi"):
+        with pytest.raises(
+            CropiError, match=r"holds 2 stages: give the folder of one, such as .*cropi/stage-0002$"
+        ):
+            report_folder(folder)
     shutil.copy(ran / "scores.parquet", tmp_path)
     with pytest.raises(CropiError, match="holds no selected.jsonl: choose first"):
         report_folder(tmp_path)

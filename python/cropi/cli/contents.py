@@ -198,11 +198,9 @@ def _curriculum(path: Path, state: Path) -> dict[str, Any]:
 def _stages(path: str | Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     lines = [f"curriculum    {path}: {len(rows)} stages begun, inside TRL"]
     for row in rows:
-        pool = (
-            f" of {row['pool']}, {row.get('usable')} with a gradient"
-            if "pool" in row
-            else ", all of the dataset"
-        )
+        # With `live`, the prompts that a step's backward pass has shown until then.
+        known = f"{row['seen']} seen before" if "seen" in row else f"{row.get('usable')} with a gradient"
+        pool = f" of {row['pool']}, {known}" if "pool" in row else ", all of the dataset"
         number = str(row.get("stage"))
         lines.append(f"  stage {number:<5} from step {row.get('step')}: {row.get('selected')} prompts{pool}")
     return told(lines, "curriculum", stages=rows)

@@ -68,9 +68,11 @@ def add_options(command: Parser) -> None:
     )
     command.add_argument(
         "--columns",
-        metavar="reward=NAME",
-        help="what the reward is, or a sum a+b of several: a column of TRL's file (default: the sum of all functions), "
-        "a key of slime's table of rewards, a column of verl's text (default: score)",
+        metavar="NAME=COLUMN,...",
+        help="of records and tables: names of the columns, where they are other ones: "
+        "prompt=question,response=answer,reward=score; of dumps, reward=NAME: what the reward is, or a sum a+b of "
+        "several: a column of TRL's file (default: the sum of all functions), a key of slime's table of rewards, a "
+        "column of verl's text (default: score)",
     )
     command.add_argument(
         "--reward", metavar="FILE.py:FUNCTION",

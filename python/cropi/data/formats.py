@@ -74,8 +74,9 @@ def format_of(head: bytes, path: str | Path) -> str:
         raise CropiError(f"{path} is a web page (HTML or XML), perhaps in place of a download; {_SAVE}")
     if start[:1] not in (b"{", b"[") and any(ending in Path(path).name.lower() for ending in TABLES):
         raise CropiError(
-            f"{path} is a table of text ({' or '.join(TABLES)}); write it as parquet, for example by "
-            f"pandas.read_csv({str(path)!r}).to_parquet({Path(path).stem + '.parquet'!r})"
+            f"{path} is a table of text ({' or '.join(TABLES)}); write it as parquet, texts as text and "
+            f"rewards as numbers, for example by pandas.read_csv({str(path)!r}, dtype=str).astype({{'reward': float}})"
+            f".to_parquet({Path(path).stem + '.parquet'!r})"
         )
     if start and start[:1] not in (b"{", b"[") and b"\x00" in head:
         raise CropiError(f"{path} is a binary file (it begins with {head[:8].hex(' ')}); {_SAVE}")

@@ -107,7 +107,8 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> d
                 raise RecordError(
                     where,
                     f"there is no column {column!r} for {name!r}",
-                    f"{did_you_mean(column, map(str, row))}its columns are {', '.join(map(str, row)):.300}",
+                    f"{did_you_mean(column, map(str, row))}its columns are {', '.join(map(str, row)):.300}; columns "
+                    "are named for all files together: where they differ, make records of each by `cropi convert`",
                 )
             value = value[part] if column else None
         if value is not None:
@@ -247,8 +248,11 @@ def joined(rows: list[dict[str, Any]], wheres: list[str]) -> dict[str, Any]:
             )
         elif key in FIELDS or key in ALIASES:
             other = next(i for i, value in enumerate(values) if value != values[0])
+            same = (
+                "of the same prompt" if rows[0].get("id") is None else f"with the id {shown(rows[0]['id'])}"
+            )
             raise RecordError(
-                wheres[other], f"another row of the same prompt, at {wheres[0]}, has another {key!r}",
+                wheres[other], f"another row {same}, at {wheres[0]}, has another {key!r}",
                 "give every prompt its own id, or pass --skip-bad",
             )  # fmt: skip
     if "logprobs" in made and any(value is None for value in made["logprobs"]):

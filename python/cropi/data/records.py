@@ -223,7 +223,8 @@ def make_group(
 
 
 def _near(name: str, keys: Mapping[str, Any]) -> list[str]:
-    near = did_you_mean(name, map(str, keys), "--columns " + name + "={}")
+    fit = [str(key) for key, value in keys.items() if name == "prompt" or isinstance(value, (list, tuple))]
+    near = did_you_mean(name, fit, "--columns " + name + "={}")
     return [f"{near}see docs/trajectories.md, or pass --skip-bad"] if near else []
 
 

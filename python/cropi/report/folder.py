@@ -14,7 +14,7 @@ import numpy as np
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, shown, warn
-from cropi.files import entries, is_folder, is_there
+from cropi.files import entries, is_file, is_folder, is_there
 from cropi.locks import one_at_a_time
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
@@ -70,6 +70,9 @@ def report_folder(
         raise CropiError(f"{root} is not a folder: give what `cropi run --out` or `cropi curriculum` wrote")
     if is_curriculum(root):
         return curriculum_page(root, out)
+    stages = [*entries(root, "stage-*"), *entries(root / "cropi", "stage-*")]  # of a run inside TRL
+    if not is_file(root / SCORES) and (scored := [stage for stage in stages if is_file(stage / SCORES)]):
+        raise CropiError(f"{root} holds {len(scored)} stages: give the folder of one, such as {scored[-1]}")
     page = root / "report.html" if out is None else Path(out)
     with one_at_a_time(page):  # of two processes, the one that read last writes last
         return _report(root, page, check, every_text, records or noted_files)

@@ -350,7 +350,7 @@ def groups_of(
     given = logs_together(given)
     found = [expanded(one if isinstance(one, list) else [one], say) for one in given]
     paths = [path for part in found for path in part]
-    kinds = {str(path): _kind(path, source, None) for path in paths}
+    kinds = {str(path): _kind(path, source, reading.columns) for path in paths}
     if len(set(kinds.values())) > 1:
         told = ", ".join(f"{path} ({WORDS[kind]})" for path, kind in list(kinds.items())[:6])
         raise CropiError(f"the files are of several kinds: {told}; convert each kind by itself")
@@ -369,9 +369,22 @@ def groups_of(
                 for one, part in zip(given, found, strict=True)
                 for source in _of_steps(part, one, left.skip_bad, say)
             ]
-        return read(made, skip_bad=left.skip_bad, columns=dict(reading.columns))
+        return _some(read(made, skip_bad=left.skip_bad, columns=dict(reading.columns)).each(left.note), left)
     check_copies(paths)
     rollouts = rollouts_of(paths, kind, reading, left)
     if reading.prompts is not None:
         rollouts = left.each(rollouts, reading.prompts.named)
-    return group_rollouts(rollouts, steps=reading.steps, left=left)
+    return _some(group_rollouts(rollouts, steps=reading.steps, left=left), left)
+
+
+def _some(groups: Iterable[PromptGroup], left: Left) -> Iterator[PromptGroup]:
+    """The groups, or an error where all are left out."""
+    empty = True
+    for group in groups:
+        empty = False
+        yield group
+    if empty and left.counts:
+        first = next(iter(left.first.values()))
+        raise CropiError(
+            f"no usable sample is left ({left.counts.total()} left out); the first: {first.where}: {first.problem}"
+        )

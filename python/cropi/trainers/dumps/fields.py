@@ -62,11 +62,11 @@ class Left:
     def __init__(self, skip_bad: bool = False) -> None:
         self.skip_bad = skip_bad
         self.counts: Counter[str] = Counter()
-        self.first: dict[str, BadSample] = {}
+        self.first: dict[str, RecordError] = {}
         self.told = False
         self.evaluated: dict[Path, set[int]] = {}
 
-    def note(self, error: BadSample) -> None:
+    def note(self, error: RecordError) -> None:
         """Count a sample that is left out.
 
         Raises:
@@ -74,7 +74,7 @@ class Left:
         """
         if not self.skip_bad and not isinstance(error, Unused):
             raise error
-        name = error.field.partition("[")[0]
+        name = error.field.partition("[")[0] if isinstance(error, BadSample) else "form"
         self.counts[name] += 1
         self.first.setdefault(name, error)
 
