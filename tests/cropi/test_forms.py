@@ -13,7 +13,7 @@ from data.make_formats import records
 from support.made_data import write_lines
 
 from cropi.cli import main
-from cropi.data.readers import HashedIds, read, read_trajectories
+from cropi.data.readers import HashedIds, read
 from cropi.errors import CropiError, RecordError
 
 
@@ -193,7 +193,7 @@ def test_tables_with_columns_of_other_names(tmp_path: Path, capsys: pytest.Captu
         assert "another row with the id 'q2', at " in capsys.readouterr().err
         assert main([*words, *source, "--skip-bad"]) == 0
         assert "left out      1 samples: 1 by form" in capsys.readouterr().out
-        assert [(group.id, group.responses) for group in read_trajectories(out)] == [
+        assert [(group.id, group.responses) for group in read(out)] == [
             ("q0", ["0", "1"]), ("q1", ["2", "3"])
         ]  # fmt: skip
         out.unlink()

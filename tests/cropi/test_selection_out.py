@@ -18,6 +18,7 @@ from support.made_data import make_records, save_policy, write_lines
 
 from cropi.cli import main
 from cropi.data.export import FORMATS, export
+from cropi.data.readers import HashedIds, read
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
 from cropi.ranking.scores import Scores
@@ -106,6 +107,30 @@ def test_a_dataset_may_be_a_list_of_prompts_or_a_frame(tmp_path: Path) -> None:
 def test_rows_that_are_no_dataset_are_named(held: Any, words: str) -> None:
     with pytest.raises(CropiError, match=words):
         chosen().to_dataset(held)
+
+
+@pytest.mark.parametrize("form", ["conversation", "pair", "prompt"])
+def test_rows_without_ids_are_found_by_what_their_ids_are_hashes_of(form: str) -> None:
+    """Demonstrations and prompts: the ids that their records got, in a list, a data set and a frame."""
+    said = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    rows: list[dict[str, Any]] = {
+        "conversation": [
+            {"messages": [{**said[0], "content": f"{i}+1="}, said[1]], "of": i} for i in range(6)
+        ],
+        "pair": [{"prompt": f"{i}+1=", "completion": str(i), "of": i} for i in range(6)],
+        "prompt": [{"prompt": f"{i}+1=", "answer": str(i), "of": i} for i in range(6)],
+    }[form]
+    records = [row | {"response": "3", "reward": 1.0} for row in rows] if form == "prompt" else rows
+    with pytest.warns(HashedIds):
+        names = [group.id for group in read(records, rewards=None)]
+    held = Scores([RowInfo(name) for name in names], ["valid"], np.arange(6.0)[:, None], "cosine")
+    best = Selection([4, 2], [4, 2], np.zeros(6), "rrf", held)
+    for given in (rows, datasets.Dataset.from_list(rows), pyarrow.Table.from_pylist(rows).to_pandas()):
+        assert best.to_dataset(given)["of"] == [4, 2]
+    with pytest.raises(CropiError, match="1 of 2 selected prompts have no row.*hashes of their prompts"):
+        best.to_dataset(rows[:4])
+    with pytest.raises(CropiError, match="no stable prompt id"):  # two rows of one prompt
+        best.to_dataset([*rows, rows[4]])
 
 
 def test_a_folder_that_is_no_data_set_is_left_alone(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from cropi.errors import CropiError, RecordError, did_you_mean, shown
 
 RECORD, RESPONSE, CONVERSATION, PROMPT = "record", "response", "conversation", "prompt"
 HASHED = "text-"  # what ids begin with that are hashes
+# The keys that a hash is of.
+CONTENT = ("prompt", "messages", "prompt_ids", "prompt_token_ids", "answer", "tools")
 # What a row that holds one response calls the parts of a record, and what it is in the record.
 SINGLE = {
     "response": "responses", "completion": "responses", "reward": "rewards", "response_ids": "response_ids",
@@ -58,10 +60,7 @@ ROLL_OUT = (
 def is_prompt(row: Mapping[str, Any]) -> bool:
     """Whether a row holds a prompt, and neither a response nor a score."""
     keys = [key for key, value in row.items() if value is not None]
-    messages = row.get("messages")
-    talks = isinstance(messages, list) and any(
-        isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
-    )
+    talks = is_conversation(row)
     answered = talks or any(key in (*_ANSWERS, *_SCORES) or _is_single(key) for key in keys)
     return any(key in _PROMPTS for key in keys) and not answered
 
@@ -128,10 +127,7 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
     if not rewards and any(SINGLE.get(key) == "response_ids" and _is_nested(row[key]) for key in keys):
         return RECORD
     has_response = any(_is_single(key) and key != "reward" for key in keys)
-    messages = row.get("messages")
-    talks = isinstance(messages, list) and any(
-        isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
-    )
+    talks = is_conversation(row)
     # A response that could not be scored has a reward that is null.
     has_reward = not rewards or "reward" in (row if has_response or talks else keys)
     if has_reward and has_response:
@@ -149,6 +145,14 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
     if not (has_response or talks):
         _missing("response", _ANSWERS, row, keys, where)
     return RECORD
+
+
+def is_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether its messages hold a response."""
+    messages = row.get("messages")
+    return isinstance(messages, list) and any(
+        isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
+    )
 
 
 def _is_nested(ids: Any) -> bool:

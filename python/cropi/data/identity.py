@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi.data.forms import HASHED
+from cropi.data.forms import CONTENT, HASHED, content_id, is_conversation, split_conversation
 from cropi.data.keys import RENDERED
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.data.records import PromptGroup
@@ -30,7 +30,8 @@ def dataset_ids(
     Args:
         table: a pyarrow table or rows.
         path: what messages call it.
-        id_key: the column; None finds it among :data:`ID_KEYS`.
+        id_key: the column; None finds it among :data:`ID_KEYS`, and without one names rows by their content, if the
+            records' ids are hashes of theirs.
         records: some prompts by their ids; a column is taken if all of them are in it and each row has the record's own
             prompt, wherever the two can be compared.
 
@@ -54,13 +55,19 @@ def dataset_ids(
             fitting.append(ids)
     if not fitting and reasons:
         raise reasons[0]
+    names = [record.id for record in records]
+    if not fitting and not id_key and names and all(name.startswith(HASHED) for name in names):
+        hashes = _hashes(table, columns)
+        if len(set(hashes)) == len(hashes):
+            ids = PromptIds.of(hashes, "content", f"dataset: {path}", "--id-key")
+            _check_rows(table, columns, path, ids, records)
+            return ids
     if not fitting:
         wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
         raise CropiError(
             f"dataset: {path} has no stable prompt id ({wanted} is not among its columns {', '.join(columns)}, or not "
             "in every row); add the trajectories' ids to it as a column, and name it with --id-key"
         )
-    names = [record.id for record in records]
     for other in fitting[1:]:
         if names and other.places(names) != fitting[0].places(names):
             raise CropiError(
@@ -69,6 +76,18 @@ def dataset_ids(
                 "the prompts do not tell which is meant; name the column with --id-key"
             )
     return fitting[0]
+
+
+def _hashes(table: Any, columns: Sequence[str]) -> list[str]:
+    """The ids that the rows would have if they were records without one."""
+    keys = [key for key in CONTENT if key in columns]
+    made = []
+    for values in zip(*(column or () for column in column_values(table, *keys)[1])):
+        row = dict(zip(keys, values))
+        if row.get("prompt") is None and is_conversation(row):
+            row = split_conversation(row, "")
+        made.append(content_id(row))
+    return made
 
 
 def _check_rows(
