@@ -118,6 +118,7 @@ def test_contradicting_options_are_refused() -> None:
         (lambda: make_estimator("cropi", delta=2.0), "delta=2.0: it bounds a clipped ratio"),
         (lambda: make_estimator("rloo", std=True), "loo: an advantage that leaves one out is not divided"),
         (lambda: make_estimator("rloo", level="sequence"), "has no ratio; leave them out"),
+        (lambda: Estimator("mine", ratio=False, cap=2.0), "has no ratio; leave them out"),
         (lambda: make_estimator("grpo", level="group"), "level must be one of token, sequence"),
         (lambda: make_estimator("reinforce", clip_low=0.1, clip_high=0.1), "has no ratio to clip"),
         (lambda: make_estimator("cropi", clip_low=0.1), "needs both or none"),

@@ -21,7 +21,7 @@ from cropi.ranking.influence import SharedPrompts, influence
 from cropi.ranking.leave_one_out import leave_one_out
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.resampled import NearestSet
-from cropi.ranking.scores import Scores
+from cropi.ranking.scores import DEFAULT_SET, Scores
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
@@ -253,6 +253,8 @@ def test_one_prompt_left_out_is_a_store_without_it(stores: Any, mean: str) -> No
         assert one.moved == pytest.approx(moved, abs=1e-5)
     with pytest.raises(CropiError, match="others do not depend on the validation prompts"):
         leave_one_out(pairwise(train, [valid]), selecting=Selecting(method="random"))
+    unnamed = in_memory(others, "v")
+    assert {one.set for one in leave_one_out(pairwise(train, [unnamed]), selecting=given)} == {DEFAULT_SET}
 
 
 @pytest.mark.long

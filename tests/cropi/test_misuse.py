@@ -185,10 +185,12 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "SketchStore: path": (lambda: cropi.SketchStore.open(3), "path is of type int"),  # type: ignore[arg-type]
     "SketchStore: none there": (lambda: cropi.SketchStore.open("nowhere"), "nowhere: there is no sketch store"),
     "SketchStore: join": (lambda: cropi.SketchStore.join(["a"]), r"stores is \['a'\]"),  # type: ignore[list-item]
+    "SketchStore: join one": (lambda: cropi.SketchStore.join(store()), "stores is .*give a list"),  # type: ignore[arg-type]
     "Estimator: name": (lambda: cropi.Estimator(3), "name must be a name"),  # type: ignore[arg-type]
     "Estimator: clip": (lambda: cropi.Estimator("mine", clip_low=0.2), "clip_low=0.2"),
     "make_estimator: name": (lambda: cropi.make_estimator("gppo"), "got 'gppo'"),
     "make_estimator: field": (lambda: cropi.make_estimator("ppo", clip=0.1), "clip=0.1 is not a field.*clip_low"),
+    "Selector: a text": (lambda: cropi.Selector("abc"), "ids is 'abc'"),
     "Selector: ids": (lambda: cropi.Selector(3), "ids is 3"),  # type: ignore[arg-type]
     "LiveSketcher: model": (lambda: kernels.LiveSketcher("m"), "model is of type str"),  # type: ignore[arg-type]
     "SketchSpec: dim": (lambda: kernels.SketchSpec("1024"), "dim='1024': give a power of two"),  # type: ignore[arg-type]

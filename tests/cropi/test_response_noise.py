@@ -22,7 +22,7 @@ from cropi.gradient.estimators import group_advantages, make_estimator
 from cropi.gradient.noise import noise_of, noisy
 from cropi.model.policy import Policy
 from cropi.ranking.pairwise import pairwise
-from cropi.ranking.response_noise import response_noise
+from cropi.ranking.response_noise import _noise_of, response_noise
 from cropi.ranking.table import read_scores
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
 from cropi.sketching.job import SketchJob, make_tokenize
@@ -45,14 +45,24 @@ def test_a_draw_has_the_mean_zero_and_the_covariance_of_the_gradient(rewards: li
     advantages = group_advantages(rewards)
     draws = np.random.default_rng(0)
     rounding = 64 * np.finfo(float).eps * len(rewards)
-    for _ in range(20):
-        made = noise_of(advantages, draws)
+    for number in range(20):
+        # Nothing divides small advantages that are not standardised.
+        scaled = advantages * (0.01 if number % 2 else 1.0)
+        made = noise_of(scaled, draws)
         assert abs(made.sum()) <= rounding and abs(made @ np.array(rewards)) <= rounding * np.linalg.norm(
             made
         )
-        assert made @ made == pytest.approx(advantages @ advantages, rel=1e-12)
+        assert made @ made == pytest.approx(scaled @ scaled, rel=1e-12)
+    made = noise_of(advantages, draws)
     other = noise_of(advantages, draws)
     assert len(rewards) == 3 or not np.allclose(np.abs(made), np.abs(other)), "every draw is another"
+
+
+def test_noise_that_is_unknown_is_not_zero() -> None:
+    rows = torch.eye(3)
+    rows[1] = 0
+    assert _noise_of([in_memory(rows, "p", skipped="zero gradient")])["p001"] is None
+    assert sorted(_noise_of([in_memory(rows, "p", skipped="2 responses")])) == ["p000", "p002"]
 
 
 def test_a_draw_needs_three_responses_and_two_rewards() -> None:

@@ -240,6 +240,8 @@ def test_weights_for_all_have_mean_one() -> None:
     weights = chosen.soft_weights()
     assert list(weights) == ["02", "03", "00"] and sum(weights.values()) == pytest.approx(3)
     assert chosen.soft_weights(1e6)["00"] == pytest.approx(1, abs=1e-5)
+    # e^(z / temperature) alone would overflow.
+    assert chosen.soft_weights(1e-4) == {"02": 3, "03": 0, "00": 0}
     with pytest.raises(CropiError, match="temperature must be a number above 0"):
         chosen.soft_weights(0)
 

@@ -151,7 +151,7 @@ def _check_apart(model: Any, policy: Any) -> None:
             "behaviour_model shares its weights with the policy, whose adapters were put into it, so that both are the "
             "same model: load it a second time (or give its name), or copy it before get_peft_model"
         )
-    if model is policy or own == held:
+    if own == held:
         raise CropiError(
             "behaviour_model holds the very weights of the policy, so that every ratio would be 1, also after they are "
             "trained: give a copy from before (copy.deepcopy, or its name), or behaviour='current' where the policy "
