@@ -27,7 +27,7 @@ _OTHER_AXES = {"pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequenc
 
 def is_unit(module: nn.Module) -> bool:
     """Whether FSDP2 shards the module as a unit."""
-    return hasattr(module, "set_reshard_after_forward") and hasattr(module, "unshard")
+    return hasattr(module, "set_reshard_after_backward") and hasattr(module, "unshard")
 
 
 def units(model: nn.Module) -> list[Any]:
@@ -41,8 +41,8 @@ def check_parallel(model: nn.Module) -> None:
     """Refuse the ways of spreading a model that a pass cannot follow.
 
     Raises:
-        ValueError: FSDP1, DeepSpeed's engine or ZeRO-3, pipeline, context or expert parallel, or tensor parallel within
-            FSDP2; names the supported way.
+        ValueError: FSDP1, FSDP2 of torch 2.6, DeepSpeed's engine or ZeRO-3, pipeline, context or expert parallel, or
+            tensor parallel within FSDP2; names the supported way.
     """
     remedy = (
         "shard the model by torch.distributed.fsdp.fully_shard (FSDP2) or by tensor parallel alone, or give every rank "
@@ -60,7 +60,14 @@ def check_parallel(model: nn.Module) -> None:
             f"{type(model).__name__} holds DeepSpeed's engine: give the model inside, engine.module, whose weights are "
             "whole on every rank up to ZeRO-2"
         )
-    inside_units = {id(p) for unit in units(model) for p in unit.parameters()}
+    found = units(model)
+    # That of torch 2.6 does not run on a CPU, where this is tested.
+    if found and not hasattr(found[0], "set_reshard_after_forward"):
+        raise ValueError(
+            f"{type(model).__name__} is sharded by the FSDP2 of torch {torch.__version__}, which is not followed: "
+            "install a newer torch"
+        )
+    inside_units = {id(p) for unit in found for p in unit.parameters()}
     for name, p in model.named_parameters():
         if not is_spread(p):
             continue

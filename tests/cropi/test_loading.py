@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
+from support.versions import before
 
 import cropi
 from cropi import errors
@@ -276,6 +277,10 @@ def test_packed_weights_are_loaded_whole_where_they_can_be(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where transformers finds a GPU, whose kernels for them have no backward."""
+    if before("transformers", "5.5"):
+        pytest.importorskip(
+            "triton", reason="transformers 5.4 reads these weights by a module that imports it"
+        )
     from safetensors.torch import load_file, save_file
 
     size = 8

@@ -12,7 +12,7 @@ import transformers
 from support import live as made
 from support import odd_models, zoo
 from support.live import LOSSES, SPEC, Step, captured
-from support.versions import checkpoint_layers
+from support.versions import FSDP2, checkpoint_layers
 from torch import nn
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
@@ -372,6 +372,7 @@ def test_data_parallel(one_rank: None) -> None:
     assert same_bits_twice(wrapped).loss == "a sum over prompts"
 
 
+@FSDP2
 def test_sharded(one_rank: None) -> None:
     """FSDP2: the taps see whole weights' products, autograd leaves shards."""
     from torch.distributed.fsdp import fully_shard

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import zoo
 from support.launch import found_on_ranks, on_ranks
+from support.versions import FSDP2, NAMED_HOOKS
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -108,6 +109,7 @@ def test_tensor_parallel_within_another_sharding_is_refused(one_rank: None) -> N
     refused(model, r"model.norm.weight is spread over ranks by tensor parallel within another sharding")
 
 
+@NAMED_HOOKS
 def test_onednn_by_name_is_refused_where_weights_are_sharded(
     one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,15 @@ def test_deepspeed_is_refused() -> None:
     )
 
 
+def test_the_units_of_an_older_torch_are_refused(one_rank: None) -> None:
+    """Their class has other methods: taken for a tensor-parallel model's, they would be followed as it is."""
+    model = zoo.make("llama")
+    methods = dict.fromkeys(("unshard", "reshard", "set_reshard_after_backward"), lambda self: None)
+    model.model.__class__ = type("FSDPLlamaModel", (type(model.model),), methods)
+    refused(model, "LlamaForCausalLM is sharded by the FSDP2 of torch .*: install a newer torch")
+
+
+@FSDP2
 def test_a_tied_weight_that_was_taken_apart_is_refused(one_rank: None) -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import zoo
+from support.versions import NAMED_HOOKS
 
 from cropi_kernels import GradientSketcher, SketchSpec, _native
 from cropi_kernels.plan import plan_vector
@@ -128,6 +129,7 @@ def test_inputs_that_come_back_with_other_strides() -> None:
     assert one.out.any() and torch.equal(one.out, other.out)
 
 
+@NAMED_HOOKS
 def test_one_block_for_the_copies_of_every_batch_after_the_first() -> None:
     model, batch = zoo.make("llama-tied"), zoo.padded()
     with GradientSketcher(model, SPEC) as sketcher:

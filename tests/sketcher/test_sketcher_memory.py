@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import zoo
+from support.versions import NAMED_HOOKS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +64,7 @@ def left_by_forward(model: nn.Module, batch: zoo.Batch, sketched: bool) -> int:
         model.requires_grad_(True)
 
 
+@NAMED_HOOKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "olmo2"])
 def test_taps_keep_the_folded_inputs_and_nothing_else(family: str, dtype: torch.dtype) -> None:
@@ -73,6 +75,7 @@ def test_taps_keep_the_folded_inputs_and_nothing_else(family: str, dtype: torch.
     assert left_by_forward(model, batch, True) - plain == copies
 
 
+@NAMED_HOOKS
 def test_the_copy_in_the_graph_gives_the_bits_of_the_input_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = zoo.make("gemma2", torch.bfloat16), zoo.padded()
     found = []
@@ -91,6 +94,7 @@ def test_the_copy_in_the_graph_gives_the_bits_of_the_input_itself(monkeypatch: p
     assert torch.equal(with_copy, with_input)
 
 
+@NAMED_HOOKS
 def test_only_a_cast_of_the_input_itself_is_taken() -> None:
     leaf = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
     x = leaf * 2

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 
 def before(package: str, release: str) -> bool:
@@ -31,3 +32,11 @@ def checkpoint_layers(model: Any, options: dict[str, Any] | None = None) -> None
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+# Where torch does not say whether something packs what autograd saves, taps keep inputs as if something did.
+NAMED_HOOKS = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason=f"torch {torch.__version__} does not name the hooks of what is saved",
+)
+FSDP2 = needs("torch", "2.7", "FSDP2 does not run on a CPU")
