@@ -108,9 +108,8 @@ class ServerEngine:
         sharp = {"max_tokens": 4, "top_k": 1, "temperature": 2.0, "top_p": 1.0}
         seen: list[list[tuple[list[int], str | None]]] = []
         try:
-            for before in range(
-                3
-            ):  # of two tokens of nearly one probability, a cached prompt may give the other
+            # Of two tokens of nearly one probability, a cached prompt may give the other.
+            for before in range(3):
                 made = [(one.ids, one.text) for one in self._ask(request, 1, before, **sharp)[:1]]
                 if made in seen:
                     return True
