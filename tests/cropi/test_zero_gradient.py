@@ -274,6 +274,8 @@ def test_the_rule_itself() -> None:
     table = torch.tensor([[0.5, -0.5, 0.0], [0.5, -0.4999, 0.0], [0.1, 0.2, -0.3], [1e-30, 0.0, 0.0]])
     assert sum_of_equals(table).tolist() == [0.0, pytest.approx(1e-4, rel=1e-3), 0.0, pytest.approx(1e-30)]
     bound = rounding(make_model())
+    # A model that does not say how many layers it has counts as one of 32.
+    assert rounding(torch.nn.Linear(2, 2)) == 2**-19
     assert bound == pytest.approx((32 * 2) ** 0.5 * 2**-24) and is_zero(bound, 1.0, bound)
     assert not is_zero(2 * bound, 1.0, bound)
     suspicion = Suspicion(bound)
