@@ -79,6 +79,12 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: cropi.score(model(), [record("p", (1.0, 1.0))], VALID, **QUIET), "nothing to select: none of the 1",
     ),
     "score: one record": (lambda: cropi.score(model(), TRAIN, VALID[0], **QUIET), "valid is one record: give a list"),
+    "score: a set without a record": (
+        lambda: cropi.score(model(), TRAIN, {"sums": VALID, "more": []}, **QUIET), r"valid\['more'\] is empty; give",
+    ),
+    "score: a bad record of a set": (
+        lambda: cropi.score(model(), TRAIN, {"sums": VALID, "more": [{"id": "p"}]}, **QUIET), r"valid\['more'\]\[0\]",
+    ),
     "score: one training record": (
         lambda: cropi.score(model(), TRAIN[0], VALID), "train is one dictionary; give a list",
     ),

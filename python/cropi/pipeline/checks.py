@@ -182,8 +182,9 @@ def part_of(
     ranks: Ranks,
 ) -> tuple[Part, Scan, Scan]:
     """The part of this rank, the scan of everything, and the scan of the prompts that may be chosen."""
-    kind = "train" if name == "train" else "valid"
-    groups = job.read(source, kind)
+    kind, _, key = name.partition("-")
+    # As messages call it.
+    groups = job.read(source, f"{kind}[{key!r}]" if key not in ("", DEFAULT_SET) else kind)
     if known is None and ranks.world == 1:
         scan = scan_groups(policy, job, groups)
         behaviour_source(job.behaviour, scan, job.estimator.ratio)
