@@ -72,6 +72,12 @@ def test_conversations_with_a_reward_are_split_where_the_assistant_first_speaks(
         with pytest.raises(RecordError, match=r"records\[1\]: there are no 'messages', and the first row"):
             made([talk(0, 1), other])
         assert len(made([talk(0, 1), other, talk(0, 0)], skip_bad=True)) == 1
+    apart = [{"id": 2, "prompt": "2?", "response": str(k), "reward": k} for k in range(2)]
+    with pytest.raises(
+        RecordError, match=r"records\[1\]: the row is a conversation .* holds its response apart"
+    ):
+        made([apart[0], talk(0, 1), apart[1]])
+    assert [record["id"] for record in made([apart[0], talk(0, 1), apart[1]], skip_bad=True)] == ["2"]
 
 
 def test_rows_of_one_prompt_that_disagree() -> None:

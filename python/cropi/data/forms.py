@@ -126,7 +126,7 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
         return RECORD
     if not rewards and any(SINGLE.get(key) == "response_ids" and _is_nested(row[key]) for key in keys):
         return RECORD
-    has_response = any(_is_single(key) and key != "reward" for key in keys)
+    has_response = _has_response(keys)
     talks = is_conversation(row)
     # A response that could not be scored has a reward that is null.
     has_reward = not rewards or "reward" in (row if has_response or talks else keys)
@@ -153,6 +153,19 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
     return isinstance(messages, list) and any(
         isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
     )
+
+
+def check_response(row: Mapping[str, Any], where: str) -> None:
+    """Check that a row of a file with a response a row is no conversation, whose messages hold its response."""
+    if is_conversation(row) and not _has_response([key for key in row if row[key] is not None]):
+        raise RecordError(
+            where, "the row is a conversation ('messages'), and the first row of the file holds its response apart",
+            "give rows of one form, or pass --skip-bad",
+        )  # fmt: skip
+
+
+def _has_response(keys: Sequence[str]) -> bool:
+    return any(_is_single(key) and key != "reward" for key in keys)
 
 
 def _is_nested(ids: Any) -> bool:

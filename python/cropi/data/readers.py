@@ -15,6 +15,7 @@ from cropi.data.fast import RecordReader
 from cropi.data.forms import (
     CONVERSATION,
     RECORD,
+    check_response,
     content_id,
     form_of,
     group_key,
@@ -327,6 +328,8 @@ class _State:
                     made = self._dictionary(row, where)
                     if form == CONVERSATION:
                         made = split_conversation(made, where)
+                    else:
+                        check_response(made, where)
                 except RecordError as error:
                     yield where, None, error
                     continue
