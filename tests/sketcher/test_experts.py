@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from support.versions import checkpoint_layers
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError
+from cropi_kernels.sketcher.expert_taps import ExpertsTap
 from cropi_kernels.sketcher.experts import Unsupported, recognise_experts
 from cropi_kernels.testing import sketch_gradients
 
@@ -337,3 +339,18 @@ def test_a_use_that_only_the_call_shows_is_an_error() -> None:
             with sketcher.batch(torch.zeros(2, 3, dtype=torch.int64)):
                 model(torch.randn(2, 3, 5)).backward()
     assert "forward" not in vars(model.router)
+
+
+def test_experts_that_do_not_see_every_token_once_are_refused() -> None:
+    told: list[str] = []
+    tap: Any = SimpleNamespace(
+        acc=SimpleNamespace(segments=SimpleNamespace(batch=2, length=3)),
+        layout=SimpleNamespace(repeated=False),
+        where="experts",
+        refuse=told.append,
+    )
+    module, choice = nn.Module(), (torch.zeros(6, 1), torch.zeros(6, 1))
+    assert ExpertsTap._fits(tap, module, (torch.zeros(6, 4), *choice)) and not told
+    for wrong in ((torch.zeros(5, 4), *choice), (torch.zeros(6, 1, 4), *choice), (torch.zeros(6, 4),)):
+        assert not ExpertsTap._fits(tap, module, wrong)
+        assert "does not see every token once" in told.pop()
