@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cropi.errors import CropiError
+from cropi.store import shards
 from cropi.store.codec import DTYPES, decode, encode
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import RowInfo, rows_from_json, rows_to_json
@@ -360,7 +361,7 @@ def test_every_byte_of_a_shard_of_skipped_prompts_counts(tmp_path: Path) -> None
     shard, _ = shard_of(tmp_path / "s")
     whole, before = shard.read_bytes(), SketchStore.open(tmp_path / "s").rows()
     # Readers of such files map what is behind the header as numbers of up to 8 bytes.
-    assert int.from_bytes(whole[:8], "little") % 8 == 0
+    assert all(len(shards._sealed(b" " * n)) % 8 == 0 for n in range(8))
     for place in range(len(whole)):
         for new in (whole[place] ^ 1, whole[place] ^ 2, ord("9")):
             shard.write_bytes(whole[:place] + bytes([new]) + whole[place + 1 :])
