@@ -51,10 +51,16 @@ class Exact:
     matrix: MatrixSketch | None = None
     share: Share | None = None  # what of it this rank adds, in a tensor-parallel group
     heard: Segments | None = None  # the last batch whose backward pass came by
+    # The last batch in which a call around it has no use of it: an expert that got no token.
+    unused: Segments | None = None
 
     @property
     def where(self) -> str:
         return self.name
+
+    def silent(self, segments: Segments) -> bool:
+        """Whether no gradient came by in the batch ``segments``, although one should have."""
+        return self.heard is not segments and self.unused is not segments
 
     def add(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         """Add the sketch of a ``gradient`` that exists, of the parameter's shape, to ``out`` [1, base_dim]."""
@@ -226,8 +232,10 @@ class ExactTaps:
             return y
         edges = {exact: edge for exact, edge in call.edges.items() if exact not in call.taken}
         if any(exact.chain[0] is not call.module for exact in edges):
-            behind = nodes_behind(ys)
-            edges = {exact: edge for exact, edge in edges.items() if edge.node in behind}
+            behind, every = nodes_behind(ys), edges
+            edges = {exact: edge for exact, edge in every.items() if edge.node in behind}
+            for exact in every.keys() - edges.keys():
+                exact.unused = self._batch
         call.taken.update(edges)
         if not edges:
             return y
@@ -295,6 +303,14 @@ class ExactTaps:
             if not given:
                 return
             unit = max(cast, *(product_eps(g) for g, _ in given)) / 2
+
+            def form(s: int, parameters: Sequence[Exact]) -> Sequence[torch.Tensor | None]:
+                mine = [segments.only(s, g, view) for g, view in given]
+                starts = [edges[exact] for exact in parameters]
+                with _checkpoint_named(names, module):
+                    return torch.autograd.grad(outputs, starts, mine, retain_graph=True, allow_unused=True)
+
+            every, seen, repeated = list(edges), set[Exact](), list[int]()
             with acc.timed(), acc.deaf():
                 for s, (begin, end) in enumerate(segments.bounds):
                     if begin == end:
@@ -303,14 +319,17 @@ class ExactTaps:
                     if replay is not None and saved is not None:
                         rows = begin // segments.length, end // segments.length
                         with acc.absent():
-                            gradients = _again(replay, saved, list(edges), used, outputs, given, *rows)
+                            gradients = _again(replay, saved, every, used, outputs, given, *rows)
                     if gradients is None:
-                        mine = [segments.only(s, g, view) for g, view in given]
-                        with _checkpoint_named(names, module):
-                            gradients = torch.autograd.grad(
-                                outputs, list(edges.values()), mine, retain_graph=True, allow_unused=True
-                            )
-                    self._add(edges, gradients, s, segments, unit)
+                        gradients = form(s, every)
+                    else:
+                        repeated.append(s)
+                        seen.update(exact for exact, g in zip(every, gradients, strict=True) if g is not None)
+                    self._add(every, gradients, s, segments, unit)
+                # Used by the call, and by none that was repeated: a hook before it made a weight of it (`weight_norm`).
+                if left := [exact for exact in every if exact not in seen]:
+                    for s in repeated:
+                        self._add(left, form(s, left), s, segments, unit)
 
         return heard
 
@@ -394,8 +413,8 @@ def _again(
     """Gradients of the rows ``begin`` to ``end``, from the module's call on those rows alone.
 
     None where that gives other results than the call of all rows did (rows are not where they seem), or draws random
-    numbers: dropout has another mask then, although results may be equal but for rounding. Or where a parameter has no
-    part in it: a hook before the call may have made a weight of it (`weight_norm`).
+    numbers: dropout has another mask then, although results may be equal but for rounding. The gradient of a parameter
+    that has no part in it is None.
     """
     call = _Call(replay.module)
     call.open(parameters)
@@ -420,8 +439,7 @@ def _again(
             gradients.append(rows_of(g, axis, begin, end))
     if not ys:
         return None
-    formed = torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
-    return None if any(gradient is None for gradient in formed) else formed
+    return torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
 
 
 def nodes_behind(ys: Sequence[torch.Tensor]) -> set[Any]:

@@ -66,6 +66,10 @@ class Tap(abc.ABC):
         except NotTokensError as error:
             return capture(y, self._refusal(str(error)))
 
+    def silent(self, segments: Segments) -> bool:
+        """Whether no gradient came by in the batch ``segments``."""
+        return self.heard is not segments
+
     def refuse(self, message: str) -> None:
         """The module's call cannot be sketched: raise an error or, while a model is tried, note it."""
         if self.acc.refusals is None:

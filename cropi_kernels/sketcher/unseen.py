@@ -7,6 +7,7 @@ called with a gate.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,10 @@ def _tried(
         acc.close()
 
 
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
 def seen_wrong(
     model: nn.Module,
     run: Run,
@@ -130,6 +135,11 @@ def seen_wrong(
             wrong[module] = "called with a second tensor (for example a gate)"
         elif tap.where in refusals:
             wrong[module] = "called on something else than every token once"
+    # A few tokens reach some of a list's experts: the others are like them.
+    alike = {_without_numbers(taps[module].where) for module in wrong if module in taps}
+    for module, tap in taps.items():
+        if tap.heard is not segments and module not in wrong and _without_numbers(tap.where) in alike:
+            wrong[module] = "not called on a few tokens, and others of its name are on something else"
     unheard = [
         (one.chain[0], one.parameter) for one in attachment.exact.parameters if one.heard is not segments
     ]

@@ -354,3 +354,40 @@ def test_experts_that_do_not_see_every_token_once_are_refused() -> None:
     for wrong in ((torch.zeros(5, 4), *choice), (torch.zeros(6, 1, 4), *choice), (torch.zeros(6, 4),)):
         assert not ExpertsTap._fits(tap, module, wrong)
         assert "does not see every token once" in told.pop()
+
+
+class Listed(nn.Module):
+    """Experts in a list, each called on its own tokens, as models call them whose experts are no single weight."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 4), nn.SiLU(), nn.Linear(4, 32)) for _ in range(experts)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        weights, chosen = self.gate(tokens).softmax(-1).topk(2, -1)
+        for i, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == i)
+            if len(token):
+                out.index_add_(0, token, expert(tokens[token]) * weights[token, place, None])
+        return out.view_as(x)
+
+
+@pytest.mark.long
+def test_experts_in_a_list_that_a_few_tokens_do_not_reach() -> None:
+    """A few tokens show of some experts that their gradients have to be formed; a batch reaches others."""
+    model: Any = zoo.make("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp = Listed(64)
+    wide, own = zoo.gradients(copy.deepcopy(model).double()), zoo.gradients(model)
+    with GradientSketcher(model, SPEC) as sketcher:
+        sketcher.check_model()
+        first = set(sketcher.self_test.names)  # type: ignore[union-attr]
+        got = zoo.padded().sketch(sketcher).sketches
+        assert set(sketcher.self_test.names) - first, "a few tokens reach all that the batch does"  # type: ignore[union-attr]
+        assert sketcher.coverage.by_kind["exact"] == sum(
+            p.numel() for p in model.model.layers[0].mlp.experts.parameters()
+        )
+    zoo.assert_close(got, model, wide, own)
