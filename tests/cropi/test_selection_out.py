@@ -129,8 +129,27 @@ def test_rows_without_ids_are_found_by_what_their_ids_are_hashes_of(form: str) -
         assert best.to_dataset(given)["of"] == [4, 2]
     with pytest.raises(CropiError, match="1 of 2 selected prompts have no row.*hashes of their prompts"):
         best.to_dataset(rows[:4])
+    with pytest.raises(CropiError, match="2 of 2 selected prompts have no row"):  # nothing that a hash is of
+        best.to_dataset([{"of": 4}])
     with pytest.raises(CropiError, match="no stable prompt id"):  # two rows of one prompt
         best.to_dataset([*rows, rows[4]])
+
+
+def test_rows_without_ids_are_found_in_tables_that_fill_up_their_messages() -> None:
+    """A table has every key of any message in all of them; beside it a row that is no record, and an answer of one."""
+    said = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    rows: list[dict[str, Any]] = [
+        {"messages": [{**said[0], "content": f"{i}+1="}, said[1]], "of": i} for i in range(3)
+    ]
+    rows[1]["messages"][0]["name"] = "ann"
+    rows[0]["answer"] = "1"
+    with pytest.warns(HashedIds):
+        names = [group.id for group in read(rows, rewards=None)]
+    held = Scores([RowInfo(name) for name in names], ["valid"], np.arange(3.0)[:, None], "cosine")
+    best = Selection([2, 0, 1], [2, 0, 1], np.zeros(3), "rrf", held)
+    rows.append({"messages": said[1:], "of": 3})
+    for given in (rows, datasets.Dataset.from_list(rows), pyarrow.Table.from_pylist(rows).to_pandas()):
+        assert best.to_dataset(given)["of"] == [2, 0, 1]
 
 
 def test_a_folder_that_is_no_data_set_is_left_alone(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ the ids is decided by what the rows hold, not by its name.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from cropi.data.keys import RENDERED
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.data.records import PromptGroup
 from cropi.data.spilled import Rows
-from cropi.errors import CropiError, shown
+from cropi.data.tables import TableRow, row_of_table, rows_of_batch
+from cropi.data.values import python_value
+from cropi.errors import CropiError, RecordError, shown
 
 ID_KEYS = ("id", "extra_info.index", "index", "uid")
 PROMPT_KEYS = ("prompt", "messages", "question", "problem")
@@ -59,8 +63,12 @@ def dataset_ids(
     if not fitting and not id_key and names and all(name.startswith(HASHED) for name in names):
         hashes = _hashes(table, columns)
         if len(set(hashes)) == len(hashes):
-            ids = PromptIds.of(hashes, "content", f"dataset: {path}", "--id-key")
-            _check_rows(table, columns, path, ids, records)
+            ids = PromptIds.of(hashes, "hash", f"dataset: {path}", "--id-key")
+            if missing := [name for name in names if name not in ids]:
+                raise CropiError(
+                    f"dataset: {path}: {len(missing)} of {len(names)} selected prompts have no row, for example "
+                    f"{missing[0]!r}: the content of no row has this hash; {_remedy(missing[0])}"
+                )
             return ids
     if not fitting:
         wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
@@ -80,12 +88,21 @@ def dataset_ids(
 
 def _hashes(table: Any, columns: Sequence[str]) -> list[str]:
     """The ids that the rows would have if they were records without one."""
-    keys = [key for key in CONTENT if key in columns]
+    rows: Iterable[Any] = table
+    if not isinstance(table, Rows):
+        batches = table.select([key for key in CONTENT if key in columns]).to_batches(max_chunksize=1024)
+        rows = itertools.chain.from_iterable(map(rows_of_batch, batches))
     made = []
-    for values in zip(*(column or () for column in column_values(table, *keys)[1])):
-        row = dict(zip(keys, values))
+    for held in rows:
+        row = (
+            row_of_table(held)
+            if isinstance(held, TableRow)
+            else {key: python_value(held[key]) for key in CONTENT if key in held}
+        )
         if row.get("prompt") is None and is_conversation(row):
-            row = split_conversation(row, "")
+            # A row that is no record has no id that is asked for.
+            with contextlib.suppress(RecordError):
+                row = split_conversation(row, "")
         made.append(content_id(row))
     return made
 
