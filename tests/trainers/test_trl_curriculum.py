@@ -212,6 +212,21 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.long
+def test_a_run_that_had_reached_its_last_step_is_not_trained_one_step_more(tmp_path: Path) -> None:
+    """Its last checkpoint is inside a stage, from where transformers' trainer by itself goes on with a step."""
+    run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "lr_scheduler_type": "constant"}
+    first = staged(tmp_path, **run)
+    first.train()
+    seen = Seen()
+    second = staged(tmp_path, reward_funcs=seen, **run)
+    second.train(resume_from_checkpoint=True)
+    assert not seen.ids and second.state.global_step == 1 and not (tmp_path / "checkpoint-2").exists()
+    for (name, a), b in zip(first.model.named_parameters(), second.model.parameters()):
+        assert torch.equal(a, b), name
+    assert any(not torch.equal(a, b) for a, b in zip(make_model().parameters(), second.model.parameters()))
+
+
 SEVERAL_USES: dict[str, dict[str, Any]] = {
     "iterations": {"num_iterations": 2},
     "slices": {"per_device_train_batch_size": 4, "steps_per_generation": 2},

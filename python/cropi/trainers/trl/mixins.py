@@ -133,6 +133,12 @@ class CurriculumMixin(RecorderHooks):
             self._cropi.live.place(self._cropi.rows_of(output), self._cropi.options.id_key, output)
         return output
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        # From a checkpoint of the last step, inside an epoch, the trainer would go on with one step more.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._cropi.live is None:
             return super().training_step(*args, **kwargs)

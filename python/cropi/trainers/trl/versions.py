@@ -50,7 +50,7 @@ OPTIONS = (
     "steps_per_generation",
 )  # fmt: skip
 BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-METHODS = ("add_callback", "_get_output_dir", "train")
+METHODS = ("add_callback", "_get_output_dir", "get_batch_samples", "train")
 SAMPLER = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
 
 
