@@ -148,7 +148,7 @@ def test_verls_penalty_for_long_responses_is_not_guessed(tmp_path: Path) -> None
 # ----------------------------------------------------------------------------------------- turns and validation
 @pytest.mark.parametrize("field", ["rollout_id", "group_id"])
 def test_several_sequences_with_one_reward_are_refused(field: str, tmp_path: Path) -> None:
-    """slime calls the rollout of a sample ``group_id``, and called it ``rollout_id`` before."""
+    """slime has called the rollout of a sample by both names."""
     content, path = made("slime"), tmp_path / "7.pt"
     for sample in content["samples"]:
         sample[field] = sample["index"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.made_dumps import ROLLOUTS, chat, logprobs, trl, write
 from cropi.cli import main
 from cropi.data.readers import read
 from cropi.data.scan import LossyTokens
+from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import opened, read_rollouts
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
@@ -93,3 +95,25 @@ def test_token_ids_of_sglangs_chats(tmp_path: Path) -> None:
     assert [group.prompt_ids for group in groups] == [two[0][0] for two in wanted]
     assert [group.response_ids for group in groups] == [[ids for _, ids, *_ in two] for two in wanted]
     assert [group.logprobs for group in groups] == [[logprobs(ids) for _, ids, *_ in two] for two in wanted]
+
+
+@pytest.mark.parametrize("indent", [2, None])
+def test_episodes_of_rllm_are_named(indent: int | None, tmp_path: Path) -> None:
+    """One object over many lines in a file, as its trainer writes it, and one on a line."""
+    step = {
+        "reward": 1.0,
+        "done": True,
+        "model_response": "2",
+        "chat_completions": [{"role": "user", "content": "1"}],
+    }
+    episode = {
+        "training_step": 1, "epoch": 0, "episode_id": "a:0", "task": {"question": "1+1="}, "is_correct": True,
+        "trajectories": [{"name": "agent", "uid": "u", "reward": 1.0, "num_steps": 1, "steps": [step]}],
+    }  # fmt: skip
+    folder = tmp_path / "train_step_1_epoch_0"
+    folder.mkdir()
+    path = folder / "episode_hash0_ida_0.json"
+    path.write_text(json.dumps(episode, indent=indent) + "\n")
+    for given in (path, folder):
+        with pytest.raises(CropiError, match=r"episode_hash0_ida_0\.json.* is an episode of rLLM"):
+            opened(given)

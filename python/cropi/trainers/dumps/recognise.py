@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ KEYS: list[tuple[str, tuple[str, ...]]] = [
 SCORES = {"reward", "rewards", "score", "scores"}
 # Enough of a pickle to have met the keys of its outermost table and the first class.
 MOST_OPCODES = 20_000
+# Keys of rLLM's episodes, of which the first is among the first of the file.
+EPISODE = ("episode_id", "trajectories")
 _ROLL = "`cropi rollout` samples and scores responses to them; then give its file"
 
 
@@ -94,6 +97,8 @@ def recognise(path: str | Path, *, renamed: bool = False) -> Found:
     try:
         where, row = first_row(path)
     except RecordError:
+        if _begins_episode(path):
+            raise _episode(path) from None
         return Found(RECORDS)  # the error comes again, when the record is read
     return source_of_row(row, where, renamed=renamed)
 
@@ -114,6 +119,8 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
         return Found("openai")
     if renamed:
         return Found(RECORDS)
+    if row.keys() >= set(EPISODE):
+        raise _episode(where)
     if {"custom_id", "body"} <= held:
         raise CropiError(
             f"{where}: this is the input of a batch of requests, without answers; run the batch, score the answers, "
@@ -131,6 +138,19 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
         )
     form_of(row, where, rewards=None)  # says what is missing; the reader, whether there must be rewards
     return Found(RECORDS)
+
+
+def _begins_episode(path: Path) -> bool:
+    """Whether an object over several lines begins as an episode of rLLM."""
+    with open_to_read(path) as file:
+        return re.match(rb'\s*{\s*"[^{}\[\]]*"%s":' % EPISODE[0].encode(), file.read(4096)) is not None
+
+
+def _episode(where: object) -> CropiError:
+    return CropiError(
+        f"{where} is an episode of rLLM, which holds chats as text, step by step, and no tokens; have the workflow "
+        "write trajectory records (docs/trajectories.md)"
+    )
 
 
 def _says_who_spoke(messages: Any) -> bool:

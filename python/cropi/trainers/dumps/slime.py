@@ -38,7 +38,7 @@ from cropi.trainers.dumps.rollout import answer as plain_answer
 from cropi.trainers.dumps.rows import named_reward
 
 WHAT = "a rollout dump of slime"
-ROLLOUT = ("group_id", "rollout_id")  # of a sample: slime's present name, and the one before it
+ROLLOUT = ("group_id", "rollout_id")  # of a sample: slime's two names of it
 ID_KEY = "id"  # of the metadata: where `cropi select --format slime` puts it
 
 
