@@ -77,6 +77,17 @@ class RecordError(CropiError):
         super().__init__(f"{where}: {problem}; {remedy}")
         self.where = where
         self.problem = problem
+        self.remedy = remedy
+
+    @property
+    def of_left_out(self) -> str:
+        """The message without the advice to pass ``--skip-bad``, for a record that is left out by it.
+
+        >>> RecordError("train.jsonl:3", "'rewards' is missing").of_left_out
+        "train.jsonl:3: 'rewards' is missing; mend or remove the record"
+        """
+        remedy = _SKIP_BAD.sub("", self.remedy)
+        return shortened(_with_keywords("; ".join(filter(None, (f"{self.where}: {self.problem}", remedy)))))
 
 
 def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
@@ -108,6 +119,8 @@ _OURS = ("cropi", "cropi_kernels", "contextlib")
 # The keywords that stand for flags in the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
 NEAR = 80  # characters: a clause
+# A clause of a remedy, up to the next one.
+_SKIP_BAD = re.compile(r"[,;]? ?(?:or )?(?:pass )?--skip-bad[^,;]*")
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 

@@ -405,6 +405,7 @@ def test_skip_bad_goes_on_and_says_what_was_left_out(
     assert sketch(made, tmp_path / "s", "--skip-bad --too-long skip", file=path) == 0
     shown = capsys.readouterr().out
     assert "bad records   2 left out" in shown and f"{path}:4" in shown and "1 too long" in shown
+    assert "pass --skip-bad" not in shown
     assert f"{records[5]['id']}: token id 98" in shown
     assert cropi(f"info {tmp_path}/s") == 0
     assert "skipped       1 prompts (too long)" in capsys.readouterr().out

@@ -385,7 +385,8 @@ def test_bad_prompts_are_named_before_work_begins(
         make_model(), rows, has_digit, tmp_path / "out.jsonl", make_tokenizer(chat=True), n=2, max_tokens=10,
         progress=False, skip_bad=True,
     )  # fmt: skip
-    assert report.prompts == 6 and len(report.skipped) == 1 and "left out" in report.text()
+    assert report.prompts == 6 and len(report.skipped) == 1
+    assert "left out" in report.text() and "--skip-bad" not in report.text()
 
 
 def test_one_response_a_prompt_is_said_to_have_no_gradient(tmp_path: Path) -> None:

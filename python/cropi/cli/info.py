@@ -208,11 +208,11 @@ def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
         print(f"set           {printable(name)}: {count} prompts")
     print(f"token ids     in {counted.with_ids} records; log-probs in {counted.with_logprobs}")
     for error in counted.bad:
-        print(f"bad record    {error}")
+        print(f"bad record    {error.of_left_out}")
     print(f"fingerprint   {counted.fingerprint}")
     return {
         "kind": "trajectories", "prompts": counted.prompts, "responses": counted.responses, "usable": counted.usable,
         "demonstrations": counted.demonstrations, "without_gradient": dict(counted.without_gradient),
         "sets": counted.sets, "with_ids": counted.with_ids, "with_logprobs": counted.with_logprobs,
-        "bad": [str(error) for error in counted.bad], "fingerprint": counted.fingerprint,
+        "bad": [error.of_left_out for error in counted.bad], "fingerprint": counted.fingerprint,
     }  # fmt: skip

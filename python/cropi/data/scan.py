@@ -148,7 +148,7 @@ def scan(
     if not counts.prompts:
         raise CropiError(
             f"{groups.names}: no usable record is left ({len(counts.bad)} bad ones skipped); the first: "
-            f"{counts.bad[0]}"
+            f"{counts.bad[0].of_left_out}"
         )
     counts.fingerprint, counts.pieces = pieces.fingerprint(), pieces
     groups.scan = counts

@@ -128,7 +128,7 @@ def _scorable(prompts: list[Prompt], scorer: Reward, bad: list[RecordError], ski
         else:
             kept.append(prompt)
     if not kept:
-        raise CropiError(f"no prompt is left: all are bad; the first: {bad[0]}")
+        raise CropiError(f"no prompt is left: all are bad; the first: {bad[0].of_left_out}")
     return kept
 
 

@@ -75,7 +75,7 @@ class RolloutReport:
                     "or look at the responses and the reward function"
                 )
         for error in self.skipped[:20]:
-            lines.append(f"left out      {error}")
+            lines.append(f"left out      {error.of_left_out}")
         if len(self.skipped) > 20:
             lines.append(f"left out      {len(self.skipped) - 20} more")
         return "\n".join(lines)
@@ -127,7 +127,7 @@ def run(
         _sample(job, file, requests, report, done, progress)
         report.prompts = sum(prompt.id in file for prompt in job.prompts)
         if report.prompts == 0:
-            raise CropiError(f"no prompt is left: all are bad; the first: {report.skipped[0]}")
+            raise CropiError(f"no prompt is left: all are bad; the first: {report.skipped[0].of_left_out}")
         file.finish([prompt.id for prompt in job.prompts])
     return report
 

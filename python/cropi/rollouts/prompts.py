@@ -110,7 +110,7 @@ def read_prompts(
                 f"{part.name}: it holds no prompt (one JSON object a line, or one row, is expected)"
             )
     if not prompts_read:
-        raise CropiError(f"no prompt is left: all {len(bad)} rows are bad; the first: {bad[0]}")
+        raise CropiError(f"no prompt is left: all {len(bad)} rows are bad; the first: {bad[0].of_left_out}")
     if hashed:
         warn(
             "the prompts have no 'id', so every prompt's id is a hash of its text and answer; a prompt whose text "

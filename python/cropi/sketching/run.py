@@ -149,7 +149,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
     job = replace(with_date(policy, job, scan), tokens_per_batch=budget)
     tokens = make_tokenize(policy, job)
     layout = layout_of(policy, job.layout)  # one that the model cannot take shows before a store is made
-    summary = Summary(Path(job.out or "memory"), bad_records=[str(error) for error in scan.bad])
+    summary = Summary(Path(job.out or "memory"), bad_records=[error.of_left_out for error in scan.bad])
     summary.behaviour = behaviour.source if job.estimator.ratio else ""
     if behaviour.source == "file" and job.estimator.ratio and job.behaviour_check != "off":
         summary.finding = check_behaviour(

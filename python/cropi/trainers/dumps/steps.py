@@ -125,7 +125,7 @@ def _newest_of_logs(
 
 def _say_bad(bad: Sequence[RecordError], say: Callable[[str], None]) -> None:
     if bad:
-        say(f"  left out    {len(bad)} bad records, the first {printable(str(bad[0]))}")
+        say(f"  left out    {len(bad)} bad records, the first {printable(bad[0].of_left_out)}")
 
 
 def _made() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
