@@ -327,31 +327,6 @@ def test_changes_after_a_finished_stage(
     assert [row["selected"] for row in report(out)] == [8, 8, 12]
 
 
-def test_models_that_change_between_steps_are_refused(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The first policy, by which later stages take ratios and the first one trains; and what a stage has trained."""
-    here, out = tmp_path / "made", tmp_path / "run"
-    shutil.copytree(made, here)
-    assert curriculum(config(here, out, stages=1)) == 0
-    path, first = config(here, out), here / "model/model.safetensors"
-    held = (out / "state.json").read_bytes()
-
-    def refused(weights: Path) -> None:
-        before = weights.read_bytes()
-        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-        assert curriculum(path) == 2
-        assert f"the files of {weights.parent} have changed since an earlier step" in capsys.readouterr().err
-        weights.write_bytes(before)
-
-    refused(first)
-    refused(out / "stage-00/trained/model.safetensors")
-    (out / "state.json").write_bytes(held)
-    forget(out / "state.json", "train")
-    refused(first)
-    assert curriculum(path) == 0
-
-
 def test_rollouts_of_every_stage_and_of_the_trainer(made: Path, tmp_path: Path) -> None:
     """A command that makes trajectories, and a trainer that hands back newer ones."""
     script = tmp_path / "roll.py"

@@ -138,6 +138,11 @@ def write_gguf(path: Path, llama: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 def test_gguf_is_dequantised_into_a_dense_model(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     held = write_gguf(tmp_path / "tiny.gguf", llama)
     model, tok = load_model(tmp_path / "tiny.gguf")
+    whole, before = (tmp_path / "tiny.gguf").read_bytes(), Policy(tmp_path / "tiny.gguf").checkpoint
+    (tmp_path / "tiny.gguf").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert Policy(tmp_path / "tiny.gguf").checkpoint != before, "trained since"
+    (tmp_path / "tiny.gguf").write_bytes(whole)
+    assert Policy(tmp_path / "tiny.gguf").checkpoint == before
     assert set(held) == {n for n, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), held[name], rtol=0, atol=1e-7, msg=name)

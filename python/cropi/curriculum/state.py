@@ -26,7 +26,7 @@ REMEDY = "put the file back, or start again with another --out"
 _STORE = {"behaviour": str, "seconds?": is_amount, "tokens?": is_amount}
 # What each step has found out.
 RESULTS: dict[str, Any] = {
-    "rollouts": {"maker": str, "train?": [str], "valid?": [str]},
+    "rollouts": {"maker": str, "train?": [str], "valid?": [str], "checkpoints?": {str: str}},
     "sketch": {
         "prompts": int, "usable": int, "without_gradient": dict, "weights": str, "anew?": int, "left?": int,
         "train": _STORE, "valid": {str: _STORE}, "fingerprints": {str: str}, "checkpoints?": {str: str},
@@ -99,13 +99,13 @@ class State:
                     f"{shown(differs.right)}, and {len(used)} finished stage(s) used the first; put it back, give "
                     "another --out, or pass --accept-changes to use the new value from here on"
                 )
-        self._check_training(plan, wanted)
         last = max((entry["stage"] for entry in self.data["done"]), default=0)
         if last >= plan.stages:
             raise CropiError(
                 f"stages is {plan.stages}, but {self.path.parent} has reached stage {last} (the first is 0); "
                 f"give at least {last + 1}"
             )
+        self._check_training(plan, wanted)  # last, since it may remove checkpoints
         self.data["settings"] = wanted
 
     def _check_training(self, plan: Plan, wanted: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from cropi.data.export import export
 from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
 from cropi.files import is_file, is_there, writing
+from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
 from cropi.ranking.plot import plot_scores
@@ -90,6 +91,7 @@ class Stage:
 def rollouts(stage: Stage) -> Result:
     """Have the user's command make the trajectories of the current policy."""
     assert stage.plan.rollouts is not None
+    stage.load(stage.model)
     folder = stage.folder / "rollouts"
     files = {name: folder.absolute() / f"{name}.jsonl" for name in ("train", "valid")}
     with writing(folder):
@@ -103,7 +105,7 @@ def rollouts(stage: Stage) -> Result:
     }  # fmt: skip
     command = fill(stage.plan.rollouts, values, option="rollouts")
     run_command("rollouts", command, stage.folder / "rollouts.log", [stage.lock], values)
-    made: Result = {"maker": stage.model}
+    made: Result = {"maker": stage.model, "checkpoints": dict(stage.checkpoints)}
     for name, path in files.items():
         if f"{{{name}}}" not in stage.plan.rollouts:
             continue
@@ -122,6 +124,7 @@ def sketch_all(stage: Stage) -> Result:
     models = {"policy": stage.load(stage.model)}
     checked = data.check(plan, stage.files, source, stage.number, models["policy"])
     _check_unchanged(stage, data.fingerprints(checked))
+    _check_makers(stage, source, checked)
     parts = [*checked.valid, checked.train]
     earlier = [
         plan.stage_folder(n) / "sketches" / part.name for n in range(stage.number + 1) for part in parts
@@ -295,7 +298,7 @@ def train(stage: Stage) -> Result:
         )
     _keep(model)
     name = _relative(model)
-    made = {"model": name, "checkpoints": {name: data.load(plan, name).checkpoint}}
+    made = {"model": name, "checkpoints": stage.checkpoints | {name: data.load(plan, name).checkpoint}}
     return made | read_training(stage.folder / "trained")
 
 
@@ -335,6 +338,29 @@ def _check_unchanged(stage: Stage, now: Mapping[str, str]) -> None:
             raise CropiError(
                 f"the trajectories {name!r} have changed since stage {before['stage']}: stages would not be "
                 "comparable; put the old ones back, give another --out, or pass --accept-changes"
+            )
+
+
+def _check_makers(stage: Stage, source: data.Source, checked: Checked) -> None:
+    """The next stages take ratios to the model that made the trajectories: training must not write over it."""
+    plan = stage.plan
+    if plan.trainer == IN_PROCESS:
+        return
+    new = Path(fill(plan.trained_model, stage.values(), quote=False))
+    renewed = (plan.rollouts or "") if plan.rollouts_when == "every" else ""
+    for name, maker, parts in (
+        ("train", source.train_maker, [checked.train]), ("valid", source.valid_maker, checked.valid),
+    ):  # fmt: skip
+        if f"{{{name}}}" in renewed or new.resolve() != Path(maker).resolve():
+            continue
+        sources = [
+            behaviour_source(plan.job.behaviour, part.scan, plan.job.estimator.ratio, of_another=True)
+            for part in parts
+        ]
+        if "model" in sources:
+            raise CropiError(
+                f"trained_model: training would write over {maker}, which made the trajectories of {name}, and the "
+                "next stages need its log-probs: have the trainer write elsewhere ({out}), or store 'logprobs'"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cropi.errors import optional
-from cropi.files import open_to_read, reading, size_of
+from cropi.files import is_folder, open_to_read, reading, size_of
 from cropi.model.settings import adapters_of, model_settings, saved_buffers
 
 XXH3 = "xxh3:"
@@ -72,18 +72,24 @@ def adapters_in_use(model: Any) -> tuple[tuple[str, str], ...]:
     return tuple(made)
 
 
-def checkpoint_fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's files: their names, sizes, and :data:`PIECE` bytes at :data:`PIECES` places of each.
+def checkpoint_fingerprint(checkpoint: Path) -> str:
+    """A hash of a checkpoint's files, or of its only one: their names, sizes, and :data:`PIECE` bytes at
+    :data:`PIECES` places of each.
 
     A step of training changes nearly every weight, so that this tells two versions apart without reading all of them.
     """
-    with reading(folder, missing=True):
-        return _checkpoint_digest(folder)
+    with reading(checkpoint, missing=True):
+        return _checkpoint_digest(checkpoint)
 
 
-def _checkpoint_digest(folder: Path) -> str:
+def _checkpoint_digest(checkpoint: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
+    files = [checkpoint]
+    if is_folder(checkpoint):
+        files = sorted(
+            file for file in checkpoint.iterdir() if file.suffix in (".json", ".safetensors", ".bin")
+        )
+    for path in files:
         size = size_of(path)
         digest.update(f"{path.name} {size}\n".encode())
         with open_to_read(path) as file:

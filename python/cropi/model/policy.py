@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from cropi.errors import CropiError
-from cropi.files import is_folder
+from cropi.files import is_there
 from cropi.model.adapting import check_packing
 from cropi.model.fingerprint import (
     adapters_in_use,
@@ -191,12 +191,11 @@ class Policy:
 
     @property
     def checkpoint(self) -> str:
-        """What identifies weights before they are loaded: a hash of parts of a folder's files, or a hub id's commit."""
-        folder = Path(str(self._source)).expanduser()
+        """What identifies weights before they are loaded: a hash of parts of the files of a folder or ``.gguf`` file,
+        or a hub id's commit."""
+        path = Path(str(self._source)).expanduser()
         return (
-            checkpoint_fingerprint(folder)
-            if is_folder(folder)
-            else str(getattr(self.config, "_commit_hash", ""))
+            checkpoint_fingerprint(path) if is_there(path) else str(getattr(self.config, "_commit_hash", ""))
         )
 
     @property
