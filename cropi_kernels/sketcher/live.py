@@ -104,7 +104,8 @@ class LiveSketcher:
         # The weight gradients of a sharded model are shards: the step's sketches are not compared with them.
         self._whole = not sharded.units(self.model)
         self._audited = self._whole and self._plan.ranks is None
-        self._shape: object = None
+        self._shape: object = None  # of the model's code, when it was tested
+        self._tapped_shape: object = None  # the same with the taps
         self._audits = Schedule()
         self._ready, self._apart = False, Tested(self.model, self._acc)
         self._runs: Runs | None = None  # those of the open batch
@@ -141,16 +142,10 @@ class LiveSketcher:
     def __enter__(self) -> LiveSketcher:
         if self._handles:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
-        if (shape := code_shape(self.model)) != self._shape:
-            self._shape, self._audits, self._tests, self.loss = (
-                shape,
-                Schedule(),
-                TapTests(self._tapped),
-                None,
-            )
-            self._ready, self._apart = False, Tested(self.model, self._acc)
+        if self._forget_another_shape():
+            self._audits, self.loss = Schedule(), None
         try:
-            self._handles.extend(self._plan.hook())
+            self._hook()
         except BaseException:
             self._plan.unhook(self._handles)
             raise
@@ -199,11 +194,14 @@ class LiveSketcher:
         if self._plan.ranks is not None:
             self._plan.ranks.check_same("segments", runs.segments.offsets)
         size = _number(scale)
+        due = self._verify and self._audited and self._audits.due()
+        if due and code_shape(self.model) != self._tapped_shape:
+            with self._untapped():  # hooks or forwards of others have come or gone
+                self._forget_another_shape()
         if self._verify and self._whole and not self._ready:
             with own_precision(self.model):
-                self._try(self._tests.before_batches)
+                self._try(lambda: self._tests.before_batches())
             self._ready = True
-        due = self._verify and self._audited and self._audits.due()
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
         apart = self._apart.next(segments) if self._verify and not self.coupled else None
         trained = self._plan.wanted if self._verify else ()
@@ -317,17 +315,35 @@ class LiveSketcher:
         """Whether no test has heard some of the taps, or of those that were heard in the batch ``segments``."""
         return self._verify and self._whole and bool(self._tests.untested("batch", segments))
 
-    def _try(self, check: Callable[[], None]) -> None:
-        """Make a check of `GradientSketcher.batch`, with frozen weights."""
+    def _forget_another_shape(self) -> bool:
+        """Where hooks or forwards have come or gone, the taps are to be tested again; called without the taps."""
+        if (shape := code_shape(self.model)) == self._shape:
+            return False
+        self._shape, self._tests, self._ready = shape, TapTests(self._tapped), False
+        self._apart = Tested(self.model, self._acc)
+        return True
+
+    @contextmanager
+    def _untapped(self) -> Iterator[None]:
         self._plan.unhook(self._handles)
         try:
+            yield
+        finally:
+            self._hook()
+
+    def _hook(self) -> None:
+        self._handles.extend(self._plan.hook())
+        self._tapped_shape = code_shape(self.model)
+
+    def _try(self, check: Callable[[], None]) -> None:
+        """Make a check of `GradientSketcher.batch`, with frozen weights."""
+        with self._untapped():
+            self._forget_another_shape()
             self._tapped.tap()
             try:
                 check()
             finally:
                 self._tapped.untap()
-        finally:
-            self._handles.extend(self._plan.hook())
 
 
 class LiveSketch:

@@ -270,6 +270,31 @@ def test_code_that_changes_after_the_first_batches_is_noticed(kind: Any, beside:
                 step()
 
 
+@pytest.mark.parametrize("moved", [0, 2])
+def test_hooks_that_come_after_the_first_batches_are_noticed(moved: int) -> None:
+    """Rows change places around a module: its tap takes one prompt's for another's, and the sum stays the same."""
+    model = Changing()
+    with LiveSketcher(model, SPEC) as live:
+
+        def step() -> None:
+            with live.batch(torch.arange(4) // 2, shape=(4, 3)):
+                model(torch.ones(4, 3, 4)).sum().backward()
+
+        for _ in range(5):
+            step()
+        tested = live.self_test
+        for _ in range(5):
+            step()
+        assert live.self_test is tested is not None
+        model.second.register_forward_pre_hook(lambda module, args: (args[0].roll(moved, 0),))
+        model.second.register_forward_hook(lambda module, args, y: y.roll(-moved, 0))
+        wrong = pytest.raises(SelfTestError, match=r"second\.weight.*tokens of one segment count for another")
+        with wrong if moved else contextlib.nullcontext():
+            for _ in range(12):
+                step()
+        assert moved or live.self_test is not tested
+
+
 def test_rows_of_several_sequences_are_refused() -> None:
     batch, model = zoo.packed(), zoo.make("llama")
     with (
