@@ -204,6 +204,34 @@ def other_formats(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name, score", [("a.csv", "reward"), ("b.tsv", "score"), ("c.csv", "")])
+def test_what_the_message_of_a_text_table_says_works(
+    name: str, score: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a table of prompts, and of one that is parted by tabs."""
+    monkeypatch.chdir(tmp_path)
+    rows = [["id", "prompt", "response", score], ["01", "7", "12", "1"], ["01", "7", "13", "0"]]
+    parted = "\t" if name.endswith("tsv") else ","
+    (tmp_path / name).write_text("".join(parted.join(row[: 4 if score else 2]) + "\n" for row in rows))
+    with pytest.raises(CropiError) as caught:
+        list(read(name))
+    eval(
+        "pandas" + str(caught.value).partition("for example by pandas")[2],
+        {"pandas": pytest.importorskip("pandas")},
+    )
+    made = Path(name).with_suffix(".parquet")
+    if score:
+        (group,) = read(made, columns={"reward": score})
+        assert (group.id, group.prompt, group.responses, group.rewards) == (
+            "01",
+            "7",
+            ["12", "13"],
+            [1.0, 0.0],
+        )
+    else:
+        assert pyarrow.parquet.read_table(made).to_pylist() == [{"id": "01", "prompt": "7"}] * 2
+
+
 def test_other_formats_are_named_also_with_skip_bad_and_inside_gzip(tmp_path: Path) -> None:
     for name, words in other_formats(tmp_path).items():
         packed = tmp_path / f"{name}.packed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePath
 
 from cropi.errors import CropiError
@@ -73,9 +74,12 @@ def format_of(head: bytes, path: str | Path) -> str:
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CropiError(f"{path} is a web page (HTML or XML), perhaps in place of a download; {_SAVE}")
     if start[:1] not in (b"{", b"[") and any(ending in Path(path).name.lower() for ending in TABLES):
+        tabs = ", sep='\\t'" if ".tsv" in Path(path).name.lower() else ""
+        names = re.findall(r"[\w.]+", head.partition(b"\n")[0].decode(errors="replace"))
+        score = next((f".astype({{{name!r}: float}})" for name in ("reward", "score") if name in names), "")
         raise CropiError(
             f"{path} is a table of text ({' or '.join(TABLES)}); write it as parquet, texts as text and "
-            f"rewards as numbers, for example by pandas.read_csv({str(path)!r}, dtype=str).astype({{'reward': float}})"
+            f"rewards as numbers, for example by pandas.read_csv({str(path)!r}{tabs}, dtype=str){score}"
             f".to_parquet({Path(path).stem + '.parquet'!r})"
         )
     if start and start[:1] not in (b"{", b"[") and b"\x00" in head:
