@@ -282,6 +282,9 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     save_policy(tmp_path / "model")
     good = write_lines(tmp_path / "good.jsonl", make_records(40))
     valid = write_lines(tmp_path / "valid.jsonl", make_records(12, seed=1, sets=["x", "y"]))
+    alone = write_lines(
+        tmp_path / "alone.jsonl", [r | {"rewards": [1, 0, 0, 0]} for r in make_records(1, seed=1)]
+    )
     equal = write_lines(tmp_path / "equal.jsonl", [r | {"rewards": [1, 1, 1, 1]} for r in make_records(40)])
     records = make_records(40)
     records[-1]["prompt"], records[-1]["rewards"] = "x" * 200, [1, 0, 0, 0]
@@ -302,6 +305,10 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     fails("noise is drawn where scores are resampled, and draws is 0", "--noise", "--draws", 0)
     fails("minus: there is no validation set 'yy'; did you mean 'y'", "--minus", "yy")
     fails("minus: 'good' is the only validation set", "--minus", "good", valid=good)
+    one = "needs resampled scores, and the validation set 'alone' has 1 prompt"
+    fails(f"confidence {one}", "--confidence", 0.9, valid=alone)
+    fails("p_selected needs resampled scores, and the validation set 'x' has 1 prompt", "--draw", "p_selected",
+          "--max-valid", 1)  # fmt: skip
     weights = ("--export", tmp_path / "w.json", "--format", "weights", "--dataset", good)
     fails("--format weights needs resampled scores, and --draws is 0", *weights, "--draws", 0)
     fails("device 'warp' is not a torch device", "--device", "warp")

@@ -177,8 +177,8 @@ def warn_lossy(counts: Scan, name: str, eos: bool = True) -> None:
 
 def check_covered(
     scans: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = ""
-) -> list[str]:
-    """The names of the validation sets, each of which has a trajectory with a gradient.
+) -> dict[str, int]:
+    """How many trajectories with a gradient every validation set has, by its name.
 
     Args:
         scans: of the validation files, by the name of the set that their records without one belong to.
@@ -199,14 +199,15 @@ def check_covered(
                 f"{before}{option}: no trajectory covers the validation set {name!r}; there are trajectories of "
                 f'{", ".join(map(repr, sorted(counts)))}; add records with "set": "{name}", or take it out of {option}'
             )
+    usable = {name: counts[name].pop("", 0) for name in sorted(counts)}
     for name, reasons in sorted(counts.items()):
-        if not reasons.pop("", 0):
+        if not usable[name]:
             raise CropiError(
                 f"{before}no trajectory covers the validation set {name!r} usefully: none of its {reasons.total()} "
                 f"prompts has a gradient ({_listed(reasons)}); give it prompts that are solved sometimes, or more "
                 "responses per prompt, or leave the set out"
             )
-    return sorted(counts)
+    return usable
 
 
 def check_pool(pool: Scan, names: str, *, known: bool = False, before: str = "", otherwise: str = "") -> None:

@@ -21,6 +21,7 @@ from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
+from cropi.ranking.uncertainty import one_alone
 from cropi.ranking.values import check_rewards
 from cropi.sketching.job import SketchJob, make_job
 from cropi.sketching.run import check_tokens, scan_groups
@@ -137,7 +138,8 @@ def check(
         parts.append(part)
     if named and isinstance(valid, Mapping):
         check_keys(scans, option)
-    names_without(check_covered(scans, sets, option=option, before=before), setup.influence.minus)
+    sizes, given = check_covered(scans, sets, option=option, before=before), setup.influence
+    names_without(list(sizes), given.minus)
     mine, _, pool = part_of(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
     if ranks.first:
@@ -146,7 +148,8 @@ def check(
     whole = {"task": pool.by_task, "file": pool.by_file} if most >= pool.prompts else {}
     check_selecting(
         setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
-        groups=whole.get(grouped_by(setup.selecting)), least=setup.least, draws=setup.influence.draws,
+        groups=whole.get(grouped_by(setup.selecting)), least=setup.least, draws=given.draws,
+        alone=one_alone({name: min(size, given.max_valid or size) for name, size in sizes.items()}),
     )  # fmt: skip
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)

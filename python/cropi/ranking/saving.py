@@ -12,6 +12,7 @@ from cropi.data.prompt_ids import column_values
 from cropi.data.rows_out import table_of, write_jsonl, write_parquet
 from cropi.data.saved import check_hub_name, dataset_of, push, save_folder
 from cropi.errors import CropiError
+from cropi.ranking.values import SCORE_AGAIN
 
 if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
@@ -43,8 +44,7 @@ def weights_of(selection: Selection) -> dict[str, float]:
     if scores.p_selected is None:
         why = scores.meta.get("uncertainty_missing", "they were made without --draws")
         raise CropiError(
-            f"weights: the scores hold no p_selected ({why}); score again with --draws 200 (draws=200) and two "
-            "validation prompts a set at least, or take the chosen prompts"
+            f"weights: the scores hold no p_selected ({why}); {SCORE_AGAIN}, or take the chosen prompts"
         )
     weights = {
         row.id: float(p) for row, p in zip(scores.rows, scores.p_selected) if not math.isnan(p) and p > 0

@@ -33,7 +33,7 @@ from cropi.ranking.rule import Rule, shared_out
 from cropi.ranking.scores import Scores
 from cropi.ranking.shares import how_many, read_quotas
 from cropi.ranking.table_rows import values_of
-from cropi.ranking.values import check_rewards, order_of, students_quantile
+from cropi.ranking.values import SCORE_AGAIN, check_rewards, order_of, students_quantile
 
 # How messages name what :meth:`Selection.save` and others take.
 OF_ROWS = {"--dataset": "rows=", "--trajectories": "rows=", "--id-key": "id_key=", "--format": "format="}
@@ -260,6 +260,7 @@ def check_selecting(
     groups: Mapping[str, Sequence[int]] | None = None,
     least: int = 0,
     draws: int = 200,
+    alone: str = "",
 ) -> None:
     """Find what would stop a selection, before anything is sketched.
 
@@ -269,6 +270,7 @@ def check_selecting(
         groups: the same two numbers of every group that shares are fixed for (:func:`cropi.ranking.rule.grouped_by`).
         least: as in :func:`select`.
         draws: resamples that the scores will have.
+        alone: why they will have none in any case (:func:`cropi.ranking.uncertainty.one_alone`).
 
     Raises:
         CropiError: too few prompts, a package that is missing, or options that need resampled scores without them.
@@ -291,6 +293,8 @@ def check_selecting(
     ):  # fmt: skip
         if used and draws < 2:
             raise CropiError(f"{name} needs resampled scores, and draws is {draws}; give draws of at least 2")
+        if used and alone:
+            raise CropiError(f"{name} needs resampled scores, and {alone}")
     if given.diversity == "kmeans":
         optional("sklearn.cluster")
     if given.confidence is not None:
@@ -323,7 +327,7 @@ def _lower(table: np.ndarray, scores: Scores, level: float, places: np.ndarray) 
     if scores.stderr is None or held is None:
         raise CropiError(
             "confidence: the scores have no standard errors "
-            f"({scores.meta.get('uncertainty_missing', 'none were made')}); score with draws of at least 2"
+            f"({scores.meta.get('uncertainty_missing', 'none were made')}); {SCORE_AGAIN}"
         )
     prompts = {one["name"]: one["prompts"] for one in held["sets"]}
     lower = scores.stderr[places]
@@ -351,8 +355,8 @@ class OtherChoices(UserWarning):
 def _p_selected(scores: Scores, n: int) -> np.ndarray:
     if scores.p_selected is None:
         raise CropiError(
-            f"p_selected: the scores have none ({scores.meta.get('uncertainty_missing', 'none was made')}); score with "
-            "draws of at least 2"
+            f"p_selected: the scores have none ({scores.meta.get('uncertainty_missing', 'none was made')}); "
+            f"{SCORE_AGAIN}"
         )
     # The chances add up to the number of prompts in a choice.
     if (held := round(float(np.nansum(scores.p_selected)))) != n:

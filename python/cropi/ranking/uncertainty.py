@@ -70,15 +70,17 @@ class SetUncertainty:
 
     def advice(self) -> str:
         """One sentence in words."""
+        less = "fewer prompts stay chosen than is said here"
         if self.signal <= 0.2:
+            few = f"; by fewer than {FEW}, {less}" if self.few else ""
             return (
                 f"{self.name}: {self.prompts} prompts; their mean gradient is mostly noise (signal "
-                f"{max(self.signal, 0):.2f} of 1), give more prompts or leave the set out"
+                f"{max(self.signal, 0):.2f} of 1), give more prompts or leave the set out{few}"
             )
         if self.few:
             return (
                 f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut; of fewer "
-                f"than {FEW} it is rough, and fewer prompts stay chosen than is said here"
+                f"than {FEW} it is rough, and {less}"
             )
         if math.isnan(self.signal):
             return (
@@ -238,7 +240,7 @@ def uncertainty(
         raise CropiError(
             "noise is that of means of validation gradients: aggregate must be mean, got 'nearest'"
         )
-    if alone := _alone({name: len(pairs.members(name)) for name in pairs.sets}):
+    if alone := one_alone({name: len(pairs.members(name)) for name in pairs.sets}):
         raise CropiError(alone)
     usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
     if not len(usable):
@@ -295,7 +297,7 @@ MOST_PAIRS = 1 << 27
 def few_pairs(train: SketchStore, valid: Sequence[SketchStore], max_valid: int | None) -> bool:
     """Whether the products of all training and validation prompts that count are few enough to be resampled."""
     members = _members(valid, max_valid)
-    return not _alone(members) and not _too_many(len(train), sum(members.values()))
+    return not one_alone(members) and not _too_many(len(train), sum(members.values()))
 
 
 def _too_many(train: int, valid: int) -> str:
@@ -306,7 +308,7 @@ def _too_many(train: int, valid: int) -> str:
     return f"{train} x {valid} pairs" if train >= valid else f"{valid} x {valid} pairs of validation prompts"
 
 
-def _alone(members: Mapping[str, int]) -> str:
+def one_alone(members: Mapping[str, int]) -> str:
     """Which set has a single prompt, by which nothing is known of others, or nothing."""
     alone = [name for name, count in members.items() if count < 2]
     return (
@@ -353,7 +355,7 @@ def with_uncertainty(
         why = "resampling was switched off (draws)"
     elif nothing := _chooses_nothing(scores, given):
         why = nothing
-    elif alone := _alone(members):
+    elif alone := one_alone(members):
         why = alone
     elif many := _too_many(len(train), sum(members.values())):
         why = f"{many} are more than are resampled; --max-valid makes them fewer"
