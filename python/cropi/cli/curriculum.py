@@ -42,7 +42,8 @@ def add_options(command: Parser) -> None:
     )  # fmt: skip
     own.add_argument(
         "--accept-changes", action="store_true",
-        help="go on with settings or trajectories that differ from those of finished stages",
+        help="go on with settings, trajectories or models that differ from those of finished stages; a training in "
+        "this process that was cut short under other options begins anew",
     )  # fmt: skip
     files = option_group(command, "trajectories")
     files.add_argument("--train", nargs="+", default=[], metavar="FILE", help="training trajectories")
