@@ -39,7 +39,7 @@ LARGEST = 1 << 24  # numbers of a parameter: its gradient exists, one segment at
 class Exact:
     """One parameter whose gradient is formed.
 
-    ``chain`` is the module that owns it (under the name ``key``), the module around that, and so on out to the model.
+    ``chain`` is the module that owns it (under the name ``key``), and every module around that, out to the model.
     ``plan`` gives the coordinates of a vector, ``matrix`` those of the weight of a linear layer or an embedding.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -56,9 +56,9 @@ class TapBuilder:
         for path, module in modules.items():
             if module not in formed:
                 self._visit(canonical_name(path + ".")[:-1] if path else "", module)
-        for path in modules:
-            parts = path.split(".") if path else []
-            self._form([modules[".".join(parts[:n])] for n in range(len(parts), -1, -1)])
+        users = _users_of(modules.values())
+        for module in modules.values():
+            self._form(module, users)
 
     def missing(self) -> list[tuple[nn.Parameter, nn.Module]]:
         """Wanted parameters and modules that use them without a tap."""
@@ -193,12 +193,11 @@ class TapBuilder:
         shares = [Share(()) if self.ranks is None else self.ranks.share(p) for p in own.values()]
         return next((share for share in shares if share.axis is not None), shares[0])
 
-    def _form(self, chain: Sequence[nn.Module]) -> None:
-        """Plan to form the gradients of the parameters of ``chain[0]`` that no tap covers, if they are small enough.
+    def _form(self, module: nn.Module, users: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
+        """Plan to form the gradients of the parameters of ``module`` that no tap covers, if they are small enough.
 
-        ``chain`` is a module, the module around it, and so on out to the model.
+        ``users`` are the modules that hold each module.
         """
-        module = chain[0]
         if module in self.reasons:
             return
         for key, p in module.named_parameters(recurse=False):
@@ -213,7 +212,7 @@ class TapBuilder:
             share = None if self.ranks is None else self.ranks.share(p)
             if isinstance(matrix, PartMatrix):  # the gradient is put at its place in the whole before
                 matrix = matrix.matrix
-            self.exact.append(exact.Exact(name, key, p, tuple(chain), plan, matrix, share=share))
+            self.exact.append(exact.Exact(name, key, p, _around(module, users), plan, matrix, share=share))
             self._cover(p, "exact")
 
     def _matrix(self, weight: nn.Parameter, transposed: bool = False) -> MatrixSketch:
@@ -234,6 +233,26 @@ class TapBuilder:
         if p not in self.covered:
             self.covered[p] = None
             self.by_kind[kind] = self.by_kind.get(kind, 0) + p.numel()
+
+
+def _users_of(modules: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that hold each module as a part."""
+    users: dict[nn.Module, list[nn.Module]] = {}
+    for module in modules:
+        for part in module.children():
+            users.setdefault(part, []).append(module)
+    return users
+
+
+def _around(module: nn.Module, users: Mapping[nn.Module, Sequence[nn.Module]]) -> tuple[nn.Module, ...]:
+    """``module``, and every module that it is inside of: on several ways out to the model, where it is shared."""
+    found = {module: None}
+    ahead = [module]
+    for inner in ahead:
+        new = [outer for outer in users.get(inner, ()) if outer not in found]
+        found |= dict.fromkeys(new)
+        ahead += new
+    return tuple(found)
 
 
 def owners_of(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:

@@ -55,8 +55,8 @@ _IN_FRONT = "do not give its logits"
 REFUSED = {
     # Tokens, keys or a second model beside the decoder, which PEFT's own forward puts there.
     **dict.fromkeys(("CARTRIDGE", "CPT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "SHADOW"), _IN_FRONT),
-    # One weight for several layers.
-    **dict.fromkeys(("LILY", "UNILORA", "VBLORA"), "its tap saw something else|is not causal"),
+    # Its router takes the mean of all tokens.
+    "LILY": "is not causal",
     "OSF": "not those of the gradients that autograd formed",
     # PEFT's own words: these want the number of a task with every call.
     **dict.fromkeys(("MULTITASK_PROMPT_TUNING", "POLY"), "task_ids"),
