@@ -78,6 +78,16 @@ def test_conversations_with_a_reward_are_split_where_the_assistant_first_speaks(
     ):
         made([apart[0], talk(0, 1), apart[1]])
     assert [record["id"] for record in made([apart[0], talk(0, 1), apart[1]], skip_bad=True)] == ["2"]
+    # Nor are messages that end in a user's, beside a response that is missing.
+    asked = {"messages": [*talk(0, 0)["messages"], {"role": "user", "content": "?"}], "reward": 1.0}
+    with pytest.raises(RecordError, match=r"responses\[1\] must be a string, got None"):
+        made([asked | {"response": "x"}, asked | {"response": None}])
+    # They are no conversation where the first row's is missing: they would give way to a part of the prompt.
+    with pytest.raises(RecordError, match=r"records\[1\]: the response stands apart from 'messages'"):
+        made([asked | {"response": None}, asked | {"response": "x"}])
+    # What else is said of a response makes no response of it.
+    (group,) = made([talk(0, 1) | {"truncated": True}, talk(0, 0) | {"truncated": False}])
+    assert group["truncated"] == [True, False] and len(group["responses"]) == 2
 
 
 def test_rows_of_one_prompt_that_disagree() -> None:

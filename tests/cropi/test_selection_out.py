@@ -109,13 +109,17 @@ def test_rows_that_are_no_dataset_are_named(held: Any, words: str) -> None:
         chosen().to_dataset(held)
 
 
-@pytest.mark.parametrize("form", ["conversation", "pair", "prompt"])
+@pytest.mark.parametrize("form", ["conversation", "apart", "pair", "prompt"])
 def test_rows_without_ids_are_found_by_what_their_ids_are_hashes_of(form: str) -> None:
     """Demonstrations and prompts: the ids that their records got, in a list, a data set and a frame."""
     said = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     rows: list[dict[str, Any]] = {
         "conversation": [
             {"messages": [{**said[0], "content": f"{i}+1="}, said[1]], "of": i} for i in range(6)
+        ],
+        "apart": [
+            {"messages": [*said, {**said[0], "content": f"{i}+1="}], "response": "2", "of": i}
+            for i in range(6)
         ],
         "pair": [{"prompt": f"{i}+1=", "completion": str(i), "of": i} for i in range(6)],
         "prompt": [{"prompt": f"{i}+1=", "answer": str(i), "of": i} for i in range(6)],

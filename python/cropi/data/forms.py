@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cropi.data.keys import ALIASES, FIELDS, REASONS
@@ -126,15 +126,15 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
         return RECORD
     if not rewards and any(SINGLE.get(key) == "response_ids" and _is_nested(row[key]) for key in keys):
         return RECORD
-    has_response = _has_response(keys)
+    holds = has_response(keys)
     talks = is_conversation(row)
     # A response that could not be scored has a reward that is null.
-    has_reward = not rewards or "reward" in (row if has_response or talks else keys)
-    if has_reward and has_response:
+    has_reward = not rewards or "reward" in (row if holds or talks else keys)
+    if has_reward and holds:
         return RESPONSE
     if has_reward and talks:
         return CONVERSATION
-    answered = has_response or talks or any(key in _ANSWERS for key in keys)
+    answered = holds or talks or any(key in _ANSWERS for key in keys)
     scored = has_reward or any(key in _SCORES for key in keys)
     if not any(key in _PROMPTS for key in keys) and not (answered or scored):
         return RECORD  # which says what is missing
@@ -142,7 +142,7 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
         raise CropiError(f"{where}: {ROLL_OUT} ({_held(keys)})")
     if not has_reward:
         _missing("reward", _SCORES, row, keys, where)
-    if not (has_response or talks):
+    if not (holds or talks):
         _missing("response", _ANSWERS, row, keys, where)
     return RECORD
 
@@ -156,16 +156,19 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
 
 
 def check_response(row: Mapping[str, Any], where: str) -> None:
-    """Check that a row of a file with a response a row is no conversation, whose messages hold its response."""
-    if is_conversation(row) and not _has_response([key for key in row if row[key] is not None]):
+    """Check that a row of a file with a response a row is no conversation, whose messages end in its response."""
+    last = row["messages"][-1] if is_conversation(row) else None
+    ends = isinstance(last, Mapping) and last.get("role") == "assistant"
+    if ends and not has_response([key for key in row if row[key] is not None]):
         raise RecordError(
             where, "the row is a conversation ('messages'), and the first row of the file holds its response apart",
             "give rows of one form, or pass --skip-bad",
         )  # fmt: skip
 
 
-def _has_response(keys: Sequence[str]) -> bool:
-    return any(_is_single(key) and key != "reward" for key in keys)
+def has_response(keys: Iterable[str]) -> bool:
+    """Whether one of the keys holds a single response."""
+    return any(SINGLE.get(key) in ("responses", "response_ids") for key in keys)
 
 
 def _is_nested(ids: Any) -> bool:
@@ -206,6 +209,11 @@ def split_conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
     if messages is None:
         raise RecordError(
             where, "there are no 'messages', and the first row of the file is a conversation",
+            "give rows of one form, or pass --skip-bad",
+        )  # fmt: skip
+    if has_response(key for key in row if row[key] is not None):
+        raise RecordError(
+            where, "the response stands apart from 'messages', and the first row of the file is a conversation",
             "give rows of one form, or pass --skip-bad",
         )  # fmt: skip
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):

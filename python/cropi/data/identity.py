@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi.data.forms import CONTENT, HASHED, content_id, is_conversation, split_conversation
+from cropi.data.forms import CONTENT, HASHED, content_id, has_response, is_conversation, split_conversation
 from cropi.data.keys import RENDERED
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.data.records import PromptGroup
@@ -92,14 +92,14 @@ def _hashes(table: Any, columns: Sequence[str]) -> list[str]:
     if not isinstance(table, Rows):
         batches = table.select([key for key in CONTENT if key in columns]).to_batches(max_chunksize=1024)
         rows = itertools.chain.from_iterable(map(rows_of_batch, batches))
-    made = []
+    made, apart = [], has_response(columns)
     for held in rows:
         row = (
             row_of_table(held)
             if isinstance(held, TableRow)
             else {key: python_value(held[key]) for key in CONTENT if key in held}
         )
-        if row.get("prompt") is None and is_conversation(row):
+        if not apart and row.get("prompt") is None and is_conversation(row):
             # A row that is no record has no id that is asked for.
             with contextlib.suppress(RecordError):
                 row = split_conversation(row, "")

@@ -134,7 +134,7 @@ def group_rollouts(
     for rollout in rollouts:
         places.setdefault(rollout.id, []).append(kept.put(rollout))
     if not places:
-        reasons = "; ".join(str(error)[:300] for error in list(left.first.values())[:3])
+        reasons = "; ".join(error.of_left_out[:300] for error in list(left.first.values())[:3])
         raise CropiError(f"the dump holds no rollout that can be used{': ' if reasons else ''}{reasons}")
     return (
         _record(name, [kept.get(at) for at in places[name]], steps, left)
