@@ -273,6 +273,33 @@ def test_a_checkpoint_of_packed_weights_needs_an_adapter(folder: Path, tmp_path:
     assert policy.sketcher(cropi.SketchSpec(512)).coverage.covered == 2 * (4 * (32 + 32) + 4 * (64 + 32))
 
 
+@pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
+def test_a_checkpoint_in_8_bits_keeps_rows_apart(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As saved, it computes a column in float16 where any row of a batch is beyond a threshold there."""
+    import transformers
+
+    packing = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing)
+    assert packed.config.quantization_config.llm_int8_threshold == 6.0
+    packed.save_pretrained(tmp_path / "packed")
+    make_tokenizer().save_pretrained(tmp_path / "packed")
+    adapter = make_adapter(folder, tmp_path / "adapter")
+    caplog.clear()
+    model = Policy(str(tmp_path / "packed"), adapter=adapter).model
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj")
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    beside = x.clone()
+    beside[1, 2, 5] = 50.0
+    assert torch.equal(layer(x)[0], layer(beside)[0]) and not torch.equal(layer(x)[1], layer(beside)[1])
+    assert "float16" not in caplog.text, "a line for every product"
+    with pytest.raises(
+        CropiError, match=r"quantize '4bit': .* packed already, in another way \(bitsandbytes\)"
+    ):
+        _ = Policy(str(tmp_path / "packed"), adapter=adapter, quantize="4bit").model
+
+
 def test_packed_weights_are_loaded_whole_where_they_can_be(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

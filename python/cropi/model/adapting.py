@@ -50,8 +50,7 @@ def quantization(
             f"quantize {kind!r} is not for .gguf files, whose weights are unpacked to the dtype; leave it out"
         )
     optional("bitsandbytes")
-    # It warns at every product that inputs are rounded to float16 first.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    _quiet()
     # Beyond a threshold, LLM.int8 computes a column in float16 where any token of a batch is large there: a token's
     # log-prob would depend on later tokens and on other rows.
     config = optional("transformers").BitsAndBytesConfig(
@@ -61,17 +60,34 @@ def quantization(
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def unpacking(config: Any, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _quiet() -> None:
+    """bitsandbytes warns at every 8-bit product that inputs are rounded to float16 first."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def unpacking(config: Any, device: torch.device, kind: str | None) -> tuple[Any, dict[str, Any]]:
     """A configuration by which packed weights of a checkpoint are loaded whole, where transformers can do that: the
-    kernels that compute with them have no backward. Of others, options that load them onto a device."""
-    packing = getattr(config, "quantization_config", None)
-    if not isinstance(packing, dict):
+    kernels that compute with them have no backward. Of others, options that load them onto a device.
+
+    Raises:
+        CropiError: they are packed in another way than ``kind`` says (see `quantization`).
+    """
+    if not isinstance(getattr(config, "quantization_config", None), dict):
         return config, {}
-    if packing.get("quant_method") not in UNPACKED:
-        return config, {"device_map": {"": device}}
     config = copy.deepcopy(config)
-    config.quantization_config["dequantize"] = True
-    return config, {}
+    packing = config.quantization_config
+    if kind is not None and not packing.get(f"load_in_{kind}"):
+        raise CropiError(
+            f"quantize {kind!r}: the checkpoint's weights are packed already, in another way "
+            f"({packing.get('quant_method', 'bitsandbytes')}); leave it out"
+        )
+    if packing.get("quant_method") in UNPACKED:
+        packing["dequantize"] = True
+        return config, {}
+    if packing.get("load_in_8bit"):
+        _quiet()
+        packing["llm_int8_threshold"] = 0.0  # as in `quantization`
+    return config, {"device_map": {"": device}}
 
 
 def check_packing(model: Any, name: str) -> None:

@@ -98,7 +98,7 @@ def load_model(
         packed = quantization(
             variant.quantize, dtype, device, options, has_adapter=variant.adapter is not None
         )
-        config, on_its_device = unpacking(config, device)
+        config, on_its_device = unpacking(config, device, variant.quantize)
         options |= on_its_device | packed | spread
         model = _load_weights(name, source, options, dtype, config, variant.attn_implementation)
         if tokenizer is None:
