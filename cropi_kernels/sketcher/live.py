@@ -27,7 +27,7 @@ from .replay import Recorded
 from .row_segments import Runs
 from .segments import Segments
 from .selftest import SelfTest
-from .split_loss import LATER, PARTS, CoupledLossError, LossCheck
+from .split_loss import LATER, PARTS, UNSEEN, CoupledLossError, LossCheck
 from .tap_tests import TapTests
 from .tapped import TappedModel
 from .untouched import code_shape
@@ -224,8 +224,8 @@ class LiveSketcher:
             check_passes(self._acc)
             if audit is not None:
                 audit.verdict(runs.segments, self._audits)
-            if check is not None and check.verdict is not None:
-                self.loss = check.verdict
+            if check is not None:  # a backward pass has run: `check_passes`
+                self.loss = check.verdict or UNSEEN
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:
                     raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
@@ -309,7 +309,7 @@ class LiveSketcher:
         """Whether this batch can say more of the loss than those before."""
         if not self._verify or self.coupled:
             return False
-        return self.loss is None or (self.loss == LATER and runs.present > 1)
+        return self.loss in (None, UNSEEN) or (self.loss == LATER and runs.present > 1)
 
     def _untested(self, segments: Segments | None = None) -> bool:
         """Whether no test has heard some of the taps, or of those that were heard in the batch ``segments``."""

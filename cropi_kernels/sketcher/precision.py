@@ -74,8 +74,10 @@ def product_eps(x: torch.Tensor) -> float:
     matmul = torch.backends.cuda.matmul if x.is_cuda else getattr(torch.backends.mkldnn, "matmul", None)
     # An older torch has the older switch alone. It cannot be read where the newer one was set: RuntimeError.
     chosen = getattr(matmul, "fp32_precision", None)
-    if chosen is None:
-        chosen = "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if chosen is None and x.is_cuda:
+        chosen = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    elif chosen is None:  # oneDNN rounds at "medium", and nothing at "high"
+        chosen = "bf16" if torch.get_float32_matmul_precision() == "medium" else "ieee"
     return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(chosen, own)
 
 

@@ -30,6 +30,10 @@ from .row_segments import Runs
 LARGEST = 1 << 26  # numbers that a model gave; the test needs a few copies
 SUM = "a sum over prompts"
 LATER = "not checked yet for terms of several prompts: no batch so far had two prompts with a gradient"
+UNSEEN = (
+    "not checked: no backward pass was seen to begin at a loss of one number; begin it by loss.backward() or "
+    f"torch.autograd.grad (torch {torch.__version__} may not show a call of torch.autograd.backward)"
+)
 PARTS = "the parts that pass through each prompt's tokens, which add up to the gradient all the same"
 REMEDY = (
     "make it a sum over prompts (what is averaged or normalised over a batch must not carry a gradient), or take "

@@ -166,7 +166,9 @@ def test_a_bad_token_stays_in_its_segment() -> None:
         with torch.no_grad():
             model.model.embed_tokens.weight[93] = float("nan")  # of the last prompt
         broken = zoo.padded().sketch(sketcher).sketches
-    assert torch.equal(broken[:2], clean[:2]) and broken[2].isnan().all()
+    # Tokens that are no number choose other experts, and a product of other lengths may add in another order.
+    wrong = (broken - clean)[:2].norm(dim=1)
+    assert (wrong <= 64 * 2**-24 * clean[:2].norm(dim=1)).all() and broken[2].isnan().all()
 
 
 def test_the_model_is_left_as_it_was() -> None:

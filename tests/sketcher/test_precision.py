@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import zoo
+from support.versions import COMPILED_MODELS
 from support.zoo import Batch, make, padded, weights_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -78,7 +79,8 @@ def by_all(model: nn.Module) -> nn.Module:
 
 
 WRAPPERS = [
-    by_accelerate, by_autocast, by_autocast_of_the_function, by_two_trainers, by_compile, by_data_parallel, by_all,
+    by_accelerate, by_autocast, by_autocast_of_the_function, by_two_trainers, by_data_parallel,
+    *(pytest.param(wrap, marks=COMPILED_MODELS) for wrap in (by_compile, by_all)),
 ]  # fmt: skip
 
 
@@ -335,13 +337,20 @@ MATMUL = torch.backends.cuda.matmul
 
 
 @pytest.fixture
-def switches() -> Iterator[Any]:
-    """The newer switch of all backends; afterwards, nothing has been chosen."""
+def older_switch() -> Iterator[Any]:
+    """Afterwards, nothing has been chosen by any switch."""
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = MATMUL.fp32_precision = "none"
+
+
+@pytest.fixture
+def switches(older_switch: Any) -> Any:
+    """The newer switch of all backends."""
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has the older switch alone")
-    yield torch.backends
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.fp32_precision = MATMUL.fp32_precision = "none"
+    return torch.backends
 
 
 def test_tf32_is_seen_by_either_switch(switches: Any) -> None:
@@ -365,6 +374,16 @@ def test_products_of_a_cpu_in_bfloat16_are_seen(switches: Any) -> None:
     assert product_eps(torch.zeros(1)) == 2.0**-23 and product_eps(torch.zeros(1).double()) == 2.0**-52
     torch.set_float32_matmul_precision("medium")
     assert product_eps(torch.zeros(1)) == 2.0**-7
+
+
+def test_products_of_a_cpu_in_bfloat16_are_seen_by_the_older_switch(
+    older_switch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in torch 2.6, whose oneDNN has no switch of its own."""
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
+    for chosen, eps in ("high", 2.0**-23), ("medium", 2.0**-7), ("highest", 2.0**-23):
+        older_switch(chosen)
+        assert product_eps(torch.zeros(1)) == eps
 
 
 def test_sketches_where_transformers_has_chosen_tf32(switches: Any) -> None:

@@ -40,3 +40,7 @@ NAMED_HOOKS = pytest.mark.skipif(
     reason=f"torch {torch.__version__} does not name the hooks of what is saved",
 )
 FSDP2 = needs("torch", "2.7", "FSDP2 does not run on a CPU")
+SEEN_BACKWARD = needs("torch", "2.13", "a mode of functions may not see torch.autograd.backward")
+COMPILED_MODELS = needs(
+    "torch", "2.7", "transformers' models cannot be compiled: it asks for a later function"
+)
