@@ -307,7 +307,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     fails("minus: 'good' is the only validation set", "--minus", "good", valid=good)
     one = "needs resampled scores, and the validation set 'alone' has 1 prompt"
     fails(f"confidence {one}", "--confidence", 0.9, valid=alone)
-    fails("p_selected needs resampled scores, and the validation set 'x' has 1 prompt", "--draw", "p_selected",
+    fails("p_selected needs resampled scores, and max_valid is 1", "--draw", "p_selected",
           "--max-valid", 1)  # fmt: skip
     weights = ("--export", tmp_path / "w.json", "--format", "weights", "--dataset", good)
     fails("--format weights needs resampled scores, and --draws is 0", *weights, "--draws", 0)

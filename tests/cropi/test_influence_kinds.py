@@ -15,6 +15,7 @@ from support.made_data import make_model, make_records, make_tokenizer
 from support.stores import in_memory, on_disk
 
 import cropi
+from cropi.data.shared import RepeatedPrompts
 from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.ranking.influence import SharedPrompts, influence
@@ -170,6 +171,46 @@ def test_prompts_on_both_sides_are_found_by_their_text(form: str, recwarn: pytes
         SharedPrompts, match="^1 training prompts are validation prompts too.*'again' and 'p1-001'"
     ):
         cropi.score(model, [*train, again], {"v": valid}, tokenizer, **options)
+
+
+@pytest.mark.parametrize("form", ["text", "ids"])
+def test_prompts_that_a_validation_set_holds_twice_are_named(
+    form: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Once, with both counts; not where the other is of another set, says something else or has no gradient."""
+    train = make_records(9, seed=0)
+    valid = [
+        record | ({"prompt": "same", "prompt_ids": [5, i]} if form == "ids" else {})
+        for i, record in enumerate(make_records(6, seed=1))
+    ]
+    other = {"responses": ["1", "22", "3", "44"], "rewards": [1.0, 0.0, 0.0, 1.0]}
+    good = [record for record in valid if len(set(record["rewards"])) > 1][:3]
+    model, tokenizer = make_model(), make_tokenizer()
+    options: dict[str, Any] = {"dim": 4096, "progress": False, "draws": 0}
+    again = [record | other | {"id": f"again-{record['id']}"} for record in good]
+    flat = again[2] | {"id": "flat", "rewards": [1.0] * 4}
+    cropi.score(model, train, {"v": [*good, flat], "w": again}, tokenizer, **options)
+    assert not [one for one in recwarn if one.category is RepeatedPrompts]
+    cropi.score(model, train, {"v": [*good, *again[:2], flat], "w": again}, tokenizer, **options)
+    said = [str(one.message) for one in recwarn if one.category is RepeatedPrompts]
+    assert len(said) == 1 and said[0].startswith(
+        "validation sets hold prompts more than once: 2 of 5 prompts of 'v' repeat another, for example "
+        f"'again-{good[0]['id']}' the text of '{good[0]['id']}'"
+    )
+
+
+def test_demonstrations_of_one_prompt_are_apart(recwarn: pytest.WarningsRecorder) -> None:
+    one = [{"id": f"v{i}", "prompt": "Say a number: ", "completion": str(i)} for i in range(8)]
+    options: dict[str, Any] = {"estimator": "sft", "dim": 4096, "progress": False, "draws": 0}
+    cropi.score(make_model(), one[:4], one[4:], make_tokenizer(), **options)
+    assert not [kind for kind in recwarn if kind.category in (RepeatedPrompts, SharedPrompts)]
+    again = one[4] | {"id": "again"}
+    with pytest.warns(RepeatedPrompts, match="1 of 5 prompts of 'valid' repeat another"):
+        cropi.score(make_model(), one[:4], [*one[4:], again], make_tokenizer(), **options)
+    with pytest.warns(
+        SharedPrompts, match="^1 training prompts are validation prompts too.*'again' and 'v4'"
+    ):
+        cropi.score(make_model(), [*one[:4], again], one[4:], make_tokenizer(), **options)
 
 
 def test_what_a_contrast_cannot_be(stores: Any) -> None:

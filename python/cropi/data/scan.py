@@ -98,6 +98,11 @@ class Scan:
 
 def prompt_hash(group: PromptGroup) -> int:
     """A hash of what a prompt says, which is its own in this process; see :mod:`cropi.data.shared`."""
+    made = _hash_of_text(group)
+    return hash((made, repr(group.response_ids or group.responses))) if group.demonstrations else made
+
+
+def _hash_of_text(group: PromptGroup) -> int:
     if group.prompt_ids is not None:
         return hash(tuple(group.prompt_ids))
     prompt = group.prompt

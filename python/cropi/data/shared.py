@@ -1,12 +1,13 @@
-"""Prompts that are both training and validation prompts, under any ids.
+"""Prompts that are both training and validation prompts, or several times in one validation set, under any ids.
 
 Two records hold one prompt where their token ids are equal or, without these, what they say: text, or the roles and
-contents of messages; text is as good as one message of the user.
+contents of messages; text is as good as one message of the user. Demonstrations have to have one response, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -46,6 +47,41 @@ def shared_prompts(
             if (known is None or known(group.id)) and not _is_copy(group, other):
                 return len(both), group.id, other.id
     return None
+
+
+class RepeatedPrompts(UserWarning):
+    """A validation set holds prompts more than once."""
+
+
+def repeated_prompts(
+    valid: Mapping[str, tuple[PromptGroups, Scan]],
+) -> tuple[dict[str, tuple[int, int]], tuple[str, str]] | None:
+    """How many prompts with a gradient repeat another of their validation set, of how many that it has, by its name;
+    and the ids of two that are one. None where no set holds a prompt twice.
+
+    Args:
+        valid: records and what was counted in them, by the name of the set of those that name none; they are read again
+            where prompts are there twice.
+    """
+    contents = np.concatenate([np.frombuffer(scan.contents, dtype=np.int64) for _, scan in valid.values()])
+    values, counts = np.unique(contents, return_counts=True)
+    wanted = set(values[counts > 1].tolist())
+    if not wanted:
+        return None
+    first, sizes, again = dict[tuple[str, int], str](), Counter[str](), Counter[str]()
+    example: tuple[str, str] | None = None
+    for default, (groups, _) in valid.items():
+        for group in groups:
+            if group.no_gradient is not None:
+                continue
+            name, key = group.set or default, prompt_hash(group)
+            sizes[name] += 1
+            if key not in wanted:
+                continue
+            if (other := first.setdefault((name, key), group.id)) != group.id:
+                again[name] += 1
+                example = example or (other, group.id)
+    return example and ({name: (again[name], sizes[name]) for name in sorted(again)}, example)
 
 
 def _is_copy(group: PromptGroup, other: PromptGroup) -> bool:

@@ -11,7 +11,7 @@ from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan, check_covered, check_pool
 from cropi.data.share import Share
-from cropi.data.shared import shared_prompts
+from cropi.data.shared import RepeatedPrompts, repeated_prompts, shared_prompts
 from cropi.errors import CropiError, warn
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
@@ -143,17 +143,38 @@ def check(
     mine, _, pool = part_of(policy, train, job, "train", None, known, ranks)
     check_pool(pool, mine.groups.names, known=known is not None, before=before, otherwise=otherwise)
     if ranks.first:
-        _warn_shared(mine.groups, pool, [(part.groups, scans[str(part.set)]) for part in parts], known)
+        whole_sets = {str(part.set): (_whole(part.groups), scans[str(part.set)]) for part in parts}
+        _warn_repeated(whole_sets)
+        _warn_shared(mine.groups, pool, list(whole_sets.values()), known)
     most = job.limit or pool.prompts
     whole = {"task": pool.by_task, "file": pool.by_file} if most >= pool.prompts else {}
     check_selecting(
         setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
         groups=whole.get(grouped_by(setup.selecting)), least=setup.least, draws=given.draws,
-        alone=one_alone({name: min(size, given.max_valid or size) for name, size in sizes.items()}),
+        alone=one_alone(sizes, given.max_valid),
     )  # fmt: skip
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
+
+
+def _whole(groups: PromptGroups) -> PromptGroups:
+    """The groups of all ranks."""
+    return groups.whole if isinstance(groups, Share) else groups
+
+
+def _warn_repeated(valid: Mapping[str, tuple[PromptGroups, Scan]]) -> None:
+    found = repeated_prompts(valid)
+    if found is not None:
+        counts, (one, other) = found
+        named = ", ".join(f"{again} of {size} prompts of {name!r}" for name, (again, size) in counts.items())
+        warn(
+            f"validation sets hold prompts more than once: {named} repeat another, for example {other!r:.100} the text "
+            f"of {one!r:.100}; each counts as a prompt of its own, so that standard errors are too small: give every "
+            "prompt once, with all of its responses",
+            RepeatedPrompts,
+            stacklevel=3,
+        )
 
 
 def _warn_shared(
@@ -162,8 +183,7 @@ def _warn_shared(
     valid: Sequence[tuple[PromptGroups, Scan]],
     known: Callable[[str], bool] | None,
 ) -> None:
-    whole = [(groups.whole if isinstance(groups, Share) else groups, scan) for groups, scan in valid]
-    found = shared_prompts(train.whole if isinstance(train, Share) else train, pool, whole, known)
+    found = shared_prompts(_whole(train), pool, valid, known)
     if found is not None:
         count, mine, other = found
         warn(

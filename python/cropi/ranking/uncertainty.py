@@ -308,8 +308,10 @@ def _too_many(train: int, valid: int) -> str:
     return f"{train} x {valid} pairs" if train >= valid else f"{valid} x {valid} pairs of validation prompts"
 
 
-def one_alone(members: Mapping[str, int]) -> str:
-    """Which set has a single prompt, by which nothing is known of others, or nothing."""
+def one_alone(members: Mapping[str, int], max_valid: int | None = None) -> str:
+    """Which set has a single prompt that counts, by which nothing is known of others, or nothing."""
+    if max_valid == 1:
+        return "max_valid is 1, so that nothing shows how other validation prompts would move scores; give at least 8"
     alone = [name for name, count in members.items() if count < 2]
     return (
         f"the validation set {alone[0]!r} has 1 prompt, so that nothing shows how others would move its scores; give "
@@ -355,7 +357,7 @@ def with_uncertainty(
         why = "resampling was switched off (draws)"
     elif nothing := _chooses_nothing(scores, given):
         why = nothing
-    elif alone := one_alone(members):
+    elif alone := one_alone(members, options["max_valid"]):
         why = alone
     elif many := _too_many(len(train), sum(members.values())):
         why = f"{many} are more than are resampled; --max-valid makes them fewer"
