@@ -243,7 +243,12 @@ def test_export_to_numpy_and_parquet(tmp_path: Path, capsys: pytest.CaptureFixtu
         np.testing.assert_allclose(vector_, (want[name] / want[name].norm()).numpy(), rtol=1e-6)
     assert table["set"][table["id"].index("p003")] == "v" and len(table["id"]) == len(want)
     assert main(f"{line}/x.csv".split()) == 2
-    assert "to must be one of npy, parquet, got 'csv'" in capsys.readouterr().err
+    assert (
+        "x.csv: its ending names none of the formats npy, parquet; change it, or give --to"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(CropiError, match="to must be one of npy, parquet, got 'csv'"):
+        export(SketchStore.open(tmp_path / "before"), tmp_path / "x.npy", to="csv")
     with SketchStore.create(tmp_path / "none", MANIFEST) as store:
         store.add(RowInfo("z", "skipped"))
     with pytest.raises(CropiError, match="holds no sketch"):

@@ -45,7 +45,12 @@ def export(
     path = Path(path)
     form = to or path.suffix.lstrip(".")
     if form not in FORMATS:
-        raise CropiError(f"to must be one of {', '.join(FORMATS)}, got {form!r}")
+        known = ", ".join(FORMATS)
+        if to is None:
+            raise CropiError(
+                f"{path}: its ending names none of the formats {known}; change it, or give --to (to=...)"
+            )
+        raise CropiError(f"to must be one of {known}, got {form!r}")
     store.check_finished()
     rows = [row for row in store.rows() if row.row is not None]
     if not rows:
