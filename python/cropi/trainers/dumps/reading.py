@@ -22,7 +22,8 @@ class Reading:
         steps: of a prompt with rollouts of several steps those of the last one ("newest") or "all".
         allow_pickle: load pickles with all that they name, which runs their code.
         largest: bytes that a dump may have (:func:`cropi.trainers.dumps.pickled.check_size`).
-        columns: ``{"reward": name}`` for TRL's files.
+        columns: ``{"reward": name}`` for files of TRL, ms-swift, slime and verl (text); of records, as for
+            :func:`cropi.data.readers.read`.
         requests: the input file of a batch of requests.
         prompts: of the run's dataset, where the dump does not name them.
         tokenizer: gives the model's tokenizer, for tokens that are written as text.

@@ -242,7 +242,7 @@ class Stages(Recorder):
         trainer, args = self.trainer, self.trainer.args
         trainer._step = done = self.step * args.gradient_accumulation_steps
         every = args.steps_per_generation * trainer.num_iterations
-        if done % every:
+        if done % every and self.step < trainer.state.max_steps:
             logger.warning(
                 "step %d is within a generation batch: TRL samples its responses anew for the %d of its %d "
                 "micro-batches that are left; from a checkpoint where one ends, a run goes on as if it had not stopped",
