@@ -271,6 +271,13 @@ def test_a_checkpoint_of_packed_weights_needs_an_adapter(folder: Path, tmp_path:
             cropi.sketch(model, make_records(6), make_tokenizer(), dim=512, progress=False)
     policy = Policy(str(tmp_path / "packed"), adapter=make_adapter(folder, tmp_path / "adapter"))
     assert policy.sketcher(cropi.SketchSpec(512)).coverage.covered == 2 * (4 * (32 + 32) + 4 * (64 + 32))
+    # An adapter that is not PEFT's.
+    attention = packed.requires_grad_(False).model.layers[0].self_attn
+    down, up, base = torch.nn.Linear(32, 4), torch.nn.Linear(4, 64), attention.q_proj
+    attention.q_proj = torch.nn.Sequential(down, up)
+    attention.q_proj.forward = lambda x: base(x) + up(down(x))
+    coverage = Policy(packed, make_tokenizer()).sketcher(cropi.SketchSpec(512)).coverage
+    assert coverage.covered == 4 * (32 + 64) + 4 + 64
 
 
 @pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")

@@ -91,13 +91,17 @@ def unpacking(config: Any, device: torch.device, kind: str | None) -> tuple[Any,
 
 
 def check_packing(model: Any, name: str) -> None:
-    """Check that a model whose weights are packed has an adapter.
+    """Check that a model whose weights are packed has an adapter: one of PEFT, or another one over frozen embeddings.
 
     Raises:
         CropiError: it has none.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or hasattr(model, "peft_config"):
+        return
+    # Trainable as it is loaded: where it is frozen, the caller chose what is trained.
+    embedding = model.get_input_embeddings().weight
+    if type(embedding) is torch.nn.Parameter and not embedding.requires_grad:
         return
     method = getattr(quantizer.quantization_config, "quant_method", "")
     raise CropiError(
