@@ -23,12 +23,13 @@ def add_options(command: Parser) -> None:
     options.add_push_options(command)
 
 
-def check(args: argparse.Namespace, groups: PromptGroups | None) -> None:
+def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = "") -> None:
     """Check that the wanted forms of a selection can be written.
 
     Args:
         args: the command's.
         groups: the training records, or None where there are none.
+        alone: why scores will not be resampled, or nothing.
 
     Raises:
         CropiError: as :func:`cropi.data.export.check_export`; nobody is logged in to the hub.
@@ -53,6 +54,8 @@ def check(args: argparse.Namespace, groups: PromptGroups | None) -> None:
             raise CropiError(
                 f"--format weights needs resampled scores, and --draws is {args.draws}; give at least 2"
             )
+        if form == "weights" and alone:
+            raise CropiError(f"--format weights needs resampled scores, and {alone}")
         if form != "ids" and not (args.dataset or groups is not None):
             args.parser.error(
                 f"--format {form} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"

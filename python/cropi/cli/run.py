@@ -114,7 +114,7 @@ def _run(args: argparse.Namespace, team: Team | None, names: list[str], held: Ex
     def check() -> Checked:
         parts = pipeline.check(policy, train, valid, setup)
         if who.first:
-            exporting.check(args, parts.train.groups)
+            exporting.check(args, parts.train.groups, parts.alone)
         return parts
 
     def lock() -> None:

@@ -85,6 +85,7 @@ class Checked:
         prompts: training prompts that may be chosen.
         usable: those with a gradient.
         unknown: prompts of this rank's training files that may not be chosen.
+        alone: why scores will not be resampled (:func:`cropi.ranking.uncertainty.one_alone`), or nothing.
     """
 
     train: Part
@@ -92,6 +93,7 @@ class Checked:
     prompts: int
     usable: int
     unknown: int = 0
+    alone: str = ""
 
 
 def check(
@@ -151,11 +153,11 @@ def check(
     check_selecting(
         setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
         groups=whole.get(grouped_by(setup.selecting)), least=setup.least, draws=given.draws,
-        alone=one_alone(sizes, given.max_valid),
+        alone=(alone := one_alone(sizes, given.max_valid)),
     )  # fmt: skip
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
-    return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown)
+    return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown, alone)
 
 
 def _whole(groups: PromptGroups) -> PromptGroups:
