@@ -14,6 +14,7 @@ from ..spec import SketchSpec
 from . import exact
 from .accumulator import Accumulator
 from .coverage import Coverage, uncovered
+from .decoder import check_loaded
 from .exact import Exact, ExactTaps
 from .matrix import MatrixSketch
 from .parts import PartLinearTap
@@ -48,8 +49,9 @@ class Attachment:
             The names of all parameters, by their places now.
 
         Raises:
-            ValueError: names one that is not.
+            ValueError: names one that is not; or parameters have no values.
         """
+        check_loaded(model)
         places = _places(model)
         if units(model):  # FSDP2 puts other tensors in the weights' places
             return places
@@ -192,8 +194,12 @@ def refused_modules(
             refused[module] = names[module] or "the model itself", why
     if decoder is not None:
         inside = set(decoder.modules())
+        beyond = {outer for one in attachment.exact.parameters for outer in one.chain} - inside
+        elsewhere = {outer for outer in beyond if decoder not in set(outer.modules())}
+        # A part of the decoder may be one of another module, too: the decoder alone shows half of its gradient.
+        shared = {one.chain[0] for one in attachment.exact.parameters if not elsewhere.isdisjoint(one.chain)}
         for module in (*wrong, *formed):
-            if module not in inside:
+            if module not in inside or module in shared:
                 why = "outside the decoder, where no formula is known for its parameters"
                 refused[module] = names[module] or "the model itself", why
     return refused

@@ -327,3 +327,12 @@ def test_a_parameter_may_be_replaced() -> None:
             sketches.append(got.sketches)
             model[1].weight = nn.Parameter(model[1].weight.detach().clone())
     assert torch.equal(*sketches)
+
+
+@pytest.mark.parametrize("kind", [GradientSketcher, LiveSketcher])
+def test_weights_on_the_meta_device_are_named(kind: Any) -> None:
+    """As accelerate leaves them, which loads the weights of a module when it is called."""
+    model = zoo.make("llama").to("meta")
+    with pytest.raises(ValueError, match="parameters of LlamaForCausalLM are on the meta device"):
+        with kind(model, SPEC) as sketcher, sketcher.batch(torch.tensor([0]), shape=(1, 2)):
+            raise AssertionError("begun")

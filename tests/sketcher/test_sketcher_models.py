@@ -18,7 +18,7 @@ from support.versions import checkpoint_layers
 from support.zoo import SPEC, assert_close
 from torch import nn
 
-from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
+from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError, token_logprobs
 from cropi_kernels.sketcher import logprobs
 from cropi_kernels.sketcher.decoder import split_model
 from cropi_kernels.sketcher.hooks import checkpointed
@@ -409,3 +409,26 @@ def test_the_default_spec_and_what_a_sketcher_prints() -> None:
     assert repr(sketcher) == f"GradientSketcher(Qwen2ForCausalLM, {SketchSpec()}: {text}"
     with sketcher:
         assert repr(sketcher).endswith("; active)")
+
+
+def test_what_the_head_shares_with_the_decoder_goes_through_batch() -> None:
+    """The decoder, which alone runs in `policy_gradient`, shows half of its gradient."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 32))
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight * self.scale
+
+    model, scaled, batch = zoo.make("llama"), Scaled(), zoo.padded()
+    for module in (model.model.layers[0].self_attn.q_proj, model.lm_head):
+        nn.utils.parametrize.register_parametrization(module, "weight", scaled)
+    model.lm_head.parametrizations.weight.original.requires_grad_(False)
+    wide = copy.deepcopy(model).double()
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(UncoveredParameterError, match="(?s)Scaled.*outside the decoder"):
+            batch.sketch(sketcher)
+        got = batch.through(sketcher, model)
+    assert_close(got, model, zoo.gradients(wide), zoo.gradients(model))
