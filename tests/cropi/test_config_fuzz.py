@@ -135,7 +135,7 @@ def of_curriculum(file: Path) -> None:
     if any(getattr(args, name) is None for name in ("model", "out", "stages", "steps", "trainer")):
         raise CropiError(f"{file}: an option is required")
     plan = make_plan(args)
-    plan.settings(), plan.fingerprint(), plan.influencing, plan.selecting
+    plan.settings(), plan.fingerprint()
 
 
 FEW = {"model": "m", "out": "o", "train": ["t"], "valid": ["v"]}

@@ -61,7 +61,7 @@ from cropi_kernels import (  # noqa: E402
 )
 from cropi_kernels.ops import _checks  # noqa: E402
 from cropi_kernels.ops.linear_logprob import triton_tiles  # noqa: E402
-from cropi_kernels.sketcher import decoder, labels, recognise, tap_builder  # noqa: E402
+from cropi_kernels.sketcher import attach, decoder, labels, recognise, tap_builder  # noqa: E402
 
 _checks.DEVICES = ("cpu", "meta")
 _gpu.on = lambda x: contextlib.nullcontext()
@@ -75,7 +75,8 @@ tap_builder.embedding_scale = lambda module: 1.0
 recognise._multiplies = lambda *args: True
 # transformers reads them, where no mask is.
 masking_utils.find_packed_sequence_indices = lambda position_ids: None
-decoder._check_place = lambda model: None  # which refuses weights that are not loaded
+# Both refuse weights that are not loaded.
+decoder._check_place = attach.check_loaded = lambda model: None
 decoder.measure_head = lambda *args: (1.0, None)
 
 
