@@ -275,22 +275,22 @@ class Changing(nn.Module):
         return beside if self.beside == 1.0 else beside + self.second(hidden)
 
 
+def take(steps: int, sketcher: Any, model: nn.Module) -> None:
+    """Steps of two prompts, of which each has two rows."""
+    for _ in range(steps):
+        with sketcher.batch(torch.arange(4) // 2, shape=(4, 3)):
+            model(torch.ones(4, 3, 4)).sum().backward()
+
+
 @pytest.mark.parametrize("beside", [0.5, 1.0])
 @pytest.mark.parametrize("kind", [LiveSketcher, GradientSketcher])
 def test_code_that_changes_after_the_first_batches_is_noticed(kind: Any, beside: float) -> None:
     model = Changing()
     with kind(model, SPEC) as sketcher:
-
-        def step() -> None:
-            with sketcher.batch(torch.arange(4) // 2, shape=(4, 3)):
-                model(torch.ones(4, 3, 4)).sum().backward()
-
-        for _ in range(5):
-            step()
+        take(5, sketcher, model)
         model.beside = beside
         with pytest.raises(SelfTestError, match=r"second\.weight"):
-            for _ in range(5):
-                step()
+            take(5, sketcher, model)
 
 
 @pytest.mark.parametrize("moved", [0, 2])
@@ -298,23 +298,15 @@ def test_hooks_that_come_after_the_first_batches_are_noticed(moved: int) -> None
     """Rows change places around a module: its tap takes one prompt's for another's, and the sum stays the same."""
     model = Changing()
     with LiveSketcher(model, SPEC) as live:
-
-        def step() -> None:
-            with live.batch(torch.arange(4) // 2, shape=(4, 3)):
-                model(torch.ones(4, 3, 4)).sum().backward()
-
-        for _ in range(5):
-            step()
+        take(5, live, model)
         tested = live.self_test
-        for _ in range(5):
-            step()
+        take(5, live, model)
         assert live.self_test is tested is not None
         model.second.register_forward_pre_hook(lambda module, args: (args[0].roll(moved, 0),))
         model.second.register_forward_hook(lambda module, args, y: y.roll(-moved, 0))
         wrong = pytest.raises(SelfTestError, match=r"second\.weight.*tokens of one segment count for another")
         with wrong if moved else contextlib.nullcontext():
-            for _ in range(12):
-                step()
+            take(12, live, model)
         assert moved or live.self_test is not tested
 
 
