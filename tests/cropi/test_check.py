@@ -23,6 +23,7 @@ from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.tokenize import TokenGroup, Tokenize
 from cropi.model.policy import Policy
+from cropi.options import Influence, Selecting
 from cropi.ranking.pairwise import Pairwise
 from cropi.ranking.uncertainty import uncertainty
 from cropi.report.check import check_groups, check_job, error_by_seeds
@@ -87,7 +88,7 @@ def test_standard_errors_are_those_of_a_score_table() -> None:
             [RowInfo("a")], [RowInfo(str(j)) for j in range(8)], mine @ others.T, np.linalg.norm(mine, axis=1),
             others @ others.T,
         )  # fmt: skip
-        want.append(uncertainty(pairs, fraction=1.0, draws=2).stderr[0, 0])
+        want.append(uncertainty(pairs, Influence(draws=2), Selecting(fraction=1.0)).stderr[0, 0])
     np.testing.assert_allclose(standard_errors(rows @ rows.T), want, rtol=1e-9)
 
 

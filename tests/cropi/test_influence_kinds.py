@@ -17,7 +17,7 @@ from support.stores import in_memory, on_disk
 import cropi
 from cropi.data.shared import RepeatedPrompts
 from cropi.errors import CropiError
-from cropi.options import Selecting
+from cropi.options import Influence, Selecting
 from cropi.ranking.influence import SharedPrompts, influence
 from cropi.ranking.leave_one_out import leave_one_out
 from cropi.ranking.pairwise import pairwise
@@ -53,7 +53,7 @@ def test_nearest_is_the_largest_over_single_prompts(stores: Any, metric: str) ->
             else:
                 assert scores.table[i, v] == pytest.approx(float(products.max()), abs=1e-5)
     assert scores.meta["aggregate"] == "nearest"
-    made = uncertainty(pairwise(train, [valid]), metric=metric, aggregate="nearest", draws=5)
+    made = uncertainty(pairwise(train, [valid]), Influence(metric=metric, aggregate="nearest", draws=5))
     np.testing.assert_allclose(made.table, scores.table, atol=2e-5)
 
 
@@ -99,10 +99,9 @@ def test_a_contrast_set_is_taken_off(stores: Any, aggregate: str) -> None:
     assert less.sets == ["x"]
     np.testing.assert_allclose(less.table[:, 0], plain.table[:, 0] - 0.5 * plain.table[:, 1], atol=1e-12)
     assert (less.meta["minus"], less.meta["minus_weight"]) == ("y", 0.5)
-    options: dict[str, Any] = {"aggregate": aggregate, "draws": 8}
-    pairs = pairwise(train, [valid])
-    whole = uncertainty(pairs, **options)
-    made = uncertainty(pairs, minus="y", minus_weight=0.5, **options)
+    pairs, options = pairwise(train, [valid]), Influence(aggregate=aggregate, draws=8)
+    whole = uncertainty(pairs, options)
+    made = uncertainty(pairs, replace(options, minus="y", minus_weight=0.5))
     np.testing.assert_allclose(made.table, less.table, atol=2e-5)
     expected = np.sqrt(whole.stderr[:, 0] ** 2 + 0.25 * whole.stderr[:, 1] ** 2)
     np.testing.assert_allclose(made.stderr[:, 0], expected)

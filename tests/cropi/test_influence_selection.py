@@ -15,6 +15,7 @@ from support.commands import json_lines
 from support.made_data import write_lines
 
 from cropi.errors import CropiError
+from cropi.options import Influence
 from cropi.ranking.influence import influence, score_rows, validation_means
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.report import best_and_worst, prompt_texts
@@ -114,23 +115,28 @@ def test_a_prompt_without_a_score_for_every_set_is_never_chosen() -> None:
 def test_plain_and_normalised_means_differ_as_they_should(tmp_path: Path) -> None:
     valid = make_store(tmp_path / "v", {"p": ("v", (10.0, 0.0)), "q": ("v", (0.0, 1.0))})
     assert validation_means([valid])["v"].tolist() == [5.0, 0.5]
-    assert validation_means([valid], normalised=True)["v"].tolist() == [0.5, 0.5]
+    assert validation_means([valid], Influence(mean="normalised"))["v"].tolist() == [0.5, 0.5]
 
 
 def test_sets_may_be_spread_over_stores_and_capped(tmp_path: Path) -> None:
     one = make_store(tmp_path / "1", {f"p{i}": ("v", (float(i), 1.0)) for i in range(6)})
     two = make_store(tmp_path / "2", {f"q{i}": ("v", (float(i + 6), 1.0)) for i in range(6)})
     assert validation_means([one, two])["v"].tolist() == [5.5, 1.0]
-    capped = {seed: validation_means([one, two], max_valid=3, seed=seed)["v"].tolist() for seed in range(5)}
+    capped = {
+        seed: validation_means([one, two], Influence(max_valid=3, valid_seed=seed))["v"].tolist()
+        for seed in range(5)
+    }
     assert all(mean[1] == 1.0 for mean in capped.values()) and len({mean[0] for mean in capped.values()}) > 1
-    assert validation_means([one, two], max_valid=3, seed=0)["v"].tolist() == capped[0]
-    assert validation_means([one, two], max_valid=12)["v"].tolist() == [5.5, 1.0]
+    assert validation_means([one, two], Influence(max_valid=3))["v"].tolist() == capped[0]
+    assert validation_means([one, two], Influence(max_valid=12))["v"].tolist() == [5.5, 1.0]
 
 
 def test_max_valid_draws_any_prompts_and_no_neighbours(tmp_path: Path) -> None:
     one = make_store(tmp_path / "1", {f"p{i}": ("v", (2.0**i, 1.0)) for i in range(6)})
     two = make_store(tmp_path / "2", {f"q{i}": ("v", (2.0 ** (i + 6), 1.0)) for i in range(6)})
-    means = [validation_means([one, two], max_valid=3, seed=seed)["v"] for seed in range(200)]
+    means = [
+        validation_means([one, two], Influence(max_valid=3, valid_seed=seed))["v"] for seed in range(200)
+    ]
     drawn = [round(3 * float(mean[0])) for mean in means]  # a bit per prompt
     assert {bits.bit_count() for bits in drawn} == {3}, "without replacement"
     # 200 draws of 220 sets are about 131 different ones; runs of neighbours are 10.

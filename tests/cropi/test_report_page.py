@@ -18,6 +18,7 @@ import pytest
 import cropi
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
+from cropi.options import Influence, Selecting
 from cropi.ranking.pairwise import Neighbour, Pairwise
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
@@ -67,7 +68,7 @@ def make_input(prompts: int = 60, sets: int = 2, **changes: Any) -> ReportInput:
         scores,
         select(scores, fraction=0.2),
         groups,
-        uncertainty=uncertainty(pairs, fraction=0.2, draws=20),
+        uncertainty=uncertainty(pairs, Influence(draws=20), Selecting(fraction=0.2)),
         neighbours={"v00": ([Neighbour("p00005", 0.5)], [Neighbour("p00007", -0.25)])},
         validation_texts={"v00": "A <b>validation</b> prompt"},
         run=[("command", "cropi run --config <x>"), ("time", "12 s")],

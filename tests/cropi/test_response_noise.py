@@ -21,6 +21,7 @@ from cropi.errors import CropiError
 from cropi.gradient.estimators import group_advantages, make_estimator
 from cropi.gradient.noise import noise_of, noisy
 from cropi.model.policy import Policy
+from cropi.options import Influence, Selecting
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.response_noise import _noise_of, response_noise
 from cropi.ranking.table import read_scores
@@ -139,7 +140,7 @@ def test_variances_are_those_of_small_changes(metric: str, mean: str) -> None:
     noise = [
         made_store(moved_train, "t", noise=True), made_store(moved_valid[:7], "v", sets, trajectories="v", noise=True)
     ]  # fmt: skip
-    found = response_noise(*stores, noise, metric=metric, mean=mean)
+    found = response_noise(*stores, noise, Influence(metric=metric, mean=mean))
     assert found.sets == ["x", "y"]
 
     def scores(train: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -223,7 +224,9 @@ def test_intervals_hold_the_truth_of_prompts_and_responses(responses: int) -> No
         pairs = pairwise(*stores)
         known = response_noise(*stores, noise)
         for given in (known, None):
-            low, high = uncertainty(pairs, noise=given, fraction=0.5, draws=2).interval(0.9)
+            low, high = uncertainty(pairs, Influence(draws=2), Selecting(fraction=0.5), noise=given).interval(
+                0.9
+            )
             held = int(((low[:, 0] <= truth) & (truth <= high[:, 0])).sum())
             inside, blind = (inside + held, blind) if given is not None else (inside, blind + held)
         total += train_size
@@ -259,8 +262,9 @@ def test_the_choice_moves_with_the_training_prompts_responses() -> None:
     stores = made_store(train, "t"), [made_store(valid, "v", trajectories="v")]
     noise = [made_store(0.3 * rng.normal(size=(10, 64)), "t", noise=True)]
     pairs = pairwise(*stores)
-    still = uncertainty(pairs, fraction=0.3, draws=40)
-    moved = uncertainty(pairs, noise=response_noise(*stores, noise), fraction=0.3, draws=40)
+    options = Influence(draws=40), Selecting(fraction=0.3)
+    still = uncertainty(pairs, *options)
+    moved = uncertainty(pairs, *options, noise=response_noise(*stores, noise))
     assert set(still.p_selected) == {0.0, 1.0} and still.overlap == 1
     assert moved.overlap < 0.9 and 0 < moved.p_selected.min() < moved.p_selected.max() < 1
     assert "and all responses are drawn anew" in str(moved) and "% of their gradients' squared length" in str(
@@ -386,7 +390,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         (lambda: cropi.influence(train, noise), "noise = None in the first, True in the second"),
         (lambda: cropi.influence(train, valid, noise=noise), "noise is .*give a list of SketchStores"),
         (lambda: SketchStore.join([train, noise]), "noise = None in the first"),
-        (lambda: uncertainty(pairs, noise=known, aggregate="nearest"), "aggregate must be mean"),
+        (lambda: uncertainty(pairs, Influence(aggregate="nearest"), noise=known), "aggregate must be mean"),
         (
             lambda: cropi.sketch(make_model(), make_records(2), make_tokenizer(), noise=True, responses=2),
             "noise is drawn from all responses of a prompt and all of their tokens, and responses is 2",

@@ -87,7 +87,7 @@ def test_what_is_not_resampled_says_why(stores: tuple[SketchStore, SketchStore],
     assert plain.stderr is None and Uncertainty.of(plain) is None
     assert plain.meta["uncertainty_missing"] == "resampling was switched off (draws)"
     np.testing.assert_array_equal(plain.table, scores.table)
-    few = with_uncertainty(plain, train, [valid], fraction=0.01)
+    few = with_uncertainty(plain, train, [valid], Influence(), Selecting(fraction=0.01))
     assert few.meta["uncertainty_missing"] == (
         "fraction 0.01 of a pool of 30 prompts chooses none; give a fraction of at least 0.034, a count, or more "
         "prompts"

@@ -180,7 +180,7 @@ def score(
     valid = _whole(valid)
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
     scores = influence(train, valid, given, pairs=pairs)
-    return with_uncertainty(scores, train, valid, noise=noise, draws=given.draws, selecting=choice)
+    return with_uncertainty(scores, train, valid, given, choice, noise)
 
 
 def _whole(stores: Sequence[SketchStore]) -> list[SketchStore]:

@@ -201,17 +201,16 @@ class _Compared:
 def _compared(valid: Sequence[SketchStore], given: Influence, pairs: bool) -> _Compared:
     from cropi.ranking.pairwise import nearest_scores, validation
 
-    metric, max_valid, seed = given.metric, given.max_valid, given.valid_seed
-    nearest = given.aggregate == "nearest"
+    metric, nearest = given.metric, given.aggregate == "nearest"
     rows, sketches = (
-        validation(valid, max_valid, seed)
+        validation(valid, given.max_valid, given.valid_seed)
         if pairs or nearest
         else ([], torch.empty(0, valid[0].dim, dtype=torch.float32, device="cpu"))
     )
     if nearest:
         sets, score = nearest_scores(rows, sketches, metric)
         return _Compared(sets, sketches, score, rows, sketches)
-    means = validation_means(valid, normalised=given.mean == "normalised", max_valid=max_valid, seed=seed)
+    means = validation_means(valid, given)
     directions = torch.stack(list(means.values())).float()
     norms = np.linalg.norm(directions.double().numpy(), axis=1)
     count = len(means)
@@ -264,23 +263,25 @@ def score_rows(
 
 
 def validation_means(
-    stores: Sequence[SketchStore], *, normalised: bool = False, max_valid: int | None = None, seed: int = 0
+    stores: Sequence[SketchStore], comparing: Influence | None = None
 ) -> dict[str, torch.Tensor]:
-    """The mean sketch of every validation set, float64 ``[dim]``, by set name in sorted order.
+    """The mean sketch of every validation set, float64 ``[dim]``, by set name in sorted order; of the options count
+    ``mean``, ``max_valid`` and ``valid_seed``.
 
     Raises:
         CropiError: a store is unfinished, a set has no prompt with a usable sketch, or its mean is zero.
     """
+    given = comparing or Influence()
     for store in stores:
         store.check_finished()
-    chosen = choose_members(stores, max_valid, seed)
+    chosen = choose_members(stores, given.max_valid, given.valid_seed)
     sums = {name: torch.zeros(stores[0].dim, dtype=torch.float64, device="cpu") for name in chosen}
     for number, store in enumerate(stores):
         for kept, sketches in store.shards():
             for row, vector in zip(kept, sketches.double(), strict=True):
                 name = row.set or DEFAULT_SET
                 if (number, row.id) in chosen[name]:
-                    sums[name] += vector / vector.norm() if normalised else vector
+                    sums[name] += vector / vector.norm() if given.mean == "normalised" else vector
     for name, total in sums.items():
         if not float(total.norm()) > 0:
             raise CropiError(

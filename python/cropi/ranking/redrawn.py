@@ -46,7 +46,6 @@ def redrawn(
     shares: np.ndarray,
     own: np.ndarray | None,
     draws: int,
-    seed: int,
 ) -> Moved:
     """Choose again from ``draws`` tables of other validation prompts, and from a quarter as many with one set drawn
     anew and with two halves of every set.
@@ -60,7 +59,7 @@ def redrawn(
     """
     import torch  # not above: what a table holds of uncertainty is read without it
 
-    rng, n = np.random.default_rng(seed), len(table)
+    rng, n = np.random.default_rng(0), len(table)
     chosen, counts = _mask(rule.choose(table), n), np.zeros(n)
     small, alone = max(draws // 4, 2), {}
     with ThreadPoolExecutor(torch.get_num_threads(), "cropi-draws") as pool:

@@ -23,6 +23,7 @@ import torch
 
 from cropi.errors import CropiError, shown
 from cropi.gradient.zero import ZERO_GRADIENT
+from cropi.options import Influence
 from cropi.ranking.influence import check_stores, choose_members, validation_means
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
@@ -56,11 +57,7 @@ def response_noise(
     train: SketchStore,
     valid: Sequence[SketchStore],
     noise: Sequence[SketchStore],
-    *,
-    metric: str = "cosine",
-    mean: str = "plain",
-    max_valid: int | None = None,
-    seed: int = 0,
+    comparing: Influence | None = None,
 ) -> ResponseNoise:
     """The noise of all scores that comes from responses.
 
@@ -68,35 +65,34 @@ def response_noise(
         train: the store of training prompts.
         valid: stores of validation prompts.
         noise: stores of noise, of some or all of these.
-        metric, mean, max_valid, seed: as in :class:`cropi.options.Influence`.
+        comparing: how scores are made; None: the defaults. They are against means (``aggregate``), of single sets
+            (``minus`` is taken off later).
 
     Raises:
         CropiError: stores that cannot be compared, or one of noise that belongs to none of them.
     """
+    given = comparing or Influence()
     check_stores(train, valid)
     of_train: list[SketchStore] = []
     of_valid: list[list[SketchStore]] = [[] for _ in valid]
     for store in noise:
         place = _place(store, [train, *valid])
         (of_train if place == 0 else of_valid[place - 1]).append(store)
-    means = validation_means(valid, normalised=mean == "normalised", max_valid=max_valid, seed=seed)
-    moved, counts = _of_valid(valid, of_valid, means, metric, mean, max_valid, seed)
-    own, share = _own(train, of_train, means, metric)
-    return ResponseNoise(list(means), _variances(train, moved, counts, metric), own, share)
+    means = validation_means(valid, given)
+    moved, counts = _of_valid(valid, of_valid, means, given)
+    own, share = _own(train, of_train, means, given.metric)
+    return ResponseNoise(list(means), _variances(train, moved, counts, given.metric), own, share)
 
 
 def _of_valid(
     valid: Sequence[SketchStore],
     noise: Sequence[Sequence[SketchStore]],
     means: Mapping[str, torch.Tensor],
-    metric: str,
-    mean: str,
-    max_valid: int | None,
-    seed: int,
+    given: Influence,
 ) -> tuple[dict[str, list[torch.Tensor]], dict[str, int]]:
     """For every set: what each validation prompt's noise adds to a direction's score, as vectors float64 ``[dim]``; and
     how many of its prompts have noise, those among them whose noise is zero."""
-    members = choose_members(valid, max_valid, seed)
+    members = choose_members(valid, given.max_valid, given.valid_seed)
     moved: dict[str, list[torch.Tensor]] = {name: [] for name in means}
     counts = dict.fromkeys(means, 0)
     for number, (store, parts) in enumerate(zip(valid, noise, strict=True)):
@@ -109,9 +105,9 @@ def _of_valid(
                 counts[name] += 1
                 if (vector := drawn[row.id]) is None:
                     continue
-                if mean == "normalised":
+                if given.mean == "normalised":
                     vector = _without(vector, gradient) / gradient.norm()
-                if metric == "cosine":
+                if given.metric == "cosine":
                     vector = _without(vector, means[name]) / means[name].norm()
                 moved[name].append(vector / len(members[name]))
     # Those that have none stand for as much as those that have.

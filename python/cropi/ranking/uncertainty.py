@@ -27,8 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cropi.errors import CropiError
-from cropi.option_fields import one_of
-from cropi.options import Selecting
+from cropi.options import Influence, Selecting
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.redrawn import combined, redrawn
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
@@ -198,17 +197,10 @@ class Uncertainty:
 
 def uncertainty(
     pairs: Pairwise,
-    *,
-    metric: str = "cosine",
-    mean: str = "plain",
-    aggregate: str = "mean",
-    minus: str | None = None,
-    minus_weight: float = 1.0,
-    noise: ResponseNoise | None = None,
-    draws: int = 200,
-    seed: int = 0,
+    comparing: Influence | None = None,
     selecting: Selecting | None = None,
-    **options: Any,
+    *,
+    noise: ResponseNoise | None = None,
 ) -> Uncertainty:
     """Standard errors of all scores, and how the choice moves with the validation prompts.
 
@@ -216,27 +208,24 @@ def uncertainty(
 
     Args:
         pairs: what :func:`cropi.ranking.pairwise.pairwise` gives.
-        metric, mean, aggregate, minus, minus_weight: as in :class:`cropi.options.Influence`.
+        comparing: how scores are made, and how many draws there are; None: the defaults.
+        selecting: how prompts are chosen, by a method that ranks by scores ("rrf", "rrf_classic", "max", "mean"); None:
+            the defaults.
         noise: of the scores, from the finite number of responses, in order of ``pairs.rows``.
-        draws: resamples for the choice.
-        seed: of the draws.
-        selecting: the options of the selection, whose method ranks by scores ("rrf", "rrf_classic", "max", "mean");
-            None: those that are given by keyword.
-        options: the fields of :class:`cropi.options.Selecting`.
 
     Raises:
-        CropiError: an unknown option, a fraction that chooses nothing, no training prompt with a score, or a validation
-            set of one prompt.
+        CropiError: a fraction that chooses nothing, no training prompt with a score, or a validation set of one prompt.
     """
-    given = one_of(selecting, options, Selecting)
+    how, given = comparing or Influence(), selecting or Selecting()
+    metric, minus, weight = how.metric, how.minus, how.minus_weight
     if given.method not in FROM_SCORES:
         raise CropiError(
             f"method must be one of {', '.join(FROM_SCORES)}, got {given.method!r}: others do not depend on the "
             "validation prompts"
         )
-    if draws < 2:
-        raise CropiError(f"draws must be at least 2, got {draws}")
-    if noise is not None and aggregate == "nearest":
+    if not how.draws:
+        raise CropiError("draws must be at least 2, got 0")
+    if noise is not None and how.aggregate == "nearest":
         raise CropiError(
             "noise is that of means of validation gradients: aggregate must be mean, got 'nearest'"
         )
@@ -248,26 +237,26 @@ def uncertainty(
     rule = Rule(pairs.rows, usable, given)
     everyone: dict[str, ResampledSet] = {
         name: NearestSet(pairs, name, usable, metric)
-        if aggregate == "nearest"
-        else MeanSet(pairs, name, usable, metric, mean)
+        if how.aggregate == "nearest"
+        else MeanSet(pairs, name, usable, metric, how.mean)
         for name in pairs.sets
     }
     sets = list(everyone.values())
     kept_sets = names_without(pairs.sets, minus)
     ranked = [everyone[name] for name in kept_sets]
 
-    shares = without(np.eye(len(sets)), pairs.sets, minus, minus_weight)
+    shares = without(np.eye(len(sets)), pairs.sets, minus, weight)
     table = combined([one.score(one.base) for one in sets], shares)
-    own = None if noise is None else without(noise.own, pairs.sets, minus, minus_weight)
+    own = None if noise is None else without(noise.own, pairs.sets, minus, weight)
     if own is not None and not len(own):
         own = None
 
     def variances(of_sets: np.ndarray) -> np.ndarray:
-        return without(of_sets, pairs.sets, minus, -(minus_weight**2))
+        return without(of_sets, pairs.sets, minus, -(weight**2))
 
     of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
-    moved = redrawn(sets, table, rule, shares, own, draws, seed)
+    moved = redrawn(sets, table, rule, shares, own, how.draws)
     near = rule.near_the_cut(table, BAND)
     full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
     scores = full.copy()
@@ -285,7 +274,7 @@ def uncertainty(
         ]
         signal = 1.0 - noise.share
     return Uncertainty(
-        summary, scores, full, p_selected, moved.overlap, moved.of_set, moved.halves, draws, given.fraction,
+        summary, scores, full, p_selected, moved.overlap, moved.of_set, moved.halves, how.draws, given.fraction,
         signal, metric, minus,
     )  # fmt: skip
 
@@ -331,13 +320,11 @@ def with_uncertainty(
     scores: Scores,
     train: SketchStore,
     valid: Sequence[SketchStore],
-    *,
+    comparing: Influence,
+    selecting: Selecting,
     noise: Sequence[SketchStore] = (),
-    draws: int = 200,
-    selecting: Selecting | None = None,
-    **choice: Any,
 ) -> Scores:
-    """A score table with its standard errors and ``p_selected``, from the stores that it was made from.
+    """A score table with its standard errors and ``p_selected``, from the stores and options that it was made from.
 
     Left out, and said why in ``meta["uncertainty_missing"]``: with ``draws`` 0, where the fraction chooses none, and
     where a validation set has one prompt, and beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt, or
@@ -346,31 +333,24 @@ def with_uncertainty(
     from cropi.ranking.pairwise import pairwise
     from cropi.ranking.response_noise import response_noise
 
-    options = {name: scores.meta[name] for name in ("max_valid", "seed")}
-    members = _members(valid, options["max_valid"])
-    given = one_of(selecting, choice, Selecting)
-    if given.method not in FROM_SCORES:
-        given = replace(given, method="rrf")
+    members = _members(valid, comparing.max_valid)
+    if selecting.method not in FROM_SCORES:
+        selecting = replace(selecting, method="rrf")
     why = ""
-    if draws < 2:
-        check_noise(draws, noise)
+    if not comparing.draws:
+        check_noise(comparing.draws, noise)
         why = "resampling was switched off (draws)"
-    elif nothing := _chooses_nothing(scores, given):
+    elif nothing := _chooses_nothing(scores, selecting):
         why = nothing
-    elif alone := one_alone(members, options["max_valid"]):
+    elif alone := one_alone(members, comparing.max_valid):
         why = alone
     elif many := _too_many(len(train), sum(members.values())):
         why = f"{many} are more than are resampled; --max-valid makes them fewer"
     if why:
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why}, pairs=None)
-    how = {name: scores.meta[name] for name in ("metric", "mean")}
-    made = uncertainty(
-        scores.pairs or pairwise(train, valid, **options), **how, draws=draws,
-        noise=response_noise(train, valid, noise, **how, **options) if noise else None,
-        aggregate=scores.meta.get("aggregate", "mean"), minus=scores.meta.get("minus"),
-        minus_weight=scores.meta.get("minus_weight", 1.0),
-        selecting=given,
-    )  # fmt: skip
+    pairs = scores.pairs or pairwise(train, valid, max_valid=comparing.max_valid, seed=comparing.valid_seed)
+    known = response_noise(train, valid, noise, comparing) if noise else None
+    made = uncertainty(pairs, comparing, selecting, noise=known)
     meta = scores.meta | {"uncertainty": made.to_dict()}
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
 
