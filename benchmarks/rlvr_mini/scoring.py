@@ -28,10 +28,10 @@ from cropi.model.moments import read_moments
 from cropi.model.policy import Policy
 from cropi.options import Rescoring
 from cropi.pipeline import Setup
+from cropi.pipeline.rescoring import Anew
 from cropi.ranking.influence import influence
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
-from cropi.rescoring import Anew
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, manifest_of, open_store
 from cropi.sketching.summary import Summary

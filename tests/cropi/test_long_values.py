@@ -30,10 +30,10 @@ from cropi.data.parquet_footer import parts_of
 from cropi.data.readers import read
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.moments import read_moments
+from cropi.pipeline.rescoring import read_plan
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection_files import read_selection
 from cropi.ranking.table import read_scores, write_scores
-from cropi.rescoring import read_plan
 from cropi.rollouts.prompts import read_prompts
 from cropi.sealed import read_sealed
 from cropi.store.manifest import read_manifest

@@ -94,7 +94,6 @@ def test_warnings_are_cut() -> None:
 FLOORS = [
     {"cli", "curriculum", "trainers", "distributed", "report"},
     {"pipeline", "rollouts"},
-    {"rescoring"},
     {"sketching", "ranking", "bench"},
     {"gradient", "store"},
     {"data"},

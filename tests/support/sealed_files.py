@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cropi import rescoring
 from cropi.cli import contents
 from cropi.curriculum.report import write_report
 from cropi.curriculum.state import FORMAT, State
 from cropi.options import Selecting
+from cropi.pipeline import rescoring
 from cropi.ranking import selection_files, table
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select

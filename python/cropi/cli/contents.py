@@ -256,7 +256,7 @@ def _json(path: Path) -> dict[str, Any] | None:
         ]
         return told(lines, "check", error=held["error"], theory=held["theory"], findings=held["findings"])
     if isinstance(held, dict) and held.keys() >= ANEW:
-        from cropi.rescoring import read_plan
+        from cropi.pipeline.rescoring import read_plan
 
         held = read_plan(path)
         pays = "all" if held["tokens"] is None else f"{held['tokens']:,.0f} tokens"

@@ -19,7 +19,7 @@ from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
-from cropi.pipeline import Checked, Setup
+from cropi.pipeline import Checked
 from cropi.trainers.dumps import auto
 
 
@@ -103,12 +103,11 @@ def check(plan: Plan, files: Files, source: Source, stage: int, policy: Policy) 
         CropiError: no training prompt has a gradient, or a validation set has no prompt with one.
     """
     names = set_names(source.valid)
-    setup = Setup(plan.job, plan.influence, plan.select)
     checked = pipeline.check(
         policy,
         files(source.train),
         {name: files([path]) for name, path in zip(names, source.valid, strict=True)},
-        setup,
+        plan.setup,
         sets=plan.sets,
         option="sets",
         before=f"stage {stage}: ",

@@ -15,6 +15,7 @@ from cropi.errors import CropiError, shown
 from cropi.gradient.template import template_text
 from cropi.option_fields import changed
 from cropi.options import SOURCES, Influence, Rescoring, Selecting
+from cropi.pipeline import Setup
 from cropi.sketching.job import SketchJob
 
 T = TypeVar("T")
@@ -153,6 +154,11 @@ class Plan:
     def trainer_uses(self) -> set[str]:
         """The names in the trainer's template."""
         return set() if self.trainer == IN_PROCESS else check_template("trainer", self.trainer, TRAINER_NAMES)
+
+    @property
+    def setup(self) -> Setup:
+        """How every stage's prompts are chosen."""
+        return Setup(self.job, self.influence, self.select)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Everything that results depend on, by the step that uses it. Files count by content, not by name.

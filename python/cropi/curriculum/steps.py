@@ -28,12 +28,12 @@ from cropi.files import is_file, is_there, writing
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
+from cropi.pipeline.rescoring import Anew, training_store
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.selection import select
 from cropi.ranking.selection_files import read_selection, write_selected_records, write_selection
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
-from cropi.rescoring import Anew, Choice, training_store
 from cropi.sketching.job import SketchJob, make_tokenize
 from cropi.store.earlier import EARLIER
 from cropi.store.rows import OK
@@ -172,12 +172,10 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
         spent=lambda: time.monotonic() - begun + choosing,
         seconds=sum(one.get("seconds", 0.0) for one in timed), passed=sum(one.get("tokens", 0) for one in timed),
     )  # fmt: skip
-    groups = anew.settle(
-        Alone(), checked.train.groups, checked.train.scan,
-        lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid],
-        Choice(plan.influence, plan.select), plan.job,
+    part = anew.settle(
+        Alone(), checked.train, lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid], plan.setup
     )  # fmt: skip
-    return replace(checked.train, groups=groups, scan=groups.scan), anew
+    return part, anew
 
 
 def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part, job: SketchJob) -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.checks import Checked, Setup, check
+from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.influence import influence
 from cropi.ranking.scores import Scores
@@ -22,7 +23,6 @@ from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import write_selection
 from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
-from cropi.rescoring import Anew, Choice
 from cropi.store.shares import shared_job
 from cropi.store.store import SketchStore
 
@@ -141,12 +141,9 @@ def _sketch_anew(
     work = partial(sketch_parts, policy, job=job, store_at=stores.here, say=say, progress=progress)
     ranks = stores.ranks
     stores.mine.update(ranks.agree(lambda: work(checked.valid, on_summary=anew.took)))
-    groups = anew.settle(
-        ranks, checked.train.groups, checked.train.scan,
-        lambda: [stores.joined(part.name) for part in checked.valid],
-        Choice(setup.influence, setup.selecting, setup.least), job,
-    )  # fmt: skip
-    train = replace(checked.train, groups=groups, scan=groups.scan)
+    train = anew.settle(
+        ranks, checked.train, lambda: [stores.joined(part.name) for part in checked.valid], setup
+    )
     stores.mine.update(ranks.agree(lambda: work([train])))
 
 

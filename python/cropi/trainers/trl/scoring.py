@@ -27,8 +27,8 @@ from cropi.model.policy import Policy
 from cropi.option_fields import part_of
 from cropi.options import Choosing, Comparing, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
+from cropi.pipeline.rescoring import Anew
 from cropi.ranking.scores import DEFAULT_SET
-from cropi.rescoring import Anew
 from cropi.sketching.job import SketchJob
 from cropi.store.earlier import EARLIER
 from cropi.trainers.trl.options import KEYWORDS, Curriculum

@@ -25,20 +25,18 @@ import numpy as np
 from cropi.agreement import Ranks
 from cropi.atomic import write_atomic
 from cropi.checked import fits
-from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
-from cropi.data.scan import Scan
-from cropi.data.share import Share, without
+from cropi.data.share import without
 from cropi.errors import CropiError
 from cropi.files import is_file
-from cropi.options import Influence, Rescoring, Selecting
+from cropi.options import Influence, Rescoring
+from cropi.pipeline.checks import Part, Setup
 from cropi.ranking.cut import Drift, affordable, anew, spreads
 from cropi.ranking.influence import influence
 from cropi.ranking.rule import Rule
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.values import FROM_SCORES
 from cropi.sealed import read_sealed, sealed
-from cropi.sketching.job import SketchJob
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.earlier import EARLIER, keep_earlier, open_together, scored_at
@@ -53,20 +51,6 @@ _FORM = {
     "drift": lambda drift: _none_below_0(drift) and len(drift) == 2,
 }  # fmt: skip
 BEYOND = "beyond the budget"  # why a prompt that has never been sketched has no score yet
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How prompts are compared and chosen; ``least`` as in :func:`cropi.ranking.selection.select`."""
-
-    influencing: Influence
-    selecting: Selecting
-    least: int = 0
-
-    def rule(self, pool: Pool) -> Rule:
-        """The rule of the choice from a pool. Baselines look at no score: then it is CROPI's."""
-        method = self.selecting.method if self.selecting.method in FROM_SCORES else "rrf"
-        return Rule(pool.rows, pool.usable, replace(self.selecting, method=method), self.least)
 
 
 class Pool:
@@ -126,36 +110,35 @@ class Anew:
     def settle(
         self,
         ranks: Ranks,
-        groups: PromptGroups,
-        scan: Scan,
+        part: Part,
         valid: Callable[[], Sequence[SketchStore]],
-        choice: Choice,
-        job: SketchJob,
-    ) -> Share:
+        setup: Setup,
+    ) -> Part:
         """Decide, keep the rows of the others, and give this rank's prompts that are sketched.
 
         Args:
             ranks: the processes that share the work; every one calls.
-            groups, scan: this rank's training prompts.
+            part: this rank's training prompts.
             valid: opens all validation stores of this stage, where rank 0 asks.
-            choice: how prompts are compared and chosen.
-            job: of the training prompts.
+            setup: how prompts are sketched, compared and chosen.
 
         Raises:
             CropiError: earlier sketches cannot be compared with those of this stage, or a plan of this very stage that
                 was made under other options.
         """
-        mine = ranks.agree(lambda: [_row(group, job.responses) for group in islice(groups.each(), job.limit)])
+        job, each = setup.job, part.groups.each
+        mine = ranks.agree(lambda: [_row(group, job.responses) for group in islice(each(), job.limit)])
         pool = Pool([row for rows in ranks.gather(mine) for row in rows])
         made = ranks.agree(
-            lambda: self._unsketched(pool, valid(), choice, ranks.world) if ranks.first else None
+            lambda: self._unsketched(pool, valid(), setup, ranks.world) if ranks.first else None
         )
         left = ranks.share(made)
         self.scored, self.left = len(pool.ready) - len(left), len(left)
-        return ranks.agree(lambda: without(groups, scan, left, job.limit))
+        kept = ranks.agree(lambda: without(part.groups, part.scan, left, job.limit))
+        return replace(part, groups=kept, scan=kept.scan)
 
     def _unsketched(
-        self, pool: Pool, valid: Sequence[SketchStore], choice: Choice, world: int
+        self, pool: Pool, valid: Sequence[SketchStore], setup: Setup, world: int
     ) -> frozenset[str]:
         """The ids of the prompts that are not sketched; their rows are in the store of those."""
         earlier, present = open_together(self.earlier), valid[0].manifest
@@ -174,7 +157,7 @@ class Anew:
             )
         if held.get("for") != key:
             shutil.rmtree(self.kept, ignore_errors=True)
-            made = self._decided(pool, earlier, valid, choice, world)
+            made = self._decided(pool, earlier, valid, setup, world)
             held = {"for": key, "options": options, **made}
             write_atomic(path, json.dumps(sealed(held), ensure_ascii=False) + "\n")
         again = frozenset(held["ids"])
@@ -192,17 +175,17 @@ class Anew:
         pool: Pool,
         earlier: SketchStore | None,
         valid: Sequence[SketchStore],
-        choice: Choice,
+        setup: Setup,
         world: int,
     ) -> dict[str, Any]:
         """The plan, as it is written."""
         total = float(pool.costs.sum())
         tokens = self._tokens(total, earlier is not None, world)
-        table, ages, sets = _earlier_scores(pool.ready, earlier, valid, choice.influencing)
-        drift, known, rule = _drift_of(self.last), np.isfinite(table).all(axis=1), choice.rule(pool)
+        table, ages, sets = _earlier_scores(pool.ready, earlier, valid, setup.influence)
+        drift, known, rule = _drift_of(self.last), np.isfinite(table).all(axis=1), _rule(setup, pool)
         chosen = anew(
             table, ages, pool.costs, [row.id for row in pool.ready], rule, tokens=tokens, drift=drift,
-            seed=choice.selecting.select_seed + _stage_of(valid[0]),
+            seed=setup.selecting.select_seed + _stage_of(valid[0]),
         )  # fmt: skip
         scored = len({*chosen, *np.flatnonzero(known).tolist()})
         if scored < rule.n:
@@ -233,6 +216,14 @@ class Anew:
             return within
         per_token = self.seconds / self.passed / world
         return min(within, affordable(self.options.budget, self.others, self.spent(), per_token))
+
+
+def _rule(setup: Setup, pool: Pool) -> Rule:
+    """The rule of the choice from a pool. Baselines look at no score: then it is CROPI's."""
+    selecting = setup.selecting
+    if selecting.method not in FROM_SCORES:
+        selecting = replace(selecting, method="rrf")
+    return Rule(pool.rows, pool.usable, selecting, setup.least)
 
 
 def _none_below_0(values: Any) -> bool:
