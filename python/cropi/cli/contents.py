@@ -14,7 +14,7 @@ from cropi.bulk import check_bulk
 from cropi.errors import CropiError, printable
 from cropi.files import entries, is_file, is_there, reading, size_of
 from cropi.form import check_form, is_number
-from cropi.sealed import check_sums
+from cropi.sealed import SUMS, check_sums
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
 CHECK = {"error", "theory", "findings", "method"}
@@ -32,6 +32,7 @@ def told(lines: Iterable[str], kind: str, **figures: Any) -> dict[str, Any]:
 def describe_folder(path: Path) -> dict[str, Any] | None:
     """What ``cropi run`` or a curriculum wrote, or a folder of dumps; None: a store."""
     from cropi.curriculum.state import NAME
+    from cropi.ranking.selection_files import SELECTED
     from cropi.ranking.table import SCORES
     from cropi.store.manifest import MANIFEST
 
@@ -40,7 +41,7 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
     # datasets' save_to_disk has a file of that name, too, and describes itself in another one.
     if is_file(path / NAME) and not is_there(path / "dataset_info.json"):
         return _curriculum(path, path / NAME)
-    if any(is_there(path / name) for name in (SCORES, "selected.jsonl", "sketches")):
+    if any(is_there(path / name) for name in (SCORES, SELECTED, "sketches")):
         return _run(path)
     for stages in (path / STAGES, path / "cropi" / STAGES):
         if is_file(stages) and (described := describe_rows(stages)) is not None:
@@ -66,7 +67,7 @@ def _file(path: Path) -> dict[str, Any] | None:
         return _matrix(path)
     if b"<!doctype html" in head[:200].lower():
         return _page(path, head)
-    if path.suffix == ".sha256":
+    if path.suffix == SUMS:
         lines = path.read_text("utf-8", "replace").splitlines()
         return told(
             [f"checksums     {path}: of {len(lines)} files; `sha256sum -c` compares them"], "checksums"
@@ -144,7 +145,7 @@ def _selection(path: Any, first: Mapping[str, Any], rows: Iterable[Any]) -> dict
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from cropi.ranking.selection_files import selected_rows
+    from cropi.ranking.selection_files import SELECTED, selected_rows
     from cropi.ranking.table import SCORES, read_scores
     from cropi.store.store import SketchStore
 
@@ -165,8 +166,8 @@ def _run(path: Path) -> dict[str, Any]:
             f"scores        {int(scores.usable.sum())} of {len(scores.rows)} prompts against "
             f"{', '.join(map(repr, scores.sets))}"
         )
-    if is_file(path / "selected.jsonl"):
-        facts["selected"] = sum(1 for _ in selected_rows(path / "selected.jsonl"))
+    if is_file(path / SELECTED):
+        facts["selected"] = sum(1 for _ in selected_rows(path / SELECTED))
         lines.append(f"selected      {facts['selected']} prompts")
     else:
         lines.append("unfinished    nothing is selected yet; the same command goes on")

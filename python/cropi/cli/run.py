@@ -188,6 +188,7 @@ def _noise_stores(
 def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selection) -> None:
     """Write the report and the other forms of the selection, and print the figures."""
     from cropi.files import is_there
+    from cropi.ranking.selection_files import RECORDS, SELECTED
     from cropi.ranking.table import SCORES
     from cropi.report.folder import report_folder
 
@@ -195,9 +196,9 @@ def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selecti
     print(influence.line(chosen.scores, args.metric, out / SCORES))
     print(influence.sure(chosen.scores))
     written = select.Written(
-        out / "selected.jsonl",
+        out / SELECTED,
         plot=out / "scores.png",
-        records=out / "selected_trajectories.jsonl",
+        records=out / RECORDS,
         table=args.table,
     )
     select.show(chosen, written, checked.train.groups)

@@ -31,7 +31,13 @@ from cropi.pipeline import Checked, Part
 from cropi.pipeline.rescoring import Anew, training_store
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.selection import select
-from cropi.ranking.selection_files import read_selection, write_selected_records, write_selection
+from cropi.ranking.selection_files import (
+    RECORDS,
+    SELECTED,
+    read_selection,
+    write_selected_records,
+    write_selection,
+)
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
 from cropi.sketching.job import SketchJob, make_tokenize
@@ -82,8 +88,8 @@ class Stage:
         folder, plan = self.folder.absolute(), self.plan
         return {
             "model": _absolute(self.model), "stage": self.number, "steps": plan.steps,
-            "total_steps": plan.steps * (self.number + 1), "selected": folder / "selected.jsonl",
-            "records": folder / "selected_trajectories.jsonl", "rollouts": folder / "rollouts.jsonl",
+            "total_steps": plan.steps * (self.number + 1), "selected": folder / SELECTED,
+            "records": folder / RECORDS, "rollouts": folder / "rollouts.jsonl",
             "out": folder / "trained", "dataset": _dataset(folder, plan), "python": sys.executable,
         }  # fmt: skip
 
@@ -225,16 +231,14 @@ def select_best(stage: Stage) -> Result:
     sketches = training_store(folder / "sketches") if plan.select.needs_sketches else None
     selection = select(scores, plan.select, sketches=sketches)
     source = data.source_of(plan, stage.state, stage.number)
-    write_selection(folder / "selected.jsonl", scores, selection)
-    write_selected_records(
-        folder / "selected_trajectories.jsonl", stage.files(source.train), scores, selection
-    )
+    write_selection(folder / SELECTED, scores, selection)
+    write_selected_records(folder / RECORDS, stage.files(source.train), scores, selection)
     ids = [scores.rows[i].id for i in selection.chosen]
     if plan.export is not None:
         export(
             _dataset(folder, plan),
             ids,
-            trajectories=[folder / "selected_trajectories.jsonl"],
+            trajectories=[folder / RECORDS],
             weights=selection.weights if plan.export.get("format") == "weights" else None,
             **plan.export,
         )
@@ -242,7 +246,7 @@ def select_best(stage: Stage) -> Result:
     report_folder(folder, every_text=False, records=lambda store: _records(stage, source, store.path.name))
     usable, chosen = scores.table[scores.usable], scores.table[selection.chosen]
     rates = [row.pass_rate for row, ok in zip(scores.rows, scores.usable) if ok]
-    last = read_selection(plan.stage_folder(stage.number - 1) / "selected.jsonl") if stage.number else []
+    last = read_selection(plan.stage_folder(stage.number - 1) / SELECTED) if stage.number else []
     return {
         "prompts": len(scores.rows), "usable": int(scores.usable.sum()), "selected": len(ids),
         "scores": {

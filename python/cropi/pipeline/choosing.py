@@ -20,7 +20,7 @@ from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.influence import influence
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
-from cropi.ranking.selection_files import write_selection
+from cropi.ranking.selection_files import SELECTED, write_selection
 from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
 from cropi.store.shares import shared_job
@@ -160,7 +160,7 @@ def conclude(
     if folder is not None:
         with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores
             write_scores(folder / SCORES, scores, chosen)
-            write_selection(folder / "selected.jsonl", scores, chosen)
+            write_selection(folder / SELECTED, scores, chosen)
     return chosen
 
 

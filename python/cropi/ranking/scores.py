@@ -106,13 +106,13 @@ class Scores:
         Raises:
             CropiError: the file does not exist, is damaged, or is not a score table.
         """
-        from cropi.ranking.table import read_scores
+        from cropi.ranking.table import SCORES, read_scores
 
         if not isinstance(path, (str, Path)):
             raise CropiError(
                 f"path is of type {type(path).__name__}: give a scores.parquet or the folder of a run"
             )
-        inside = Path(path) / "scores.parquet"
+        inside = Path(path) / SCORES
         return read_scores(inside if is_file(inside) else path)
 
     def save(self, path: str | Path) -> None:

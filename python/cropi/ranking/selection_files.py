@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
 
 
+SELECTED, RECORDS = "selected.jsonl", "selected_trajectories.jsonl"  # their names in a folder of results
 REMEDY = "make it again (lines that you write yourself need an id alone)"
 _LINE = {"id": (str, int), "fused?": is_number, "method?": str, "scores?": dict}  # of a selection file
 

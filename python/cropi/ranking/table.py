@@ -121,8 +121,8 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
         CropiError: the file does not exist, is damaged, or is not a score table.
     """
     file = Path(path)
-    if is_file(file / "scores.parquet"):
-        raise CropiError(f"{file} is a folder; its score table is {file / 'scores.parquet'}: give that")
+    if is_file(file / SCORES):
+        raise CropiError(f"{file} is a folder; its score table is {file / SCORES}: give that")
     if not os.path.isfile(file):
         raise CropiError(
             f"{file}: there is no such score table; make one with `cropi influence --out {file}`"

@@ -19,7 +19,7 @@ from cropi.locks import one_at_a_time
 from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
-from cropi.ranking.selection_files import selected_rows
+from cropi.ranking.selection_files import SELECTED, selected_rows
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.uncertainty import Uncertainty
 from cropi.report.browser import shown_in_full
@@ -86,11 +86,11 @@ def _report(
     records: Callable[[SketchStore], Any],
 ) -> Path:
     scores = read_scores(root / SCORES)
-    if not os.path.isfile(root / "selected.jsonl"):
+    if not os.path.isfile(root / SELECTED):
         raise CropiError(
-            f"{root} holds no selected.jsonl: choose first, by `cropi select --out {root}/selected.jsonl`"
+            f"{root} holds no {SELECTED}: choose first, by `cropi select --out {root}/{SELECTED}`"
         )
-    selection = selection_of(scores, root / "selected.jsonl")
+    selection = selection_of(scores, root / SELECTED)
     train, valid, unfinished = _stores(root, scores)
     missing = str(scores.meta.get("uncertainty_missing", "none was made"))
     given = ReportInput(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from cropi.errors import CropiError
 from cropi.files import entries, reading, writing
+from cropi.sealed import SUMS, sums_path
 from cropi.store.rows import RowInfo
-from cropi.store.shards import Shard, commit_path, damaged, read_shard, shard_number
+from cropi.store.shards import Shard, damaged, read_shard, shard_number
 
 _ID = attrgetter("id")
 Loaded = tuple[dict[Path, Shard], dict[str, RowInfo]]
@@ -68,10 +69,10 @@ def _without_collection() -> Iterator[None]:
 def _load(folder: Path, job: str, clean: bool) -> Loaded:
     present = _names(folder)
     paths = sorted((folder / name for name in present if name.endswith(".safetensors")), key=shard_number)
-    committed = [read_shard(path, job) for path in paths if f"{path.name}.sha256" in present]
+    committed = [read_shard(path, job) for path in paths if sums_path(path).name in present]
     replaced = {number for shard in committed for number in shard.replaces}
     unfinished = [
-        path for path in paths if f"{path.name}.sha256" not in present and shard_number(path) not in replaced
+        path for path in paths if sums_path(path).name not in present and shard_number(path) not in replaced
     ]
     for path in unfinished:
         if path is not paths[-1]:
@@ -102,7 +103,7 @@ def remove(path: Path) -> None:
     """Remove a shard whose rows are elsewhere, or that was never finished."""
     # The shard first: without its commit it could be taken for one that was never finished.
     path.unlink(missing_ok=True)
-    commit_path(path).unlink(missing_ok=True)
+    sums_path(path).unlink(missing_ok=True)
 
 
 def _names(folder: Path) -> set[str]:
@@ -114,7 +115,7 @@ def _clean(folder: Path, present: set[str], gone: list[Path]) -> None:
     for path in gone:
         remove(path)
     for name in present:
-        if name.endswith(".sha256") and name.removesuffix(".sha256") not in present:
+        if name.endswith(SUMS) and name.removesuffix(SUMS) not in present:
             (folder / name).unlink(missing_ok=True)  # killed between the two removals
     for left in entries(folder, ".*.tmp"):
         left.unlink()

@@ -29,6 +29,7 @@ import torch
 from cropi.atomic import forget, write_atomic
 from cropi.errors import CropiError, optional, shown
 from cropi.files import reading, writing
+from cropi.sealed import sums_path
 from cropi.store.codec import PACKED
 from cropi.store.rows import RowInfo, from_json, rows_from_json, rows_to_json
 
@@ -188,8 +189,8 @@ class Shard:
 
     def _check_commit(self, digest: str) -> None:
         try:
-            with reading(commit_path(self.path)):
-                expected = commit_path(self.path).read_text(errors="replace").split()
+            with reading(sums_path(self.path)):
+                expected = sums_path(self.path).read_text(errors="replace").split()
         except FileNotFoundError:
             expected = []
         if expected[:1] != [digest]:
@@ -225,10 +226,10 @@ def write_shard(
     whole = hashlib.sha256(header)
     for part in data.values():
         whole.update(part)
-    with writing(commit_path(path)):
-        forget(commit_path(path))  # of a shard that was removed by hand
+    with writing(sums_path(path)):
+        forget(sums_path(path))  # of a shard that was removed by hand
     write_atomic(path, header, *data.values())
-    write_atomic(commit_path(path), f"{whole.hexdigest()}  {path.name}\n")
+    write_atomic(sums_path(path), f"{whole.hexdigest()}  {path.name}\n")
     held = {n: Held(h.dtype, h.shape, h.begin + len(header), h.end + len(header)) for n, h in held.items()}
     return Shard(
         path, list(rows), [row for row in rows if row.row is not None], held, checks, tuple(replaces)
@@ -382,11 +383,6 @@ def shard_number(path: Path) -> int:
             f"{path} is not a shard of this store (its name has no number); take it out of the folder"
         )
     return int(text)
-
-
-def commit_path(path: Path) -> Path:
-    """The checksum file that commits a shard."""
-    return path.with_name(path.name + ".sha256")
 
 
 def damaged(path: Path, what: str) -> str:
