@@ -117,3 +117,37 @@ def test_episodes_of_rllm_are_named(indent: int | None, tmp_path: Path) -> None:
     for given in (path, folder):
         with pytest.raises(CropiError, match=r"episode_hash0_ida_0\.json.* is an episode of rLLM"):
             opened(given)
+
+
+# As tinker-cookbook 0.6.1 writes them: `{split}_rollout_summaries.jsonl` of an iteration, and `capture/sample.jsonl`.
+SUMMARY = {
+    "schema_version": 1, "split": "train", "iteration": 0, "group_idx": 0, "traj_idx": 1, "tags": ["math"],
+    "sampling_client_step": None, "total_reward": 1.0, "final_reward": 0.0, "trajectory_metrics": {}, "final_ob_len": 8,
+    "steps": [{"step_idx": 0, "ob_len": 5, "ac_len": 3, "reward": 1.0, "episode_done": True, "metrics": {}}],
+}  # fmt: skip
+CAPTURED = {
+    "kind": "sample", "scope": {"iteration": 0, "group_idx": 0}, "created_at": 1.0, "prompt_tokens": [1, 2, 3],
+    "prompt_length": 3, "num_samples": 1, "status": "ok",
+    "samples": [{"tokens": [4, 5], "logprobs": [-0.1, -0.2], "stop_reason": "stop"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "lacks"), [(SUMMARY, "neither text nor tokens"), (CAPTURED, "no rewards")])
+def test_files_of_tinker_cookbook_are_named(row: dict[str, object], lacks: str, tmp_path: Path) -> None:
+    """They were told to name a column of responses, which they do not have."""
+    path = write_lines(tmp_path / "sample.jsonl", [row])
+    with pytest.raises(CropiError, match=f":1 is a .*tinker-cookbook.*{lacks}.*trajectory records"):
+        opened(path)
+
+
+def test_what_a_rank_of_slime_trained_on_is_named(tmp_path: Path) -> None:
+    """`--dump-details` writes it beside the rollouts."""
+    data = {
+        "partition": range(2),
+        "tokens": [[1, 2, 3]] * 2,
+        "response_lengths": [1, 1],
+        "rewards": [-0.7, 0.7],
+    }
+    torch.save({"rollout_id": 0, "rank": 0, "rollout_data": data}, tmp_path / "0_0.pt")
+    with pytest.raises(CropiError, match=r"one rank of slime trained on.*rollout_data/ of --dump-details"):
+        recognise(tmp_path / "0_0.pt")

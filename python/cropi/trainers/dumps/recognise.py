@@ -57,6 +57,23 @@ SCORES = {"reward", "rewards", "score", "scores"}
 MOST_OPCODES = 20_000
 # Keys of rLLM's episodes, of which the first is among the first of the file.
 EPISODE = ("episode_id", "trajectories")
+# Rows that trainers write beside, or in place of, their rollouts: keys that they have together, and what they lack.
+LACKING: list[tuple[tuple[str, ...], str]] = [
+    (
+        EPISODE,
+        "an episode of rLLM, which holds chats as text, step by step, and no tokens; have the workflow write",
+    ),
+    (
+        ("schema_version", "group_idx", "traj_idx", "total_reward"),
+        "a summary of a rollout of tinker-cookbook, which holds lengths and rewards, and neither text nor tokens; have "
+        "the environment write",
+    ),
+    (
+        ("kind", "prompt_tokens", "samples"),
+        "a sample that tinker-cookbook captured, which holds tokens and log-probs, and no rewards; have the "
+        "environment write",
+    ),
+]
 _ROLL = "`cropi rollout` samples and scores responses to them; then give its file"
 
 
@@ -98,7 +115,7 @@ def recognise(path: str | Path, *, renamed: bool = False) -> Found:
         where, row = first_row(path)
     except RecordError:
         if _begins_episode(path):
-            raise _episode(path) from None
+            raise _lacking(path, LACKING[0][1]) from None
         return Found(RECORDS)  # the error comes again, when the record is read
     return source_of_row(row, where, renamed=renamed)
 
@@ -119,8 +136,9 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
         return Found("openai")
     if renamed:
         return Found(RECORDS)
-    if row.keys() >= set(EPISODE):
-        raise _episode(where)
+    for keys, words in LACKING:
+        if row.keys() >= set(keys):
+            raise _lacking(where, words)
     if {"custom_id", "body"} <= held:
         raise CropiError(
             f"{where}: this is the input of a batch of requests, without answers; run the batch, score the answers, "
@@ -146,11 +164,8 @@ def _begins_episode(path: Path) -> bool:
         return re.match(rb'\s*{\s*"[^{}\[\]]*"%s":' % EPISODE[0].encode(), file.read(4096)) is not None
 
 
-def _episode(where: object) -> CropiError:
-    return CropiError(
-        f"{where} is an episode of rLLM, which holds chats as text, step by step, and no tokens; have the workflow "
-        "write trajectory records (docs/trajectories.md)"
-    )
+def _lacking(where: object, words: str) -> CropiError:
+    return CropiError(f"{where} is {words} trajectory records (docs/trajectories.md)")
 
 
 def _says_who_spoke(messages: Any) -> bool:
@@ -176,6 +191,11 @@ def _of_strings(path: Path, strings: set[str]) -> Found:
         return Found("verl")
     if any(name.startswith("vllm") for name in strings) or {"prompt_token_ids", "outputs"} <= strings:
         return Found("vllm")
+    if {"rollout_id", "rollout_data", "rank"} <= strings:
+        raise CropiError(
+            f"{path} is what one rank of slime trained on, which holds no prompt ids, and rewards that are normalised "
+            "already; give the rollouts beside it (rollout_data/ of --dump-details)"
+        )
     if any("TrainingInputBatch" in name or name.startswith("skyrl") for name in strings):
         raise CropiError(
             f"{path} is a training batch of SkyRL, which holds no prompt ids and, once advantages are made, no "
