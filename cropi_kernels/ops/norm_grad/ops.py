@@ -7,10 +7,10 @@ import torch
 from ... import dispatch
 from ..._library import register
 from .._checks import check_devices, check_floating, check_offset_values, check_offsets, on_device, on_host
+from ..sketch_linear.ops import REMEDY
 from . import cpu, reference
 
 WIDEST = 8192  # features: a row has to fit into the registers of one program
-REMEDY = "give fewer tokens a call (a smaller micro-batch), or fewer segments"
 
 
 def _norm(
@@ -24,9 +24,7 @@ def _norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight, bias = _norm_fake(x, dy, offsets, eps, centered, with_bias, backend)
     check_offset_values(offsets, x.shape[0])
-    n = x.shape[1]
-    without = {"triton": f"rows of {n} features; the kernel takes up to {WIDEST}" if n > WIDEST else None}
-    chosen = dispatch.choose("norm_grad", x, dy, backend=backend, without=without)
+    chosen = choose_for_rows("norm_grad", backend, x, dy)
     if chosen == "triton":
         from . import triton
 
@@ -69,6 +67,13 @@ def _bias(dy: torch.Tensor, offsets: torch.Tensor, backend: str | None) -> torch
 
 def _bias_fake(dy: torch.Tensor, offsets: torch.Tensor, backend: str | None) -> torch.Tensor:
     return _sums(dy, _check_bias(dy, offsets))
+
+
+def choose_for_rows(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
+    """The backend of an op whose kernel holds a row of the first tensor at once."""
+    n = tensors[0].shape[1]
+    without = {"triton": f"rows of {n} features; the kernel takes up to {WIDEST}" if n > WIDEST else None}
+    return dispatch.choose(op, *tensors, backend=backend, without=without)
 
 
 def _check_norm(x: torch.Tensor, dy: torch.Tensor, offsets: torch.Tensor) -> int:

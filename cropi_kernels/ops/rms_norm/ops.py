@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from ... import dispatch
 from ..._library import register
 from .._checks import check_devices, check_floating, check_offset_values, check_offsets, on_device, on_host
-from ..norm_grad.ops import WIDEST
+from ..norm_grad.ops import choose_for_rows
+from ..sketch_linear.ops import REMEDY
 from . import cpu, reference
-
-REMEDY = "give fewer tokens a call (a smaller micro-batch), or fewer segments"
 
 
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, scale = _forward_fake(x, weight, eps, backend)
-    chosen = _chosen("rms_norm", backend, x, weight)
+    chosen = choose_for_rows("rms_norm", backend, x, weight)
     if chosen == "triton":
         from . import triton
 
@@ -47,7 +45,7 @@ def _backward(
     dx, sums = _backward_fake(dy, x, weight, scale, offsets, backend)
     if offsets is not None:
         _check_cover(offsets, x.shape[0])
-    chosen = _chosen("rms_norm_backward", backend, dy, x, weight, scale)
+    chosen = choose_for_rows("rms_norm_backward", backend, dy, x, weight, scale)
     if chosen == "triton":
         from . import triton
 
@@ -89,12 +87,6 @@ def _backward_fake(
     check_devices("x", x, dy=dy, scale=scale)
     n_segments = 0 if offsets is None else check_offsets(offsets)
     return x.new_empty(x.shape), x.new_zeros(n_segments, x.shape[1], dtype=_wide(x))
-
-
-def _chosen(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
-    n = tensors[0].shape[1]
-    without = {"triton": f"rows of {n} features; the kernel takes up to {WIDEST}" if n > WIDEST else None}
-    return dispatch.choose(op, *tensors, backend=backend, without=without)
 
 
 def _check_norm(x: torch.Tensor, weight: torch.Tensor) -> None:

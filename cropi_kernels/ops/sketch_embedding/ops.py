@@ -17,7 +17,7 @@ from .._checks import (
     on_device,
     on_host,
 )
-from ..sketch_linear.ops import fold
+from ..sketch_linear.ops import REMEDY, fold
 from . import cpu, reference
 
 
@@ -70,5 +70,5 @@ def _check(
 
 SKETCH = register(
     "sketch_embedding(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) out, str plan, str? backend) -> ()",
-    _sketch, _check, remedy="give fewer tokens a call (a smaller micro-batch), or fewer segments",
+    _sketch, _check, remedy=REMEDY,
 )  # fmt: skip

@@ -9,6 +9,8 @@ from cropi.errors import RecordError, shown
 
 # Kinds of content parts that hold text, with the key it stands under.
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
+# What a message may hold in the place of content.
+WITHOUT_TEXT = ("tool_calls", "function_call", "reasoning_content")
 IMAGE_REMEDY = "a policy that reads more than text is not supported; leave the prompt out, or pass --skip-bad"
 
 
@@ -29,19 +31,15 @@ def text_of(messages: list[dict[str, Any]]) -> str:
 
 
 def _plain(message: Any, name: str, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    held = message.items() if isinstance(message, Mapping) else ()
+    # Columns of a table hold an empty value for every key that another row has.
+    made = {str(key): value for key, value in held if value is not None}
+    content = made.get("content")
+    if not isinstance(made.get("role"), str) or (content is None and not any(map(made.get, WITHOUT_TEXT))):
         raise RecordError(
             where, f"a message of {name.split('[')[0]!r} needs 'role' and 'content', got {shown(message)}"
         )
-    # Columns of a table hold an empty value for every key that another row has.
-    made = {str(key): value for key, value in message.items() if value is not None}
-    content = made.get("content")
     if content is None:
-        if not (made.get("tool_calls") or made.get("function_call") or made.get("reasoning_content")):
-            raise RecordError(
-                where,
-                f"a message of {name.split('[')[0]!r} needs 'role' and 'content', got {shown(message)}",
-            )
         return made
     if isinstance(content, list):
         made["content"] = "".join(

@@ -25,7 +25,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.rows_out import check_json, check_table, rows_of, table_of, taken, write_jsonl, write_parquet
 from cropi.data.spilled import Rows
 from cropi.data.tables import is_saved
-from cropi.data.trainer_rows import FILES, trainer_row
+from cropi.data.trainer_rows import FILES, check_text, trainer_row
 from cropi.errors import CropiError, optional, shown
 from cropi.files import reading
 from cropi.sealed import check_sums, summed
@@ -242,11 +242,7 @@ def _rows_of_records(trajectories: Any, ids: Sequence[str]) -> list[dict[str, An
     """The prompts of records; the answer, the task and all extra keys stay."""
     rows = []
     for group in read(trajectories, skip_bad=True, rewards=None).take(ids):
-        if group.prompt is None:
-            raise CropiError(
-                f"{group.where}: the record {group.id!r:.100} has prompt_ids but no text, which trainers read; "
-                "give --dataset"
-            )
+        check_text(group)
         rows.append(_row(group))
     return rows
 

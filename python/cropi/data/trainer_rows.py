@@ -28,6 +28,19 @@ from cropi.errors import CropiError
 FILES = {"verl": "parquet", "slime": "jsonl", "openrlhf": "jsonl"}
 
 
+def check_text(group: PromptGroup) -> None:
+    """Check that a record has the text of its prompt.
+
+    Raises:
+        CropiError: it has token ids alone.
+    """
+    if group.prompt is None:
+        raise CropiError(
+            f"{group.where}: the record {group.id!r:.100} has prompt_ids but no text, which trainers read; "
+            "give --dataset"
+        )
+
+
 def trainer_row(trainer: str, group: PromptGroup, data_source: str | None = None) -> dict[str, Any]:
     """The row of one prompt.
 
@@ -40,11 +53,7 @@ def trainer_row(trainer: str, group: PromptGroup, data_source: str | None = None
     Raises:
         CropiError: the record has no text, text that was rendered already, no answer, or (verl) no data source.
     """
-    if group.prompt is None:
-        raise CropiError(
-            f"{group.where}: the record {group.id!r:.100} has prompt_ids but no text, which trainers read; "
-            "give --dataset"
-        )
+    check_text(group)
     if group.answer is None:
         raise CropiError(
             f"format {trainer}: {group.where}: the record {group.id!r:.100} has no 'answer', which {trainer} hands to "

@@ -176,12 +176,7 @@ class Tokenize:
             TooLong: the same lengths, under ``too_long="skip"``.
         """
         where = f"{group.where} (prompt {group.id!r:.100})"
-        if self.tokenizer is None and (group.prompt_ids is None or group.response_ids is None):
-            raise RecordError(
-                where,
-                "its text needs a tokenizer, and there is none",
-                "give a --model whose folder holds a tokenizer (in Python tokenizer=), or store token ids",
-            )
+        self._check_tokenizer(where, group.prompt_ids, group.response_ids)
         prompt = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
         masks = group.loss_mask
         if group.response_ids is not None:
@@ -224,17 +219,21 @@ class Tokenize:
             RecordError: a token id beyond the vocabulary, or messages that no template renders.
         """
         where = f"{group.where} (prompt {group.id!r:.100})"
-        if group.prompt_ids is None and self.tokenizer is None:
-            raise RecordError(
-                where,
-                "its text needs a tokenizer, and there is none",
-                "give a --model whose folder holds a tokenizer (in Python tokenizer=), or store prompt_ids",
-            )
+        self._check_tokenizer(where, group.prompt_ids)
         ids = list(group.prompt_ids) if group.prompt_ids is not None else self._prompt(group, where)
         self._check_vocabulary(where, "prompt", ids)
         if not ids:
             raise RecordError(where, "the prompt has no token")
         return ids
+
+    def _check_tokenizer(self, where: str, *ids: Any) -> None:
+        """Check that there is a tokenizer, where some ids have to be made of text."""
+        if self.tokenizer is None and any(one is None for one in ids):
+            raise RecordError(
+                where,
+                "its text needs a tokenizer, and there is none",
+                "give a --model whose folder holds a tokenizer (in Python tokenizer=), or store token ids",
+            )
 
     def _template_values(self, group: PromptGroup) -> tuple[list[Any] | None, Mapping[str, Any] | None]:
         """The tools and the variables that the template gets for a group."""

@@ -157,14 +157,12 @@ def sketch_validation(
     sets: Sequence[str] = (),
     before: str = "",
     option: str = "--valid",
-    progress: bool = True,
 ) -> tuple[list[str], torch.Tensor]:
     """This rank's sketches of validation prompts, in memory: the set of each row, and float32 rows ``[n, dim]``.
 
     Args:
         policy, valid, ranks, sets, before, option: as for :func:`check`.
         job: how they are sketched.
-        progress: show a bar.
 
     Raises:
         CropiError: as :func:`check`, on every rank, before anything is sketched.
@@ -185,7 +183,7 @@ def sketch_validation(
     job = one_date(policy, job, parts, [None] * len(parts))
     for part in parts:
         if part.scan.prompts:
-            store = sketch_part(policy, part, job, None, progress=progress).store
+            store = sketch_part(policy, part, job, None, progress=False).store
             assert store is not None
             for kept, sketches in store.shards():
                 names += [row.set or DEFAULT_SET for row in kept]

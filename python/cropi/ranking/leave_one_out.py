@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cropi.errors import CropiError
 from cropi.options import Selecting
 from cropi.ranking.pairwise import Pairwise
 from cropi.ranking.resampled import MeanSet
 from cropi.ranking.rule import Rule
 from cropi.ranking.scores import DEFAULT_SET
-from cropi.ranking.values import FROM_SCORES
+from cropi.ranking.values import check_from_scores
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,7 @@ def leave_one_out(
         raises.
     """
     given = selecting or Selecting()
-    if given.method not in FROM_SCORES:
-        raise CropiError(
-            f"method must be one of {', '.join(FROM_SCORES)}, got {given.method!r}: others do not depend on the "
-            "validation prompts"
-        )
+    check_from_scores(given.method)
     usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
     rule = Rule(pairs.rows, usable, given)
     sets = [MeanSet(pairs, name, usable, metric, mean) for name in pairs.sets]

@@ -186,7 +186,7 @@ class Rule:
     def best(self, value: np.ndarray) -> np.ndarray:
         """The places that are chosen by what :meth:`counted` gave, int64, in any order."""
         return np.concatenate([
-            places[best_of(_of(value, places), None, _of(self.ties, places), n)] for places, n in self.groups
+            places[best_of(_of(value, places), _of(self.ties, places), n)] for places, n in self.groups
         ])  # fmt: skip
 
     def counted(self, table: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:

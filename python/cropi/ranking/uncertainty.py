@@ -33,7 +33,7 @@ from cropi.ranking.redrawn import combined, redrawn
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
 from cropi.ranking.rule import Rule
 from cropi.ranking.scores import DEFAULT_SET, Scores
-from cropi.ranking.values import FROM_SCORES, students_quantile
+from cropi.ranking.values import FROM_SCORES, check_from_scores, students_quantile
 from cropi.store.rows import OK
 
 if TYPE_CHECKING:  # what a table holds of it is read without torch
@@ -218,11 +218,7 @@ def uncertainty(
     """
     how, given = comparing or Influence(), selecting or Selecting()
     metric, minus, weight = how.metric, how.minus, how.minus_weight
-    if given.method not in FROM_SCORES:
-        raise CropiError(
-            f"method must be one of {', '.join(FROM_SCORES)}, got {given.method!r}: others do not depend on the "
-            "validation prompts"
-        )
+    check_from_scores(given.method)
     if not how.draws:
         raise CropiError("draws must be at least 2, got 0")
     if noise is not None and how.aggregate == "nearest":

@@ -53,14 +53,27 @@ def ranks_of(names: Sequence[str]) -> np.ndarray:
     return ranks
 
 
+def check_from_scores(method: str) -> None:
+    """Check that a method of selection is one of :data:`FROM_SCORES`.
+
+    Raises:
+        CropiError: it is not.
+    """
+    if method not in FROM_SCORES:
+        raise CropiError(
+            f"method must be one of {', '.join(FROM_SCORES)}, got {method!r}: others do not depend on the validation "
+            "prompts"
+        )
+
+
 def order_of(value: np.ndarray, beyond: np.ndarray, ties: np.ndarray) -> np.ndarray:
     """The order of selection, int64 ``[n]``: the highest ``value``, then the highest ``beyond``, then ``ties``."""
     return np.lexsort((ties, -beyond, -value))
 
 
-def best_of(value: np.ndarray, beyond: np.ndarray | None, ties: np.ndarray, n: int) -> np.ndarray:
-    """The first ``n`` of :func:`order_of` in any order, int64, without sorting: no value is a NaN. ``beyond`` None: it
-    is the same for all."""
+def best_of(value: np.ndarray, ties: np.ndarray, n: int) -> np.ndarray:
+    """The first ``n`` of :func:`order_of` in any order, int64, without sorting, where ``beyond`` is the same for all;
+    no value is a NaN."""
     if n >= len(value):
         return np.arange(len(value))
     some = _above(value, n)
@@ -68,8 +81,7 @@ def best_of(value: np.ndarray, beyond: np.ndarray | None, ties: np.ndarray, n: i
     cut = np.partition(held, len(held) - n)[len(held) - n]
     sure, equal = some[held > cut], some[held == cut]
     if len(left := equal) > n - len(sure):
-        keys = (ties[equal],) if beyond is None else (ties[equal], -beyond[equal])
-        left = equal[np.lexsort(keys)[: n - len(sure)]]
+        left = equal[np.argsort(ties[equal], kind="stable")[: n - len(sure)]]
     return np.concatenate([sure, left])
 
 

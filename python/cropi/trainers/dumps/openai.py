@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.data.chat import text_of
 from cropi.data.keys import RENDERED, was_cut
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError, warn
@@ -170,7 +171,7 @@ def _rollout(
     if reading.scorer is None:
         reward = _reward(row, choice, number, where)
     else:
-        words = text if isinstance(text, str) else plain_text(text)
+        words = text if isinstance(text, str) else text_of(text or [])
         reward = reading.scorer(where, row.prompt, words, ids, row.columns)
     return checked(Rollout(
         id=id_of(row.row, reading.id_key, prompt, where), reward=reward, step=step, where=where,
@@ -190,11 +191,6 @@ def _text(choice: Mapping[str, Any]) -> Any:
     kept = {key: value for key, value in message.items() if value is not None and value != []}
     plain = set(kept) <= {"role", "content"} and isinstance(kept.get("content"), str)
     return kept["content"] if plain else [kept]
-
-
-def plain_text(messages: Any) -> str:
-    """The text of a message with more than text."""
-    return str(messages[-1].get("content") or "") if messages else ""
 
 
 def _reward(row: _Row, choice: Mapping[str, Any], number: int, where: str) -> float:

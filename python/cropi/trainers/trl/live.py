@@ -197,7 +197,7 @@ class LiveRun:
         with _evaluating(model):
             names, rows = pipeline.sketch_validation(
                 Policy(model, tokenizer), valid, job, ranks, sets=self.options.valid_sets or (),
-                before=f"stage {stage}: ", option="valid_sets", progress=False,
+                before=f"stage {stage}: ", option="valid_sets",
             )  # fmt: skip
         parts = ranks.gather((names, rows))
         self.selector.refresh(
