@@ -287,6 +287,12 @@ def test_sources_that_are_none(source: Any, words: str) -> None:
     assert len(str(caught.value)) < 2000
 
 
+def test_a_rollout_that_is_not_finished_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl.part").touch()
+    with pytest.raises(CropiError, match="only train.jsonl.part, which is not finished; run the command"):
+        list(read(tmp_path / "train.jsonl"))
+
+
 # ----------------------------------------------------------------------------------------------------- hub
 def test_hub_names_are_told_from_paths() -> None:
     for name in (

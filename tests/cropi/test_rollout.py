@@ -461,3 +461,13 @@ def test_a_run_on_prompts_alone_names_the_command(tmp_path: Path, capsys: pytest
     assert main(["run", *words, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "prompts" in said and "`cropi rollout" in said and str(path) in said
+
+
+def test_the_bar_counts_the_tokens_of_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch of all prompts shows how far it is before the first prompt is finished."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    rolled(tmp_path / "out.jsonl", make_model("llama"), rows=64, max_tokens=3, progress=True)
+    shown = capsys.readouterr().err
+    assert 0 < shown.index("token 1 of at most 3") < shown.index("token 3 of at most 3") < shown.index("7/7")

@@ -276,7 +276,9 @@ def test_a_rollout_without_a_gradient_says_what_may_be_changed(tmp_path: Path) -
     report = RolloutReport(tmp_path, prompts=1, responses=4, tokens=8, mean_reward=0.0, truncated=3)
     assert "nothing       to select from these prompts: raise --max-tokens (3 of 4 responses" in report.text()
     report.mixed = 1
-    assert "nothing" not in report.text()
+    assert "nothing" not in report.text() and "most responses ended at --max-tokens" in report.text()
+    report.truncated = 2
+    assert "most responses" not in report.text()
 
 
 @pytest.mark.parametrize("reward", ["math", "exact"])

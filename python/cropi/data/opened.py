@@ -40,6 +40,10 @@ def check_file(path: Path) -> None:
         )
     if not os.path.exists(path):  # False also for a name that no file system takes
         check_characters(path)
+        if os.path.exists(f"{path}.part"):
+            raise CropiError(
+                f"{path}: there is only {path.name}.part, which is not finished; run the command that writes it again"
+            )
         raise CropiError(
             f"{shortened(str(path), 500)}: there is no such trajectory file; {meant(path)}give the path of one"
         )

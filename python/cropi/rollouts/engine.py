@@ -60,6 +60,9 @@ class Engine(Protocol):
     """Samples from one policy."""
 
     name: str
+    # Called with the number of tokens that a response of the batch under way has by now, at most; by no engine whose
+    # responses arrive one by one.
+    stepped: Callable[[int], None] | None
 
     def describe(self) -> str:
         """The engine in the line that is printed at the start."""

@@ -10,7 +10,7 @@ takes of that is tried before (:mod:`cropi.rollouts.trial`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,14 @@ PIECE = 8192  # tokens of a forward over prompts
 
 @torch.inference_mode()
 def generate(
-    model: Any, requests: Sequence[Request], n: int, sampling: Sampling, ends: frozenset[int], *, shared: bool
+    model: Any,
+    requests: Sequence[Request],
+    n: int,
+    sampling: Sampling,
+    ends: frozenset[int],
+    *,
+    shared: bool,
+    stepped: Callable[[int], None] | None = None,
 ) -> list[list[Response]]:
     """Sample ``n`` responses to each prompt.
 
@@ -39,6 +46,7 @@ def generate(
         sampling: how.
         ends: tokens that end a response.
         shared: process what prompts begin with in common once, where every layer keeps all tokens.
+        stepped: called with the number of tokens drawn so far, after each.
 
     Returns:
         The responses of each prompt. A log-prob is NaN where the model's output is not a number.
@@ -60,6 +68,8 @@ def generate(
             made[i].ids.append(token)
             made[i].logprobs.append(value)
             made[i].truncated = not end
+        if stepped is not None:
+            stepped(step + 1)
         if step + 1 == sampling.max_tokens or ended.all():
             break
         live, rows, drawn = live[~ended], rows[~ended], drawn[~ended]

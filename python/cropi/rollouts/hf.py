@@ -56,6 +56,7 @@ class HfEngine:
     """
 
     name = "hf"
+    stepped: Callable[[int], None] | None = None
 
     def __init__(self, policy: Policy, tokens: Tokenize, sampling: Sampling, rows: int | None = None) -> None:
         self.policy, self.sampling, self.rows = policy, sampling, rows
@@ -68,7 +69,7 @@ class HfEngine:
         """Dtype, device, rows at once, and how prompts share a batch."""
         dtype = str(self.policy.dtype).removeprefix("torch.")
         how = {"shared": "", "padded": "", "alone": ", prompts of one length together"}[self.way]
-        return f"{dtype} on {self.policy.device}, {self.rows} responses at once{how}"
+        return f"{dtype} on {self.policy.device}, at most {self.rows} responses at once{how}"
 
     def identity(self) -> dict[str, Any]:
         """The weights, and what the model is beside them."""
@@ -141,7 +142,9 @@ class HfEngine:
         model, packed = self.policy.model, self._packed
         assert packed is not None
         with torch.inference_mode(), own_precision(model), packed.around(model):
-            return generate(model, batch, n, self.sampling, self.ends, shared=self.way == "shared")
+            return generate(
+                model, batch, n, self.sampling, self.ends, shared=self.way == "shared", stepped=self.stepped
+            )
 
     def _halves(self, batch: Sequence[Request], n: int) -> Iterator[tuple[Request, list[Response]]]:
         if torch.cuda.is_available():

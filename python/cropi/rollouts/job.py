@@ -64,6 +64,10 @@ class RolloutReport:
                 f"rewards       mean {self.mean_reward:.3g}; {self.mixed} prompts have different rewards, and so a "
                 f"gradient; {self.truncated} responses were cut"
             )
+            if self.mixed and 2 * self.truncated > self.responses:
+                lines.append(
+                    "cut           most responses ended at --max-tokens, without an answer perhaps: raise it"
+                )
             if not self.mixed:
                 cut = (
                     f"--max-tokens ({self.truncated} of {self.responses} responses were cut), "
@@ -160,6 +164,10 @@ def _sample(
         disable=None if progress else True,
         smoothing=0.1,
     )
+    # No prompt of a batch is finished before all nearly are, which may take an hour on a CPU: the bar counts tokens.
+    if not bar.disable:
+        most = job.options.max_tokens
+        job.engine.stepped = lambda tokens: bar.set_postfix_str(f"token {tokens} of at most {most}")
     with bar:
         for batch in job.engine.plan(requests, job.options.n):
             if all(request.name in file for request in batch):

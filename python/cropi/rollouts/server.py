@@ -51,6 +51,7 @@ class ServerEngine:
     """
 
     name = "openai-url"
+    stepped: Callable[[int], None] | None = None
 
     def __init__(self, server: Server, options: Rollout, tokens: Tokenize) -> None:
         self.server, self.sampling, self.tokens = server, options, tokens

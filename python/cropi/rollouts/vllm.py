@@ -35,6 +35,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    stepped: Callable[[int], None] | None = None
 
     def __init__(
         self,
