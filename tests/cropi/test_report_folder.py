@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     detail = data["details"][chosen[0]]
     assert detail["text"].endswith("=") and len(detail["responses"]) == 4
     assert "standard error" in page and "Nearest training prompts" in page and "cropi run --model" in page
-    assert "not measured on this model: run `cropi check`" in page
+    assert "not measured on this model: <code>cropi check" in page
+    names = re.findall(r'<th class="text" scope="row">([^<]*)', page.split('id="run"')[1])
+    assert len(set(names)) == len(names) > 9 and ">null<" not in page.split('id="run"')[1]
 
 
 @pytest.mark.long

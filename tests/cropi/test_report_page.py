@@ -26,6 +26,7 @@ from cropi.ranking.uncertainty import uncertainty
 from cropi.report.browser import shown_in_full
 from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
 from cropi.report.html import ReportInput, render, write_report
+from cropi.report.policy import is_close, policy_text
 from cropi.store.rows import RowInfo
 
 BROWSER = next(
@@ -114,7 +115,10 @@ def test_numbers_of_the_page_are_those_of_the_selection() -> None:
     assert given.uncertainty is not None
     assert columns["p"][chosen[0]] == pytest.approx(given.uncertainty.p_selected[chosen[0]], rel=1e-4)
     text = html.unescape(re.sub(r"<[^>]+>", "", page.split("</style>")[1]))
-    assert f"{len(chosen)} of {len(usable)} prompts with a gradient chosen by rrf (60 read)" in text
+    assert (
+        f"{len(chosen)} of {len(usable)} prompts with a gradient chosen (60 read)" in text
+        and "by fused ranks (rrf)" in text
+    )
     assert f"{given.uncertainty.overlap:.0%} of the chosen prompts would stay" in text
     assert "ratio 1.03" in text and "1 failed" in text and "not measured on this model" in text
     ratios = page.split("mean ratio of a prompt")[1].split("</svg>")[0]
@@ -124,6 +128,30 @@ def test_numbers_of_the_page_are_those_of_the_selection() -> None:
     detail = data["details"][scores.rows[chosen[0]].id]
     assert [r["reward"] for r in detail["responses"]] == [1.0, 0.0]
     assert detail["responses"][0]["advantage"] == pytest.approx(0.7071, abs=1e-3)
+
+
+def test_labels_of_an_axis_differ() -> None:
+    """Of ratios that are 1 but for rounding each label was "1", and the rounding looked like a distribution."""
+    ratios = np.array([0.99999, 1.0, 1.00001])
+    svg = density(ratios, ratios)
+    assert len(set(re.findall(r"<text[^>]*>([^<]*)", svg))) == 3 and svg.count('class="pool"') <= 2
+    assert re.findall(r"<text[^>]*>([^<]*)", density(ratios / 2, ratios / 2, ends=(0.0, 1.0))) == [
+        "0",
+        "0.5",
+        "1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "ess", "words"),
+    [
+        (1.0, 0.9, "this policy's or close"),
+        (1.0, 0.3, "few of their tokens carry"),
+        (3.0, 0.9, "are far from 1"),
+    ],
+)
+def test_the_words_on_the_policy_agree_with_their_level(ratio: float, ess: float, words: str) -> None:
+    assert words in policy_text(ratio, ess) and is_close(ratio, ess) == ("close" in words)
 
 
 def test_a_ratio_that_was_taken_for_1_says_nothing_of_the_policy() -> None:

@@ -16,15 +16,18 @@ def density(
     cut: float | None = None,
     noise: float | None = None,
     bins: int = 40,
+    ends: tuple[float, float] | None = None,
 ) -> str:
-    """Histograms of all scores and of the chosen ones on one axis, as shares of each; the cut, and ``cut +- noise``."""
+    """Histograms of all scores and of the chosen ones on one axis, as shares of each; the cut, and ``cut +- noise``.
+
+    The axis has the given ends, or those of the scores.
+    """
     pool, chosen = pool[np.isfinite(pool)], chosen[np.isfinite(chosen)]
     if not len(pool):
         return (
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text x="8" y="20">no finite value</text></svg>'
         )
-    low, high = float(pool.min()), float(pool.max())
-    low, high = _apart(low, high)
+    low, high = ends or _apart(float(pool.min()), float(pool.max()))
     edges = np.linspace(low, high, bins + 1)
     shares = [np.histogram(x, edges)[0] / max(len(x), 1) for x in (pool, chosen)]
     top = max(float(s.max()) for s in shares) or 1.0
@@ -81,8 +84,10 @@ def signed(values: Sequence[float]) -> list[str]:
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    """The ends of an axis, which are not equal."""
-    half = 0.0 if high > low else max(0.5, abs(high) / 100)
+    """The ends of an axis, which are not equal in the digits that are written at it."""
+    if f"{low:.3g}" != f"{high:.3g}":
+        return low, high
+    half = abs(high) / 100 if high > low else max(0.5, abs(high) / 100)
     return low - half, high + half
 
 

@@ -239,13 +239,13 @@ def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any
 
 
 def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:
-    """Lines of configuration."""
-    lines = [("compared by", f"{scores.meta.get('metric')}, mean {scores.meta.get('mean')}")]
-    manifest = {} if train is None else train.manifest
-    for key, value in manifest.items():
-        if key not in ("notes", "prompts", "spec_fingerprint"):
-            lines.append((key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    for key, value in _notes(train).items():
-        if key != "command":
-            lines.append((key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    return lines
+    """Lines of configuration: of what is set, each under a name of its own."""
+    lines = {"compared by": f"{scores.meta.get('metric')}, mean {scores.meta.get('mean')}"}
+    lines |= {} if train is None else train.manifest
+    names = {"model": "model given as", "trajectories": "files"}
+    lines |= {names.get(key, key): value for key, value in _notes(train).items() if key != "command"}
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in lines.items()
+        if value is not None and key not in ("notes", "prompts", "spec_fingerprint")
+    ]

@@ -148,7 +148,11 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         if finding["name"] in ("sketch error", "layout", "batch", "attention"):
             add(finding["level"], finding["name"], finding["text"])
     if given.check is None:
-        add("warning", "sketch error", "not measured on this model: run `cropi check`")
+        add(
+            "warning",
+            "sketch error",
+            "not measured on this model: `cropi check --out check.json` in this folder, then `cropi report`, adds it",
+        )
     if sure is None:
         add("warning", "choice", f"not resampled: {given.uncertainty_missing}")
     else:
@@ -156,7 +160,8 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         add(
             level,
             "choice",
-            f"{sure.overlap:.0%} of the chosen prompts would stay with other validation prompts",
+            f"{sure.overlap:.0%} of the chosen prompts would stay with other validation prompts"
+            + ("" if level == "ok" else "; more validation prompts make the choice surer"),
         )
         weak = [s for s in sure.sets if s.few or s.signal <= 0.2]
         for one in weak:
@@ -180,7 +185,7 @@ def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
         for one in sure.sets
     ]  # fmt: skip
     drawn = sure.p_selected[np.isfinite(sure.p_selected) & (sure.p_selected > 0)]
-    chart = markup(density(drawn, np.array([]), bins=20))
+    chart = markup(density(drawn, np.array([]), bins=20, ends=(0.0, 1.0)))
     return {
         "overlap": sure.overlap,
         "responses": sure.responses,
@@ -300,7 +305,7 @@ def _policy(scores: Scores, chosen: np.ndarray) -> dict[str, Any]:
     for key, name in (("ratio", "mean ratio of a prompt's tokens"), ("ess", "effective sample size, share of tokens"),
                       ("clipped", "share of clipped tokens")):  # fmt: skip
         values = np.array([np.nan if value is None else value for value in _of_ok(scores, key)])
-        if np.isfinite(values).any():
+        if np.isfinite(values).any() and (key != "clipped" or np.nanmax(values) > 0):
             charts.append({"name": name, "chart": markup(density(values, values[chosen]))})
     return {"text": policy_text(median, sample) + ".", "charts": charts}
 

@@ -15,9 +15,10 @@ def is_close(ratio: float, ess: float | None) -> bool:
 def policy_text(ratio: float, ess: float | None, of: str = "a prompt's tokens (medians)") -> str:
     """The figures, and what they mean."""
     more = "" if ess is None else f", effective sample size {ess:.2f} of {of}"
-    plain = (
-        "the trajectories are this policy's or close to it"
-        if RATIO[0] <= ratio <= RATIO[1]
-        else "the trajectories are another policy's: their weights are far from 1"
-    )
+    if is_close(ratio, ess):
+        plain = "the trajectories are this policy's or close to it"
+    elif RATIO[0] <= ratio <= RATIO[1]:
+        plain = "the trajectories are another policy's: few of their tokens carry most of the weight"
+    else:
+        plain = "the trajectories are another policy's: their weights are far from 1"
     return f"ratio {ratio:.3f}{more}: {plain}"
