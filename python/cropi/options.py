@@ -205,8 +205,8 @@ class Checks(Options):
         choices=("off", "warn", "error"),
     )
     verify: bool = option(
-        True, "leave out the self-test, which compares every tap with autograd on a few tokens before the job, and the "
-        "probe of the policy (whether it is causal, and whether a prompt depends on the others)",
+        True, "leave out the self-test, which compares every layer's sketch with autograd on a few tokens before the "
+        "job, and the probe of the policy (whether it is causal, and whether a prompt depends on the others)",
         kind="switch", flag="--no-verify",
     )  # fmt: skip
     zero_check: bool = option(
