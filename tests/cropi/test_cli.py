@@ -92,7 +92,9 @@ def test_four_commands_rank_as_exact_gradients_do(
                 assert max(abs(one["cosine"] - own[one["id"]]), abs(one["cosine"] - value)) < 5 / 32768**0.5
     assert {row["id"] for row in json_lines(near)} == {r["id"] for r in hot} & usable.keys()
     assert cropi(f"info {near}") == 0
-    assert f"neighbours    {near}: of {len(json_lines(near))} validation prompts" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "of the chosen prompts stay chosen when the validation prompts are drawn anew" in shown
+    assert f"neighbours    {near}: of {len(json_lines(near))} validation prompts" in shown
 
     skipped = 40 - len(train)
     assert f"40 read, {len(train)} sketched, {skipped} skipped ({skipped} equal rewards), 0 failed" in summary

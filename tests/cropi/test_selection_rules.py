@@ -175,6 +175,10 @@ def test_min_score_leaves_places_empty() -> None:
     assert select(scores, fraction=1.0, min_score=0.25).ids == ["03", "02"]
     with pytest.raises(CropiError, match="no prompt has so high a score, the highest is 0.4000"):
         select(scores, fraction=1.0, min_score=0.5)
+    # The one below the bound, first of the second list, keeps its place there: ranks 1, 3 and 2, 2 of the others.
+    two = select(table_of([[0.5, 0.0], [0.1, 0.2], [0.3, 0.1]]), fraction=1.0, min_score=0.25)
+    assert two.ids == ["00", "02"]
+    np.testing.assert_allclose(two.fused[[0, 2]], [1 + 1 / 3, 1 / 2 + 1 / 2], rtol=1e-15)
 
 
 def test_confidence_ranks_by_the_lower_bound() -> None:

@@ -354,10 +354,12 @@ def test_what_closes_a_rollout_of_nemo_gym_without_tokens_is_left_out(tmp_path: 
     said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": ""}]}
     content, path = made("nemo-gym"), tmp_path / "rollouts.jsonl"
     wanted = groups(write(path, content))
-    # An empty turn, of a context that was full, holds nothing that was sampled.
-    content[0]["response"]["output"].append(said)
-    assert groups(write(path, content)) == wanted
-    content[0]["response"]["output"][-1:] = [
+    # An empty turn, of a context that was full, holds nothing that was sampled; a tool's words are not the policy's.
+    content[0]["response"]["output"] += [{"type": "function_call_output", "output": "t"}, said]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ClosingWords)
+        assert groups(write(path, content)) == wanted
+    content[0]["response"]["output"][-2:] = [
         said,
         {"type": "function_call_output", "output": "t"},
         {"type": "f"},

@@ -194,10 +194,10 @@ def select(
     """Choose ``floor(N_pool * fraction + 1e-9)`` prompts (see :func:`cropi.ranking.shares.how_many`), or ``count``.
     Prompts without a usable sketch (zero gradient) are never chosen.
 
-    What is done, in this order: scores become lower bounds (``confidence``); prompts below ``min_score`` are dropped;
-    the rest is ranked (``method``, within the groups of ``per`` and ``quota``) or drawn (``draw``); near copies are
-    left out (``dedup``); of the candidates those are chosen that differ (``diversity``). docs/method.md has the
-    formulas.
+    What is done, in this order: scores become lower bounds (``confidence``); all prompts with a score are ranked
+    (``method``, within the groups of ``per`` and ``quota``); those below ``min_score`` are left out, while the others
+    keep their ranks; they may be drawn (``draw``); near copies are left out (``dedup``); of the candidates those are
+    chosen that differ (``diversity``). docs/method.md has the formulas.
 
     Args:
         scores: the score table.
