@@ -339,6 +339,13 @@ def test_tokens_as_text_become_ids_by_their_bytes(tmp_path: Path) -> None:
     (group,) = read(held)
     assert group.response_ids is None and group.logprobs is None and group.responses == ["ab a\u00e9", "ab"]
     assert bytes_of_tokens(tokenizer)[b"ab"] == 301
+    # Every byte's letter is that of the tokenizers library: what it makes of all characters of one and two bytes.
+    spelled = {
+        tokenizer.convert_ids_to_tokens(token): data for data, token in bytes_of_tokens(tokenizer).items()
+    }
+    for character in map(chr, range(0x800)):
+        ((word, _),) = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(character)
+        assert b"".join(spelled[letter] for letter in word) == character.encode()
 
 
 def test_a_batch_finds_its_prompts_in_its_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
