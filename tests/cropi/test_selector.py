@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.live_streams import turning
 from cropi import Selector
 from cropi.errors import CropiError
 from cropi.ranking.packed_rows import PackedRows
+from cropi.ranking.selector import NoValidation
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, reduce_sketch
 
 SPEC = SketchSpec(256)
@@ -51,6 +53,18 @@ def test_visits_without_a_gradient_lower_a_prompt() -> None:
     selector.update(["p0", "p1"], torch.cat([x, x]), step=1)
     selector.update(["p0"], torch.zeros(1, 256), step=1)
     assert selector.scores(["p0", "p1"]) == pytest.approx([0.5, 1.0], abs=1e-3)
+
+
+def test_draws_that_no_validation_prompt_decides_are_said() -> None:
+    selector = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        selector.next(2, 0)
+        selector.update(["p0", "p1"], rows(2), step=1)
+        with pytest.raises(NoValidation, match="drawn at random.*call refresh"):
+            selector.next(2, 2)
+        selector.refresh(rows(1))
+        selector.next(2, 2)
 
 
 def test_parts_of_a_prompt_add_up() -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from cropi.agreement import agree
 from cropi.checked import absent, fits, is_id
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
 from cropi.ranking.failing import Failing
@@ -28,6 +28,10 @@ from cropi_kernels import BatchSketch, SketchSpec, reduce_sketch
 CHUNK = 65536  # rows that are float32 at one time
 # Half-lives after which a visit counts nothing: its error, 1 / w, would come near float64's limit.
 FORGOTTEN = 600
+
+
+class NoValidation(UserWarning):
+    """Prompts are drawn after visits, and no validation sketches were given."""
 
 
 class Selector:
@@ -229,12 +233,19 @@ class Selector:
             step: when they will be used; never less than the last step that was given, which None is. The draw
                 depends on it.
 
+        Without a `refresh` all prompts are equal, which a warning says after the first steps.
+
         Raises:
             CropiError: more than the pool holds, or no integer; a step back.
         """
         if not fits(n, int) or not 1 <= n <= len(self):
             raise CropiError(f"n must be an integer from 1 to {len(self)}, the size of the pool, got {n!r}")
         when = self._step(step)
+        if not len(self._valid) and self.step > 0:
+            warn(
+                "the next prompts are drawn at random, whatever their visits showed: call refresh with sketches of "
+                "validation prompts", NoValidation, stacklevel=2,
+            )  # fmt: skip
         means, deviations = self.known(when)
         means[self._failing.resting(when)] = -np.inf
         return [self.ids[i] for i in draw(means, deviations, int(n), self.explore, (self.seed, when))]
