@@ -3,7 +3,8 @@
 #
 #   scripts/test_versions.sh lowest|newest PYTHON [pytest's arguments]
 #
-# TORCH=2.13.0 takes that torch for the lowest: not every index has a CPU build of an old one.
+# TORCH=2.13.0 takes that torch: not every index has a CPU build of the oldest one, or of one newer than that of
+# constraints.txt, with which everything else is tested.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 which=$1 python=$2
@@ -15,13 +16,13 @@ rm -rf "$env"
 "$python" -m venv "$env"
 # The pip that an interpreter brings may not know --only-deps yet.
 $pip "$(grep '^pip==' constraints.txt)"
-# Of the newest only torch is held, at the version that everything else is tested with.
 case $which in
-  lowest) pins=constraints-lowest.txt torch=${TORCH:+torch==$TORCH} more= ;;
-  newest) pins=/dev/null torch=$(grep '^torch==' constraints.txt) more=,triton ;;
+  lowest) pins=constraints-lowest.txt torch=constraints-lowest.txt more= ;;
+  newest) pins=/dev/null torch=constraints.txt more=,triton ;;
   *) echo "give lowest or newest, not $which" >&2; exit 2 ;;
 esac
-{ echo "${torch:-$(grep '^torch==' $pins)}"; grep -v '^torch==' $pins || true; } > "$env/wanted.txt"
+version=${TORCH:-$(sed -n 's/^torch==//p' $torch)}
+{ echo "torch==$version"; grep -v '^torch==' $pins || true; } > "$env/wanted.txt"
 "$env/bin/python" scripts/install_torch.py "$env/wanted.txt" "$env/pins.txt"
 $pip -c "$env/pins.txt" scikit-build-core hatch-fancy-pypi-readme pybind11 cmake ninja
 $pip -c "$env/pins.txt" --no-build-isolation --only-deps ".[run,trl,sklearn,test$more]"
