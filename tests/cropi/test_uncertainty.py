@@ -170,7 +170,8 @@ def test_the_chance_of_being_chosen_by_hand() -> None:
     assert made.overlap == pytest.approx(made.p_selected[2])
     assert made.halves == 0, "each half is one axis: never the same prompt"
     assert made.sets[0].signal == 0, "orthogonal gradients have no common direction"
-    assert "mostly noise" in made.sets[0].advice()
+    assert "mostly noise" in made.sets[0].advice() and "leave the set out" in made.sets[0].advice()
+    assert "leave the set out" not in made.sets[0].advice(only=True)
 
 
 def chosen_by_hand(table: list[np.ndarray], n: int) -> set[int]:

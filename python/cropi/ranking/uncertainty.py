@@ -67,14 +67,15 @@ class SetUncertainty:
         """Whether the prompts are too few to say what others would choose."""
         return self.prompts < FEW
 
-    def advice(self) -> str:
-        """One sentence in words."""
+    def advice(self, only: bool = False) -> str:
+        """One sentence in words; ``only``: there is no other set, so that this one cannot be left out."""
         less = "fewer prompts stay chosen than is said here"
         if self.signal <= 0.2:
             few = f"; by fewer than {FEW}, {less}" if self.few else ""
+            other = "" if only else " or leave the set out"
             return (
                 f"{self.name}: {self.prompts} prompts; their mean gradient is mostly noise (signal "
-                f"{max(self.signal, 0):.2f} of 1), give more prompts or leave the set out{few}"
+                f"{max(self.signal, 0):.2f} of 1), give more prompts{other}{few}"
             )
         if self.few:
             return (
@@ -189,7 +190,7 @@ class Uncertainty:
             f"{'' if math.isnan(self.own_signal) else ' and all responses'} are drawn anew; two halves of them agree "
             f"on {self.halves:.0%}"
         ]
-        lines += [f"              {one.advice()}" for one in self.sets]
+        lines += [f"              {one.advice(len(self.sets) == 1)}" for one in self.sets]
         if self.responses:
             lines.append(f"responses     {self.responses}")
         return "\n".join(lines)

@@ -165,7 +165,7 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         )
         weak = [s for s in sure.sets if s.few or s.signal <= 0.2]
         for one in weak:
-            add("warning", "validation", one.advice())
+            add("warning", "validation", one.advice(len(sure.sets) == 1))
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
     if _without_ratio(scores):
         add("ok", "policy", TAKEN)
@@ -180,7 +180,8 @@ def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
     lines = [
         {
             "name": one.name, "prompts": one.prompts, "overlap": sure.overlap_of_set[one.name],
-            "signal": f"{one.signal:.2f}" if math.isfinite(one.signal) else "–", "advice": one.advice(),
+            "signal": f"{max(one.signal, 0):.2f}" if math.isfinite(one.signal) else "–",
+            "advice": one.advice(len(sure.sets) == 1),
         }
         for one in sure.sets
     ]  # fmt: skip
