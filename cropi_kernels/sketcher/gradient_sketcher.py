@@ -42,6 +42,7 @@ from .inputs import (
 from .labels import Batch, scored_tokens
 from .one_sequence import check_call
 from .origin import origin_of
+from .packed import check_apart
 from .precision import own_precision
 from .probe import Probe, checked_rows, probe_longer, probe_policy
 from .replay import Recorded
@@ -92,7 +93,8 @@ class GradientSketcher:
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
         ValueError: adapters are merged into their base, nothing is left to sketch, a pattern matches nothing, a
-            parameter is in no group or in two, or ``fused`` finds nothing to fuse.
+            parameter is in no group or in two, ``fused`` finds nothing to fuse, or 8-bit layers whose results depend on
+            other rows (LLM.int8's threshold).
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -118,6 +120,7 @@ class GradientSketcher:
     ) -> None:
         self._tapped = TappedModel(model, spec, exclude, more, fused, groups)
         self.model, self.spec = self._tapped.model, self._tapped.spec
+        check_apart(self.model)
         self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
         self._split: SplitModel | None = None
         self._head = base_of(output_embeddings(self.model))  # the taps were planned with it

@@ -1,4 +1,4 @@
-"""Weights of bitsandbytes: 4-bit ones keep a form that gradients pass through; 8-bit ones that mix tokens are found.
+"""Weights of bitsandbytes: 4-bit ones keep a form that gradients pass through; 8-bit ones that mix tokens are refused.
 
 On a CPU with AVX-512 BF16, a `Linear4bit` in eval mode packs its weight anew at the first forward whose input has no
 gradient, for a kernel that has no backward: from then on nothing behind the layer has a gradient, and nothing says so.
@@ -16,18 +16,24 @@ from torch import nn
 SWITCH = "support_avx512bf16_for_cpu"
 # LLM.int8 computes the columns in which any token of a batch is large in float16, and all others in int8.
 MIXES = (
-    ". Its 8-bit layers let a token's result depend on the largest inputs of the whole batch: load it with "
-    "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in another format"
+    "{name!r} is an 8-bit layer with LLM.int8's threshold {threshold:g}, which lets a token's result depend on the "
+    "largest inputs of the whole batch: load the model with BitsAndBytesConfig(load_in_8bit=True, "
+    "llm_int8_threshold=0.0), or in another format"
 )
 
 
-def mixes_tokens(model: nn.Module) -> bool:
-    """Whether an 8-bit layer takes columns apart by what other tokens hold."""
-    return any(
-        type(module).__name__ == "Linear8bitLt"
-        and getattr(getattr(module, "state", None), "threshold", 0) > 0
-        for module in model.modules()
-    )
+def check_apart(model: nn.Module) -> None:
+    """Check that no 8-bit layer takes columns apart by what other tokens hold.
+
+    A few tokens do not show it where none of them is beyond the threshold.
+
+    Raises:
+        ValueError: names the first such layer.
+    """
+    for name, module in model.named_modules():
+        threshold = getattr(getattr(module, "state", None), "threshold", 0)
+        if type(module).__name__ == "Linear8bitLt" and threshold > 0:
+            raise ValueError(MIXES.format(name=name, threshold=threshold))
 
 
 def keep_gradients(model: nn.Module) -> None:

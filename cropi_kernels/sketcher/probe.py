@@ -19,7 +19,6 @@ from .host import values
 from .labels import Batch
 from .lengths import Lengths, check_lengths, lengths_of, same
 from .one_sequence import check_apart, restart
-from .packed import MIXES, mixes_tokens
 from .precision import own_precision
 from .sharded import device_of, largest
 from .split import SplitModel
@@ -88,9 +87,8 @@ def probe_policy(model: nn.Module, split: SplitModel) -> Probe:
         model.eval()  # dropout would make two forwards differ
         plain = split.hidden(ids)
         if not is_causal(split.hidden, ids, plain):
-            why = MIXES if mixes_tokens(model) else GENERATES
             raise PolicyProbeError(
-                f"{name} is not causal: a change of later tokens changes what it gives for earlier ones{why}"
+                f"{name} is not causal: a change of later tokens changes what it gives for earlier ones{GENERATES}"
             )
         _check_alone(split.hidden, ids, plain, name)
         return _measured(model, split, ids, plain)

@@ -292,6 +292,8 @@ def test_a_checkpoint_in_8_bits_keeps_rows_apart(
     assert packed.config.quantization_config.llm_int8_threshold == 6.0
     packed.save_pretrained(tmp_path / "packed")
     make_tokenizer().save_pretrained(tmp_path / "packed")
+    with pytest.raises(CropiError, match=r"model: .*q_proj' is an 8-bit layer with LLM.int8's threshold 6"):
+        Policy(packed, None)
     adapter = make_adapter(folder, tmp_path / "adapter")
     caplog.clear()
     model = Policy(str(tmp_path / "packed"), adapter=adapter).model
