@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,8 +299,15 @@ def atropos() -> list[dict[str, Any]]:
 
 def roll() -> list[dict[str, Any]]:
     """ROLL's step, by columns."""
+    settings = json.dumps({"global_step": 7, "generation_config": {"temperature": 0.7, "top_p": 1.0}})
     made = rows(
-        "prompt", "responses", "scores", global_step=7, ground_truth="g", domain="sums", sampling_params="{}"
+        "prompt",
+        "responses",
+        "scores",
+        global_step=7,
+        ground_truth="g",
+        domain="sums",
+        sampling_params=settings,
     )
     return [{key: [row[key] for row in made] for key in made[0]} | {"id": ["0", "0", "1", "1"]}]
 

@@ -253,6 +253,16 @@ def test_rolls_messages_are_rendered_and_its_prompts_are_not(tmp_path: Path) -> 
         assert (group.prompt, group.task, group.answer) == (f"q{group.id}", "sums", "g") and group.extra[
             "rendered"
         ]
+        assert group.temperature == 0.7
+    (other,) = made("roll")
+    for settings, temperature in (("{}", None), (None, None), ('{"generation_config": {}}', None)):
+        other["sampling_params"] = [settings] * 4
+        assert [one.temperature for one in groups(write(path, [other]))] == [temperature] * 2
+    other["sampling_params"][1] = '{"generation_config": {"temperature": "warm"}}'
+    with pytest.raises(
+        CropiError, match=r"response 1, sampling_params.generation_config.temperature: should be"
+    ):
+        groups(write(path, [other]))
     columns["messages"] = [json.dumps(messages(k // 2)) for k in range(4)]
     for group in groups(write(path, [columns])):
         assert group.prompt == messages(int(group.id)) and "rendered" not in group.extra

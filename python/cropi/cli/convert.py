@@ -41,8 +41,8 @@ def add_options(command: Parser) -> None:
         "--temperature",
         type=float,
         metavar="X",
-        help="temperature of the sampling, on which log-probs depend (default: what the dump says, as prime-rl's and "
-        "requests do)",
+        help="temperature of the sampling, on which log-probs depend (default: what the dump says, as prime-rl's, "
+        "ROLL's and requests do)",
     )
     command.add_argument(
         "--steps", default="newest", choices=("newest", "all"),
