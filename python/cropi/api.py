@@ -121,7 +121,7 @@ def score(
         if noise
         else ()
     )
-    return pipeline.score(stores.pop("train"), list(stores.values()), compare, choice, of_noise)
+    return pipeline.score(stores.pop("train"), list(stores.values()), compare, choice, of_noise, checked=True)
 
 
 @as_keywords(KEYWORDS)

@@ -198,6 +198,22 @@ def test_prompts_that_a_validation_set_holds_twice_are_named(
     )
 
 
+def test_prompts_that_a_store_of_validation_prompts_holds_twice_are_named() -> None:
+    """Copies were sketched in other batches: two thousandths of their length lie between them."""
+    noise = torch.Generator().manual_seed(0)
+    rows, other = torch.randn(6, 512, generator=noise), torch.randn(2, 512, generator=noise)
+    rows[4:] = rows[:2] + 0.002 * other
+    store = in_memory(rows, "v", ["x", "x", "x", "y", "x", "y"])
+    with pytest.warns(
+        RepeatedPrompts, match="1 of 4 prompts of 'x' repeat another, for example 'v004' the resp.* of 'v000'"
+    ):
+        cropi.influence(in_memory(rows, "t"), store)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RepeatedPrompts)
+        rows[4] = 1.02 * rows[0]
+        cropi.influence(in_memory(rows, "t"), in_memory(rows, "v", ["x", "x", "x", "y", "x", "y"]))
+
+
 def test_demonstrations_of_one_prompt_are_apart(recwarn: pytest.WarningsRecorder) -> None:
     one = [{"id": f"v{i}", "prompt": "Say a number: ", "completion": str(i)} for i in range(8)]
     options: dict[str, Any] = {"estimator": "sft", "dim": 4096, "progress": False, "draws": 0}

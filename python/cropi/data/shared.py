@@ -52,6 +52,19 @@ def shared_prompts(
 class RepeatedPrompts(UserWarning):
     """A validation set holds prompts more than once."""
 
+    @classmethod
+    def of(
+        cls, counts: Mapping[str, tuple[int, int]], example: tuple[str, str], what: str
+    ) -> RepeatedPrompts:
+        """The warning: by the name of a set how many of its prompts have ``what`` another one has, of how many."""
+        named = ", ".join(f"{again} of {size} prompts of {name!r}" for name, (again, size) in counts.items())
+        one, other = example
+        return cls(
+            f"validation sets hold prompts more than once: {named} repeat another, for example {other!r:.100} {what} "
+            f"of {one!r:.100}; each counts as a prompt of its own, so that standard errors are too small: give every "
+            "prompt once, with all of its responses"
+        )
+
 
 def repeated_prompts(
     valid: Mapping[str, tuple[PromptGroups, Scan]],

@@ -168,15 +168,7 @@ def _whole(groups: PromptGroups) -> PromptGroups:
 def _warn_repeated(valid: Mapping[str, tuple[PromptGroups, Scan]]) -> None:
     found = repeated_prompts(valid)
     if found is not None:
-        counts, (one, other) = found
-        named = ", ".join(f"{again} of {size} prompts of {name!r}" for name, (again, size) in counts.items())
-        warn(
-            f"validation sets hold prompts more than once: {named} repeat another, for example {other!r:.100} the text "
-            f"of {one!r:.100}; each counts as a prompt of its own, so that standard errors are too small: give every "
-            "prompt once, with all of its responses",
-            RepeatedPrompts,
-            stacklevel=3,
-        )
+        warn(str(RepeatedPrompts.of(*found, "the text")), RepeatedPrompts, stacklevel=3)
 
 
 def _warn_shared(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cropi.agreement import Alone, Ranks
-from cropi.errors import CropiError
+from cropi.data.shared import RepeatedPrompts
+from cropi.errors import CropiError, warn
 from cropi.files import is_folder
 from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
@@ -18,6 +19,7 @@ from cropi.pipeline.checks import Checked, Setup, check
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.influence import influence
+from cropi.ranking.pairwise import copies
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import SELECTED, write_selection
@@ -155,7 +157,7 @@ def conclude(
 ) -> Selection:
     """The last part of :func:`choose`: from the stores of all parts to the selection, and its files in ``folder``."""
     valid = [store for name, store in stores.items() if name != "train"]
-    scores = score(stores["train"], valid, setup.influence, setup.selecting, noise)
+    scores = score(stores["train"], valid, setup.influence, setup.selecting, noise, checked=True)
     chosen = select(scores, setup.selecting, least=setup.least, sketches=stores["train"])
     if folder is not None:
         with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores
@@ -170,13 +172,18 @@ def score(
     options: Influence | None = None,
     selecting: Selecting | None = None,
     noise: Sequence[SketchStore] = (),
+    *,
+    checked: bool = False,
 ) -> Scores:
     """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``;
-    stores of ``noise`` say what that owes to responses. Validation stores that are shares of one job count as one."""
+    stores of ``noise`` say what that owes to responses. Validation stores that are shares of one job count as one.
+    ``checked``: :func:`check` has read the records, and has said where validation sets hold prompts twice."""
     given, choice = options or Influence(), selecting or Selecting()
     valid = _whole(valid)
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
     scores = influence(train, valid, given, pairs=pairs)
+    if scores.pairs is not None and not checked and (found := copies(scores.pairs)) is not None:
+        warn(str(RepeatedPrompts.of(*found, "the responses and the gradient")), RepeatedPrompts, stacklevel=2)
     return with_uncertainty(scores, train, valid, given, choice, noise)
 
 

@@ -21,7 +21,7 @@ import torch
 from cropi.data.rows_out import write_jsonl
 from cropi.errors import CropiError
 from cropi.ranking.given import given_stores
-from cropi.ranking.influence import check_stores, choose_members
+from cropi.ranking.influence import SAME_LENGTH, check_stores, choose_members
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sealed import summed
@@ -111,6 +111,30 @@ def validation(
             table[[at for _, at in here]] = sketches[[i for i, _ in here]]
     there = [i for i, row in enumerate(found) if row is not None]
     return [row for row in found if row is not None], table if len(there) == len(found) else table[there]
+
+
+def copies(pairs: Pairwise) -> tuple[dict[str, tuple[int, int]], tuple[str, str]] | None:
+    """What :func:`cropi.data.shared.repeated_prompts` finds in records, of stores: prompts whose responses and gradient
+    are those of another one of their set. Other responses to the same prompt have another gradient, and are not found.
+    """
+    squares, found = np.diagonal(pairs.gram), dict[str, tuple[int, int]]()
+    example: tuple[str, str] | None = None
+    for name in pairs.sets:
+        members, again = pairs.members(name), 0
+        alike: dict[tuple[int, float], list[int]] = {}
+        for i in members.tolist():
+            alike.setdefault((pairs.valid[i].tokens, pairs.valid[i].pass_rate), []).append(i)
+        for places in map(np.array, alike.values()):
+            for number, i in enumerate(places):
+                before = places[:number]
+                apart = squares[before] + squares[i] - 2 * pairs.gram[i, before]
+                same = before[(apart <= SAME_LENGTH**2 * squares[i]) & (squares[i] > 0)]
+                if len(same):
+                    again += 1
+                    example = example or (pairs.valid[same[0]].id, pairs.valid[i].id)
+        if again:
+            found[name] = again, len(members)
+    return example and (found, example)
 
 
 def _check(train: SketchStore, valid: Sequence[SketchStore]) -> None:
