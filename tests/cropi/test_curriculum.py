@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from support.commands import json_lines
 from support.made_curriculum import calls, config, curriculum, make_folder, report, selections
 from support.made_data import make_records, write_lines
@@ -26,6 +28,7 @@ from support.syncs import recorded
 from cropi.cli import main
 from cropi.curriculum.data import Files, Source
 from cropi.curriculum.plan import Plan
+from cropi.curriculum.state import State
 
 pytestmark = pytest.mark.long
 
@@ -89,7 +92,7 @@ def test_two_stages_with_a_real_trainer(
 
 
 def test_training_in_this_process_with_trl(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -140,6 +143,11 @@ def test_training_in_this_process_with_trl(
         assert "holds half of a stage's training with train." in capsys.readouterr().err
         assert (out / "state.json").read_bytes() == before
     path_of_config = config(made, out, **(given | {"trainer": "trl", "trl": options}))
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as disk:
+        disk.setattr("trl.GRPOTrainer.save_model", Mock(side_effect=full))
+        assert curriculum(path_of_config) == 2
+    assert "trained cannot be written: no space left on device" in capsys.readouterr().err
     # Killed between the last checkpoint, inside an epoch, and the end of the step: nothing more is trained.
     assert curriculum(path_of_config) == 0
     assert not (out / "stage-00/trained/checkpoints/checkpoint-3").exists()
@@ -151,6 +159,16 @@ def test_training_in_this_process_with_trl(
     assert [path.name for path in (out / "stage-00/trained/checkpoints").glob("checkpoint-*")] == [
         "checkpoint-1"
     ]
+    # What another first model becomes begins anew, too.
+    forget(out / "state.json", "train")
+    other = shutil.copytree(made / "model", tmp_path / "other")
+    path_of_config = config(
+        made, out, **(given | {"trainer": "trl", "trl": options, "steps": 1, "model": str(other)})
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("cropi.curriculum.run", State.open)
+        assert curriculum(path_of_config, "--accept-changes") == 0
+    assert not (out / "stage-00/trained/checkpoints").exists()
     capsys.readouterr()
     for changes, words in (
         ({"rewards": "x"}, "'rewards' is not known; did you mean 'reward'?"),
@@ -300,9 +318,17 @@ def test_a_failed_trainer_is_shown_and_can_be_mended(
     assert "exit status 7" in error and "  | no memory left" in error and "train.log" in error
     assert curriculum(config(made, out, trainer="true {selected}")) == 2
     assert "holds no Hugging Face model" in capsys.readouterr().err
-    assert curriculum(config(made, out, stages=1)) == 0  # no finished stage has used the old commands
+    for name in ("selected.jsonl", "selected_trajectories.jsonl"):
+        path, changed = out / "stage-00" / name, (out / "stage-00" / name).read_text()
+        path.write_text("".join(changed.splitlines(keepends=True)[1:]))
+        assert curriculum(config(made, out, stages=1)) == 2 and not Path(f"{out}.calls").exists()
+        assert f"{path} is not the file that the stage wrote" in capsys.readouterr().err
+        path.write_text(changed)
+    # No finished stage has used the old commands, and what was chosen may be changed on purpose.
+    (out / "stage-00" / "selected.jsonl").write_text("p0-003\n")
+    assert curriculum(config(made, out, stages=1), "--accept-changes") == 0
     attempts = [entry["attempts"] for entry in json.loads((out / "state.json").read_text())["done"]]
-    assert attempts == [1, 1, 1, 3, 1]
+    assert attempts == [1, 1, 1, 5, 1]
 
 
 def test_changes_after_a_finished_stage(

@@ -18,7 +18,7 @@ from cropi.report.forms import BESIDE, TRAINED, is_amount
 from cropi.sealed import read_sealed, sealed
 from cropi.store.differences import first_difference
 from cropi.trainers.trl.checkpoints import newest_whole
-from cropi.trainers.trl.in_process import STATE
+from cropi.trainers.trl.in_process import CHECKPOINTS, STATE
 
 FORMAT = 1
 NAME = "state.json"
@@ -34,7 +34,7 @@ RESULTS: dict[str, Any] = {
     "influence": {"sets": [str], "scored": int},
     "select": {
         "prompts": int, "selected": int, "scores": {str: BESIDE}, "pass_rate": BESIDE,
-        "kept_from_last": int | None, "last": int,
+        "kept_from_last": int | None, "last": int, "sums?": {str: str},
     },
     "train": {"model": str, "training?": TRAINED, "checkpoints?": {str: str}},
     "collect": {"model": str, "train?": [str], "replaced?": int},
@@ -113,9 +113,14 @@ class State:
         it cannot change half way. A command's training is its own."""
         started, held = self.data["started"] or {}, self.data["settings"].get("train", {})
         differs = first_difference(held, wanted["train"], "train")
+        if not differs and started.get("stage") == 0:  # later stages train what the stage before has made
+            models = [
+                {"model": one.get("sketch", {}).get("model")} for one in (self.data["settings"], wanted)
+            ]
+            differs = first_difference(models[0], models[1], "sketch")
         if started.get("step") != "train" or held.get("trainer") != IN_PROCESS or not differs:
             return
-        checkpoints = plan.stage_folder(started["stage"]) / "trained" / "checkpoints"
+        checkpoints = plan.stage_folder(started["stage"]) / "trained" / CHECKPOINTS
         if newest_whole(checkpoints, STATE) is None:
             return
         if not plan.accept_changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
 import time
 from collections import Counter
@@ -40,13 +41,16 @@ from cropi.ranking.selection_files import (
 )
 from cropi.ranking.table import SCORES, read_scores, write_scores
 from cropi.report.folder import report_folder
+from cropi.sealed import check_sums, sum_of
 from cropi.sketching.job import SketchJob, make_tokenize
 from cropi.store.earlier import EARLIER
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore
-from cropi.trainers.trl.in_process import train_stage
+from cropi.trainers.trl.in_process import CHECKPOINTS, train_stage
 
 Result = dict[str, Any]
+# What a stage writes of the prompts that are chosen, for its trainer.
+CHOSEN = (SELECTED, RECORDS)
 
 
 @dataclass
@@ -219,7 +223,9 @@ def influence_all(stage: Stage) -> Result:
     folder = stage.folder / "sketches"
     names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
     stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
-    scores = pipeline.score(training_store(folder), stores, stage.plan.influence, stage.plan.select)
+    scores = pipeline.score(
+        training_store(folder), stores, stage.plan.influence, stage.plan.select, checked=True
+    )
     write_scores(stage.folder / SCORES, scores)
     return {"sets": scores.sets, "scored": int(scores.usable.sum())}
 
@@ -260,6 +266,7 @@ def select_best(stage: Stage) -> Result:
         },
         "kept_from_last": len(set(ids) & set(last)) if stage.number else None,
         "last": len(last),
+        "sums": {name: sum_of(folder / name) for name in CHOSEN},
     }  # fmt: skip
 
 
@@ -275,8 +282,12 @@ def _records(stage: Stage, source: data.Source, name: str) -> Any:
 def train(stage: Stage) -> Result:
     """Train on the selection, by the user's command or in this process."""
     plan, values, policy = stage.plan, stage.values(), stage.load(stage.model)
+    other = _check_chosen(stage)
     with writing(stage.folder):
         make_folder(stage.folder / "trained")
+        if other or stage.state.checkpoint(stage.model) not in (None, policy.checkpoint):
+            # With --accept-changes: training would go on with what the old prompts or the old model have become.
+            shutil.rmtree(stage.folder / "trained" / CHECKPOINTS, ignore_errors=True)
     if plan.trainer == IN_PROCESS:
         model = train_stage(
             plan.trl,
@@ -341,6 +352,22 @@ def _check_unchanged(stage: Stage, now: Mapping[str, str]) -> None:
                 f"the trajectories {name!r} have changed since stage {before['stage']}: stages would not be "
                 "comparable; put the old ones back, give another --out, or pass --accept-changes"
             )
+
+
+def _check_chosen(stage: Stage) -> bool:
+    """Whether the files of the chosen prompts are others than the stage has written, which has to be accepted."""
+    written = (stage.state.result(stage.number, "select") or {}).get("sums", {})
+    for name, want in written.items():
+        if sum_of(stage.folder / name) != want:
+            if stage.plan.accept_changes:
+                return True
+            raise CropiError(
+                f"{stage.folder / name} is not the file that the stage wrote: other prompts would be trained on than "
+                "were chosen; put the old one back, or pass --accept-changes"
+            )
+    if stage.plan.export is not None and not stage.plan.accept_changes:
+        check_sums(_dataset(stage.folder, stage.plan))
+    return False
 
 
 def _check_makers(stage: Stage, source: data.Source, checked: Checked) -> None:

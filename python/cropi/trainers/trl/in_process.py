@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.util
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,6 +23,7 @@ from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional, shown
+from cropi.files import failure_of, reason
 from cropi.model.load import DTYPES, check_device, load_model
 from cropi.sealed import sealed
 from cropi.trainers.trl.as_scored import prompts_as_scored
@@ -29,6 +34,8 @@ from cropi.trainers.trl.versions import check_version
 KEYS = ("reward", "args", "dtype", "device")
 # These belong to the stage.
 OURS = ("output_dir", "max_steps", "num_train_epochs")
+CHECKPOINTS = "checkpoints"
+FULL = 2**20  # bytes that are left on a disk that is called full
 STATE = "trainer_state.json"  # of transformers, the last file of a checkpoint
 
 
@@ -163,7 +170,7 @@ def train_stage(
     """
     trl, datasets = optional("trl"), optional("datasets")
     device = options.get("device", "cpu")
-    started = newest_whole(out / "checkpoints", STATE)
+    started = newest_whole(out / CHECKPOINTS, STATE)
     # From its last step transformers' trainer would go on with one more, where that is not the end of an epoch.
     trained = started if started and int(started.name.rpartition("-")[2]) >= steps else None
     policy, tokenizer = load_model(
@@ -177,7 +184,7 @@ def train_stage(
         {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
         for group in groups
     ]
-    arguments = make_config(options, steps, out / "checkpoints")
+    arguments = make_config(options, steps, out / CHECKPOINTS)
     if tokens is not None and tokenizer is not None:
         prompts = prompts_as_scored(groups, tokenizer, tokens, arguments.chat_template_kwargs)
         rows = [row | {"prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
@@ -192,22 +199,46 @@ def train_stage(
         model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
         train_dataset=datasets.Dataset.from_dict(columns_of(rows)), processing_class=tokenizer,
     )  # fmt: skip
-    if trained:
-        history = json.loads((trained / STATE).read_text(encoding="utf-8"))["log_history"]
-    else:
-        trainer.train(resume_from_checkpoint=str(started) if started else None)
-        history = trainer.state.log_history
-    if summary := training_summary(history):
-        write_atomic(out / "training.json", json.dumps(sealed(summary)) + "\n")
     new = out / "policy"
-    trainer.save_model(str(new))
-    tokenizer.save_pretrained(str(new))
+    with _saving(out):
+        if trained:
+            history = json.loads((trained / STATE).read_text(encoding="utf-8"))["log_history"]
+        else:
+            trainer.train(resume_from_checkpoint=str(started) if started else None)
+            history = trainer.state.log_history
+        if summary := training_summary(history):
+            write_atomic(out / "training.json", json.dumps(sealed(summary)) + "\n")
+        trainer.save_model(str(new))
+        tokenizer.save_pretrained(str(new))
     # The next step loads the new policy; this one and its optimizer must be gone by then.
     del trainer, policy
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return new
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """Inside, a failing disk becomes an error in words.
+
+    safetensors tells of one by an error of its own, and torch.save by one that does not name it.
+
+    Raises:
+        CropiError: the disk is full, or fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = failure_of(error)
+        if failure is None and shutil.disk_usage(folder).free < FULL:
+            failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if failure is None or isinstance(error, CropiError):
+            raise
+        raise CropiError(
+            f"training stopped: {folder} cannot be written: {reason(failure)}; then the same command goes on at the "
+            "last whole checkpoint"
+        ) from error
 
 
 def _names(reward: Any) -> list[str]:
