@@ -418,8 +418,9 @@ class Choosing(Options):
             value = getattr(self, name)
             if value is not None and not low < value < high:
                 raise CropiError(f"{name} must be above {low:g} and below {high:g}, got {value!r}")
-        if self.rrf_constant < 0:
-            raise CropiError(f"rrf_constant must be at least 0, got {self.rrf_constant!r}")
+        # From 2^53 on, a constant and a rank are the constant in float64, and every prompt's value is the same.
+        if not 0 <= self.rrf_constant <= 1e9:
+            raise CropiError(f"rrf_constant must be from 0 to 1e9, got {self.rrf_constant!r}")
         if self.candidates < 1:
             raise CropiError(f"candidates must be at least 1, got {self.candidates!r}")
         by_scores = self.method not in BASELINES or self.min_score is not None

@@ -130,6 +130,9 @@ def test_a_count_that_quotas_do_not_leave_is_an_error() -> None:
     with pytest.raises(CropiError, match="count 14 is more than the 13 prompts that the quotas leave"):
         select(scores, count=14, quota=["a=1"])
     assert len(select(scores, fraction=0.7, quota=["a=1"])) == 13  # a fraction chooses so many at most
+    more = select(scores, fraction=0.7, quota=["a=1"], least=15)  # but what a trainer's batch needs
+    assert Counter(scores.rows[i].task for i in more.chosen) == {"a": 3, "b": 6, "c": 6}
+    assert len(select(scores, fraction=0.7, quota=["a=1"], least=99)) == 20
 
 
 def test_names_of_quotas_may_hold_the_equals_sign() -> None:
@@ -166,8 +169,13 @@ def test_classic_fusion_takes_whole_lists_and_sixty() -> None:
     assert select(scores, count=3, method="rrf_classic").ids == ["01", "00", "02"]  # 2/62 > 1/61 + 1/64
     assert select(scores, count=1, method="rrf_classic", rrf_constant=0).ids == ["00"]  # 1/1 + 1/4 > 2/2
     assert select(scores, count=1, method="mean").ids == ["01"]
-    with pytest.raises(CropiError, match="rrf_constant must be at least 0"):
-        select(scores, method="rrf_classic", rrf_constant=-1)
+    last = [row.id for row in scores.rows][-1]
+    assert (
+        select(scores, count=4, method="rrf_classic", rrf_constant=1e9).ids[-1] == last
+    )  # 2 / (1e9 + 3), least
+    for constant in (-1, 1e300):
+        with pytest.raises(CropiError, match="rrf_constant must be from 0 to 1e9"):
+            select(scores, method="rrf_classic", rrf_constant=constant)
 
 
 def test_min_score_leaves_places_empty() -> None:

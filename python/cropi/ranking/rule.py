@@ -72,7 +72,7 @@ def shared_out(
         given: the options, which choose by groups.
         sizes: of every group in the pool.
         usable: prompts of every group that can be chosen; groups without one may be missing.
-        least: as for :class:`Rule`.
+        least: as for :class:`Rule`; quotas that leave fewer are raised.
 
     Raises:
         CropiError: nothing is chosen, or the quotas do not fit.
@@ -85,6 +85,10 @@ def shared_out(
             raise CropiError(
                 f"count {n} is more than the {held} prompts that the quotas leave; lower it, or raise the quotas"
             )
+        if given.count is None and held < (wanted := min(least, sum(usable.values()))):
+            room = {name: usable[name] - number for name, number in counts.items()}
+            more = apportion(wanted - held, {name: max(number, 1) for name, number in counts.items()}, room)
+            counts = {name: number + more[name] for name, number in counts.items()}
         return n, counts
     most = {name: usable.get(name, 0) for name in sizes}
     counts = {name: part_of(given.fraction, size) for name, size in sizes.items()}
