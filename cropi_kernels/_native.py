@@ -84,7 +84,8 @@ def not_plain(x: torch.Tensor) -> str | None:
     # As a variable: mypy takes the check for one that is never true.
     wrapper: bool = is_traceable_wrapper_subclass(x)
     if wrapper:
-        return f"the tensor is a {type(x).__name__}: give a plain tensor (of a DTensor: full_tensor() or to_local())"
+        of = type(x).__name__
+        return f"the tensor is of type {of}: give a plain tensor (of a DTensor: full_tensor() or to_local())"
     return None
 
 

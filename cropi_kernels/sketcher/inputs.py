@@ -149,7 +149,7 @@ def _check_more(model: nn.Module, more: Any) -> None:
         return
     if not isinstance(more, Mapping):
         raise ValueError(
-            f"model_kwargs is a {type(more).__name__}: give a dictionary of the model's inputs by name"
+            f"model_kwargs is of type {type(more).__name__}: give a dictionary of the model's inputs by name"
         )
     if own := [name for name in more if name in _OWN]:
         raise ValueError(

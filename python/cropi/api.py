@@ -11,7 +11,7 @@ from cropi import pipeline
 from cropi.data.forms import parse_columns
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
-from cropi.errors import CropiError, as_keywords, shown
+from cropi.errors import CropiError, article, as_keywords, shown
 from cropi.model.policy import Policy
 from cropi.option_fields import keywords_of, names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
@@ -256,7 +256,7 @@ def select(scores: Scores, fraction: float = 0.1, **options: Any) -> Selection:
     """
     if not isinstance(scores, Scores):
         raise CropiError(
-            f"scores is a {type(scores).__name__}: give the Scores of cropi.score or cropi.influence"
+            f"scores is {article(type(scores).__name__)}: give the Scores of cropi.score or cropi.influence"
         )
     (given,) = split({"fraction": fraction, **options}, Selecting)
     return selection.select(scores, given)
@@ -296,10 +296,10 @@ def write_report(
     """
     if not isinstance(chosen, Selection):
         raise CropiError(
-            f"chosen is a {type(chosen).__name__}: give a Selection (scores.select, cropi.select)"
+            f"chosen is {article(type(chosen).__name__)}: give a Selection (scores.select, cropi.select)"
         )
     if check is not None and not isinstance(check, CheckReport):
-        raise CropiError(f"check is a {type(check).__name__}: give the CheckReport of cropi.check")
+        raise CropiError(f"check is {article(type(check).__name__)}: give the CheckReport of cropi.check")
     from cropi.trainers.dumps import auto
 
     scores = chosen.scores

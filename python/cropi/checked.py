@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, article
 
 
 def check_fields(options: Any, before: str = "") -> None:
@@ -86,7 +86,7 @@ def in_words(wanted: Any) -> str:
     if origin in (Mapping, dict):
         return "a table of keys and values"
     if is_dataclass(wanted) or wanted not in names:
-        return f"a {getattr(wanted, '__name__', wanted)}"
+        return article(getattr(wanted, "__name__", str(wanted)))
     return names[wanted]
 
 

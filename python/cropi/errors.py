@@ -152,6 +152,15 @@ def _with_keywords(message: str) -> str:
     return f"{message} (in Python {', '.join(new.values())})" if new else message
 
 
+def article(name: str) -> str:
+    """A name behind "a" or "an".
+
+    >>> article("list"), article("Influence"), article("uint8")
+    ('a list', 'an Influence', 'a uint8')
+    """
+    return f"{'an' if name[:1] in (*'aeioAEIO',) else 'a'} {name}"
+
+
 def shown(value: Any, limit: int = 60) -> str:
     """A value's repr in at most ``limit`` characters; a longer one ends in dots."""
     if isinstance(value, (str, bytes)):
@@ -163,7 +172,7 @@ def shown(value: Any, limit: int = 60) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits inside, or thousands of brackets
-        return f"a {type(value).__name__}"
+        return article(type(value).__name__)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

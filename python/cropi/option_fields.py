@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar
 
 from cropi.checked import check_fields
-from cropi.errors import CropiError, did_you_mean
+from cropi.errors import CropiError, article, did_you_mean
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ def one_of(made: T | None, given: Mapping[str, Any], cls: type[T]) -> T:
         options: T = split(given, cls)[0]
         return options
     if given:
-        raise CropiError(f"{next(iter(given))!r} is given beside a {cls.__name__}: put it in there")
+        raise CropiError(f"{next(iter(given))!r} is given beside {article(cls.__name__)}: put it in there")
     return made
 
 

@@ -224,9 +224,9 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "ProjectionSpec: dim": (lambda: kernels.ProjectionSpec("64"), "dim='64': give an integer"),  # type: ignore[arg-type]
     "project: order": (lambda: kernels.project(CSR, T), "spec is of type Tensor"),  # type: ignore[call-overload]
-    "project: a list": (lambda: kernels.project([1.0], CSR), "x is a list: give a torch.Tensor"),  # type: ignore[call-overload]
+    "project: a list": (lambda: kernels.project([1.0], CSR), "x is of type list: give a torch.Tensor"),  # type: ignore[call-overload]
     "project: one row": (lambda: kernels.project(T[0], CSR), r"x\[None\] for one row"),
-    "project_transpose: a list": (lambda: kernels.project_transpose([1.0], CSR, 8), "y is a list"),  # type: ignore[arg-type]
+    "project_transpose: a list": (lambda: kernels.project_transpose([1.0], CSR, 8), "y is of type list"),  # type: ignore[arg-type]
     "project_csr: dense": (lambda: kernels.project_csr(T, CSR), "is of type Tensor: give a CsrRows"),  # type: ignore[arg-type]
     "project_csr_sparse: dense": (lambda: kernels.project_csr_sparse(T, CSR), "give a CsrRows"),  # type: ignore[arg-type]
     "explain: nothing": (lambda: kernels.explain(None), r"explain\(None\)"),

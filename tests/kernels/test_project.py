@@ -293,7 +293,7 @@ def test_spec_errors(fields: dict, message: str) -> None:
         (torch.zeros(2, 5, 2), 0, "flatten the parameters"),
         (torch.zeros(2, 10, dtype=torch.int64), 0, "x is torch.int64: give float32"),
         (torch.zeros(2, 10).to_sparse(), 0, "sparse layout"),
-        (np.zeros((2, 10)), 0, "x is a ndarray: give a torch.Tensor"),
+        (np.zeros((2, 10)), 0, "x is of type ndarray: give a torch.Tensor"),
     ],
 )
 def test_input_errors(x: torch.Tensor, offset: int, message: str) -> None:

@@ -64,7 +64,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ),
     (dict(model_kwargs={"cache": None}), r"model_kwargs holds cache, which the pass gives"),
     (dict(model_kwargs={"labels": BATCH.input_ids}), r"model_kwargs holds labels, which the pass gives"),
-    (dict(model_kwargs=[1]), r"model_kwargs is a list: give a dictionary"),
+    (dict(model_kwargs=[1]), r"model_kwargs is of type list: give a dictionary"),
     (dict(weigh=lambda logp, a, b: torch.zeros(3)), r"weigh\(logp, 0, 18\) returned \(3,\)"),
 ]
 

@@ -108,7 +108,9 @@ def project_transpose(
 def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -> None:
     check_spec(spec)
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}: give a torch.Tensor {shape} ({_as_tensor(x)})")
+        raise ValueError(
+            f"{name} is of type {type(x).__name__}: give a torch.Tensor {shape} ({_as_tensor(x)})"
+        )
     if x.layout != torch.strided:
         raise ValueError(
             f"{name} has the sparse layout {x.layout}: give a dense tensor (to_dense()), or use cropi.sklearn for "

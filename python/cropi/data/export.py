@@ -26,7 +26,7 @@ from cropi.data.rows_out import check_json, check_table, rows_of, table_of, take
 from cropi.data.spilled import Rows
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, check_text, trainer_row
-from cropi.errors import CropiError, optional, shown
+from cropi.errors import CropiError, article, optional, shown
 from cropi.files import reading
 from cropi.sealed import check_sums, summed
 
@@ -290,7 +290,9 @@ def _held(dataset: Any) -> Any:
         and dataset
         and all(hasattr(part, "column_names") for part in dataset.values())
     ):
-        raise CropiError(f"dataset: a {kind} of {', '.join(map(str, dataset))}: give one of its splits")
+        raise CropiError(
+            f"dataset: {article(kind)} of {', '.join(map(str, dataset))}: give one of its splits"
+        )
     raise CropiError(
         f"dataset: got {kind}; give a datasets.Dataset, a table, a pandas frame, a list of dictionaries (one a "
         "prompt), a path or a name on the hub"

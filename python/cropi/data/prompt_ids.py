@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, article, optional
 
 
 class PromptIds:
@@ -31,9 +31,9 @@ class PromptIds:
     ) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise CropiError(
-                f"{name} is a {type(dataset).__name__}, which can only be streamed: prompts that are selected must be "
-                "found again by their place; load it as a map-style dataset (streaming=False), or write the stream "
-                "to disk first"
+                f"{name} is {article(type(dataset).__name__)}, which can only be streamed: prompts that are selected "
+                "must be found again by their place; load it as a map-style dataset (streaming=False), or write the "
+                "stream to disk first"
             )
         known, [values] = column_values(dataset, column)
         if values is None:

@@ -20,7 +20,7 @@ from cropi.data.records import PromptGroup, check_characters, parse_json
 from cropi.data.spilled import copy_to_temporary, temporary
 from cropi.data.tables import TableRow, is_saved, rows_of_batch, rows_of_saved, rows_of_table_file
 from cropi.data.values import python_value
-from cropi.errors import CropiError, RecordError, optional
+from cropi.errors import CropiError, RecordError, article, optional
 from cropi.files import open_to_read, reading
 from cropi.sealed import check_sums
 
@@ -217,7 +217,8 @@ def sources_of(source: Any, name: str = "records") -> list[Source]:
         return [MemorySource(source, name)]
     if isinstance(source, Iterator):
         raise CropiError(
-            f"{name} is a {type(source).__name__}, which can be read once, but records are read twice; give a list"
+            f"{name} is {article(type(source).__name__)}, which can be read once, but records are read twice; "
+            "give a list"
         )
     raise CropiError(
         f"{name} must be a path, a list of paths or of records, or a datasets.Dataset, got {type(source).__name__}"

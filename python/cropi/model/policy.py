@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, article
 from cropi.files import is_there
 from cropi.model.adapting import check_packing
 from cropi.model.fingerprint import (
@@ -414,9 +414,11 @@ def _check_tokenizer(tokenizer: Any) -> None:
             f"tokenizer is {tokenizer!r}: give the tokenizer itself (AutoTokenizer.from_pretrained({tokenizer!r}))"
         )
     if isinstance(tokenizer, torch.nn.Module):
-        raise CropiError(f"tokenizer is a {type(tokenizer).__name__}: the order is Policy(model, tokenizer)")
+        raise CropiError(
+            f"tokenizer is {article(type(tokenizer).__name__)}: the order is Policy(model, tokenizer)"
+        )
     if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
-        raise CropiError(f"tokenizer is a {type(tokenizer).__name__}: give a Hugging Face tokenizer")
+        raise CropiError(f"tokenizer is {article(type(tokenizer).__name__)}: give a Hugging Face tokenizer")
 
 
 def _check_kind(model: Any) -> None:
@@ -430,8 +432,8 @@ def _check_kind(model: Any) -> None:
 
 def _no_policy(model: Any, why: str) -> CropiError:
     return CropiError(
-        f"model is a {type(model).__name__}, {why}: give a causal language model (AutoModelForCausalLM), or sketch a "
-        "loss of your own by cropi.GradientSketcher(model).batch(...)"
+        f"model is {article(type(model).__name__)}, {why}: give a causal language model (AutoModelForCausalLM), or "
+        "sketch a loss of your own by cropi.GradientSketcher(model).batch(...)"
     )
 
 

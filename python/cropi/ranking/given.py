@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.errors import CropiError
+from cropi.errors import CropiError, article
 from cropi.ranking.influence import NUMBERED
 from cropi.ranking.origin import origin_of
 from cropi.store.memory import MemoryStore
@@ -66,7 +66,7 @@ def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
         sketches, ids, origin = given.sketches, [str(name) for name in given.ids], origin_of(given)
         manifest = {"spec": given.spec.to_dict(), "model": origin, "estimator": origin.pop("estimator", None)}
     else:
-        raise CropiError(f"{name} is a {type(given).__name__}: give {WANTED}")
+        raise CropiError(f"{name} is {article(type(given).__name__)}: give {WANTED}")
     dense = sketches.layout == torch.strided
     if sketches.ndim != 2 or not sketches.numel() or not sketches.is_floating_point() or not dense:
         raise CropiError(

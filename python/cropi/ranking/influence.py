@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.errors import CropiError, warn
+from cropi.errors import CropiError, article, warn
 from cropi.option_fields import one_of
 from cropi.options import Influence
 from cropi.ranking.contrast import names_without, without
@@ -238,9 +238,9 @@ def score_rows(
     if metric not in METRICS:
         raise CropiError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     if not isinstance(sketches, torch.Tensor):
-        raise CropiError(f"sketches is a {type(sketches).__name__}: give a tensor [prompts, dim]")
+        raise CropiError(f"sketches is {article(type(sketches).__name__)}: give a tensor [prompts, dim]")
     if not isinstance(means, Mapping) or not means:
-        kind = "empty" if isinstance(means, Mapping) else f"a {type(means).__name__}"
+        kind = "empty" if isinstance(means, Mapping) else article(type(means).__name__)
         raise CropiError(
             f"means is {kind}: give a dict with the mean of every validation set, {{'name': [dim]}}"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, article, optional
 from cropi.files import is_file
 from cropi.ranking.table_rows import values_of
 from cropi.store.rows import RowInfo
@@ -61,8 +61,8 @@ class Scores:
         kind, shape = type(self.table).__name__, list(np.shape(self.table))
         if not isinstance(self.table, np.ndarray) or shape != [len(self.rows), len(self.sets)]:
             raise CropiError(
-                f"table is a {kind} of shape {shape}: give a numpy array [{len(self.rows)}, {len(self.sets)}], a row "
-                "per prompt and a column per validation set"
+                f"table is {article(kind)} of shape {shape}: give a numpy array [{len(self.rows)}, {len(self.sets)}], "
+                "a row per prompt and a column per validation set"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cropi.errors import CropiError, as_keywords, optional, shown, warn
+from cropi.errors import CropiError, article, as_keywords, optional, shown, warn
 from cropi.files import is_folder
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
@@ -383,7 +383,7 @@ def _store(scores: Scores, given: SketchStore | None) -> SketchStore:
         return scores.store
     if given is not None and not isinstance(given, SketchStore):
         raise CropiError(
-            f"sketches is a {type(given).__name__}: give the SketchStore of the training prompts"
+            f"sketches is {article(type(given).__name__)}: give the SketchStore of the training prompts"
         )
     origin = scores.meta.get("train", {})
     if given is None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.rewards import LARGEST_REWARD
-from cropi.errors import CropiError, RecordError, did_you_mean, shown
+from cropi.errors import CropiError, RecordError, article, did_you_mean, shown
 from cropi.rollouts.prompts import Prompt
 from cropi.rollouts.scorer_files import files_of
 from cropi.rollouts.verifiers import VERIFIERS
@@ -66,7 +66,8 @@ class Reward:
         self.version = "" if isinstance(given, str) and given in VERIFIERS else _version(given, self.function)
         if not callable(self.function):
             raise CropiError(
-                f"reward: {self.name} is a {type(self.function).__name__}, which cannot be called; name a function"
+                f"reward: {self.name} is {article(type(self.function).__name__)}, which cannot be called; name a "
+                "function"
             )
         try:
             parameters = inspect.signature(self.function).parameters

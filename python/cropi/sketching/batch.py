@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cropi.data.rewards import no_gradient_reason
-from cropi.errors import CropiError
+from cropi.errors import CropiError, article
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
 from cropi.gradient.layout import layout_of
 from cropi.model.policy import Policy, check_dropout
@@ -115,7 +115,7 @@ def score_batch(
     (['a', 'b'], torch.Size([2, 1024]))
     """
     if spec is not None and not isinstance(spec, SketchSpec):
-        raise CropiError(f"spec is a {type(spec).__name__}: give a SketchSpec")
+        raise CropiError(f"spec is {article(type(spec).__name__)}: give a SketchSpec")
     policy = Policy.of(model)
     check_dropout(policy.model, "model")
     rows = BatchRows(policy, input_ids, attention_mask, position_ids)

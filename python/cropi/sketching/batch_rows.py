@@ -9,7 +9,7 @@ import torch
 
 from cropi.checked import absent, is_id
 from cropi.data.checks import LOGPROB_SLACK
-from cropi.errors import CropiError
+from cropi.errors import CropiError, article
 from cropi.model.policy import Policy
 from cropi_kernels.sketcher.lengths import Lengths
 from cropi_kernels.sketcher.one_sequence import numbered, restart
@@ -198,7 +198,7 @@ class BatchRows:
             return list(range(self.batch)), torch.arange(self.batch, device="cpu")
         names = names.tolist() if hasattr(names, "tolist") else names
         if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != self.batch:
-            got = f"{len(names)} names" if isinstance(names, Sequence) else f"a {type(names).__name__}"
+            got = f"{len(names)} names" if isinstance(names, Sequence) else article(type(names).__name__)
             raise CropiError(f"prompt_ids is {got}: give a list of {self.batch}, one for each row")
         for row, name in enumerate(names):
             if not is_id(name):

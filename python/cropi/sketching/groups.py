@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, article, optional
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.layout import layout_of
@@ -204,7 +204,7 @@ def _checked(
             continue
         if not isinstance(group, TokenGroup):
             raise CropiError(
-                f"groups holds a {type(group).__name__}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"
+                f"groups holds {article(type(group).__name__)}: give TokenGroups (see cropi.gradient.tokenize.Tokenize)"
             )
         if reason := no_sketch_reason(group, estimator, source, zero_check=job.zeros, noise=job.noise):
             yield row_of(group.group, SKIPPED, reason, job.set)

@@ -17,7 +17,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.data.sources import PathSource
-from cropi.errors import CropiError, RecordError, warn
+from cropi.errors import CropiError, RecordError, article, warn
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.kept import KeptTokens
@@ -331,9 +331,9 @@ def _arguments(policy: Any, job: Any, rest: tuple[Any, ...]) -> tuple[Policy, Sk
         )
         policy, job, rest = Policy(policy, job), rest[0], ()
     if not isinstance(policy, Policy):
-        raise CropiError(f"policy is a {type(policy).__name__}: give cropi.Policy(model, tokenizer)")
+        raise CropiError(f"policy is {article(type(policy).__name__)}: give cropi.Policy(model, tokenizer)")
     if not isinstance(job, SketchJob):
-        raise CropiError(f"job is a {type(job).__name__}: give a cropi.sketching.job.SketchJob")
+        raise CropiError(f"job is {article(type(job).__name__)}: give a cropi.sketching.job.SketchJob")
     if rest:
         raise TypeError(f"sketch() takes a policy, a job, scan= and progress=, got {[*rest]} too")
     return policy, job

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from cropi.errors import RecordError, printable
+from cropi.errors import RecordError, article, printable
 
 REMEDY = "mend it, or pass --skip-bad to leave such samples out and count them"
 LARGEST_ID = 2**31 - 1
@@ -96,7 +96,7 @@ def shown(value: Any) -> str:
     try:
         text = short.repr(value) if not isinstance(value, torch.Tensor) else f"a tensor {list(value.shape)}"
     except Exception:  # an object's own repr may raise anything
-        text = f"a {type(value).__name__}"
+        text = article(type(value).__name__)
     return printable(text[:200])[:200]
 
 
