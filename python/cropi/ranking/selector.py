@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from cropi.agreement import agree
 from cropi.checked import absent, fits, is_id
-from cropi.errors import CropiError, warn
+from cropi.errors import CropiError, article, warn
 from cropi.ranking.alike import known_alike
 from cropi.ranking.exploring import Noise, Values, draw, known
 from cropi.ranking.failing import Failing
@@ -86,10 +86,14 @@ class Selector:
     ) -> None:
         self.spec = SketchSpec() if spec is None else spec
         if not isinstance(self.spec, SketchSpec):
-            raise CropiError(f"spec is a {type(spec).__name__}: give a SketchSpec")
+            raise CropiError(f"spec is {article(type(spec).__name__)}: give a SketchSpec")
         self.ids = _names(ids)
         if not fits(dim, int) or dim < 1 or dim & (dim - 1) or dim > self.spec.dim:
-            raise CropiError(f"dim must be a power of two up to the sketch's {self.spec.dim}, got {dim!r}")
+            default = " (the default)" if dim == 1024 else ""
+            raise CropiError(
+                f"dim must be a power of two up to the sketch's {self.spec.dim}, got {dim!r}{default}: give dim=N, how "
+                "many numbers of a sketch are kept"
+            )
         for name, value, least in (("half_life", half_life, 1e-9), ("explore", explore, 0.0)):
             if (
                 isinstance(value, bool)
@@ -144,10 +148,12 @@ class Selector:
                 micro-batches) gets their sum.
             sketches: float ``[n, spec.dim]``, or what has them: a `cropi_kernels.LiveSketch` or a `SketchedBatch`, of
                 which spec, parameters, model and estimator must be those of all sketches before
-                (:mod:`cropi.ranking.origin`). Rows of zeros are visits without a gradient; so are rows with a
-                NaN or an infinity, which mark their prompts as failed besides (where no row of a step is finite, they
-                only do that: an overflow under loss scaling says nothing of a prompt). A prompt that fails again and
-                again is left out for ever longer (:mod:`cropi.ranking.failing`).
+                (:mod:`cropi.ranking.origin`). Nothing shows these of a tensor, nor its sign: its rows have to point
+                down the loss, as those of ``LiveSketcher.batch`` do (``GradientSketcher.batch``: take -1 times its
+                rows). Rows of zeros are visits without a gradient; so are rows with a NaN or an infinity,
+                which mark their prompts as failed besides (where no row of a step is finite, they only do that: an
+                overflow under loss scaling says nothing of a prompt). A prompt that fails again and again is left out
+                for ever longer (:mod:`cropi.ranking.failing`).
             step: the optimizer step; never less than before.
             gather: take the updates of all ranks of torch.distributed's default group, in their order; every rank must
                 call, with as many rows as it has (none, too), and has the same selector afterwards.
@@ -180,14 +186,16 @@ class Selector:
             self._add(places, torch.cat([part[3] for part in parts]))
 
     def refresh(self, sketches: Any, sets: Sequence[str] | None = None) -> None:
-        """Take new sketches of validation prompts: their means, one a set, replace the ones before.
+        """Take new sketches of validation prompts: their means, one a set, replace the ones before. Where a set has no
+        usable row and there are means before, these are kept, with a warning: by chance the rewards of a few prompts
+        are all equal now and then, and a training should not end there.
 
         Args:
             sketches: as for `update`; rows that are not finite, or zero, are left out.
             sets: the validation set of each row; None: they are one.
 
         Raises:
-            CropiError: as for `update`; a set without a usable row.
+            CropiError: as for `update`; the first time, a set without a usable row.
         """
         rows, origin = self._reduced(sketches, "validation sketches")
         if sets is not None and (isinstance(sets, str) or len(sets) != len(rows)):
@@ -203,10 +211,17 @@ class Selector:
                 else torch.zeros(self.dim, dtype=torch.float32, device="cpu").double()
             )
             if not bool(mine.any()) or not float(mean.norm()) > 0:
-                raise CropiError(
-                    f"validation set {name!r} has no row with a gradient ({names.count(name)} were given): give "
-                    "sketches of prompts whose rewards differ"
+                problem = (
+                    f"validation set {name!r} has no row with a gradient ({names.count(name)} were given)"
                 )
+                if not len(self._valid):
+                    raise CropiError(f"{problem}: give sketches of prompts whose rewards differ")
+                warn(
+                    f"{problem}: the validation means of step {self._refreshed} are kept; give more prompts whose "
+                    "rewards differ",
+                    stacklevel=2,
+                )
+                return
             means.append((mean / mean.norm()).float())
         self._valid, self._refreshed, self._opposed = torch.stack(means), self.step, None
         self._origin = merged(self._origin, origin)
