@@ -327,6 +327,16 @@ def test_info_of_what_is_not_finished(
     )
     (tmp_path / "stages/state.json").write_text("{")
     assert main(["info", str(tmp_path / "stages")]) == 2 and "is damaged" in capsys.readouterr().err
+    for step in (2, 4):
+        (tmp_path / f"trained/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"trained/checkpoint-{step}/config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "trained/checkpoint-4/trainer_state.json").write_text("{}")
+    for name, words in (
+        ("trained", "no rollouts, the models checkpoint-2, checkpoint-4"),
+        ("trained/checkpoint-2", ": llama, for --model"),
+        ("trained/checkpoint-4", ": llama, saved by a trainer, for --model"),
+    ):  # fmt: skip
+        assert main(["info", str(tmp_path / name)]) == 0 and words in capsys.readouterr().out
     (tmp_path / "dumps").mkdir()
     write_lines(tmp_path / "dumps/1.jsonl", [{"input": "q", "output": "a", "score": 1.0, "step": 1}] * 2)
     assert main(["info", str(tmp_path / "dumps"), "--json"]) == 0

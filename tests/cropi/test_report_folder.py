@@ -175,8 +175,16 @@ def test_stores_that_are_left_of_an_earlier_run_are_left_out(ran: Path, tmp_path
 def test_folders_that_are_no_run(ran: Path, tmp_path: Path) -> None:
     with pytest.raises(CropiError, match="is not a folder"):
         report_folder(tmp_path / "none")
-    with pytest.raises(CropiError, match="there is no such score table"):
+    with pytest.raises(CropiError, match="holds no scores.parquet: give what `cropi run --out` or"):
         report_folder(tmp_path)
+    live = tmp_path / "live" / "cropi"
+    live.mkdir(parents=True)
+    (live / "stages.jsonl").write_text('{"stage": 0, "step": 0, "dataset": 9, "selected": 3, "seen": 0}\n')
+    for folder in (live.parent, live):
+        with pytest.raises(
+            CropiError, match="inside TRL without a table of scores, .* `cropi info .*` lists"
+        ):
+            report_folder(folder)
     for stage in ("stage-0001", "stage-0002"):
         shutil.copytree(ran, tmp_path / "trl" / "cropi" / stage)
     for folder in (tmp_path / "trl", tmp_path / "trl" / "cropi"):

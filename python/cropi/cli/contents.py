@@ -46,7 +46,32 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
     for stages in (path / STAGES, path / "cropi" / STAGES):
         if is_file(stages) and (described := describe_rows(stages)) is not None:
             return described
-    return None
+    return (
+        None
+        if any(entries(path, of_dumps) for of_dumps in ("*.jsonl", "*.parquet", "completions*"))
+        else _model(path)
+    )
+
+
+def _model(path: Path) -> dict[str, Any] | None:
+    """A model's folder, or that of a training with its checkpoints; None: neither."""
+    saved = [one.name for one in entries(path, "checkpoint-*") if is_file(one / "config.json")]
+    if not is_file(path / "config.json"):
+        if not saved:
+            return None
+        text = f"training      {path}: no rollouts, the models {', '.join(saved)}"
+        return told([text], "training", models=saved)
+    try:
+        with reading(path):
+            held = json.loads((path / "config.json").read_text("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        held = None
+    if not isinstance(held, dict) or not isinstance(held.get("model_type"), str):
+        return None
+    kind = ", ".join(map(str, held.get("architectures") or [held["model_type"]]))
+    step = " saved by a trainer," if is_file(path / "trainer_state.json") else ""
+    more = f"; beside it {', '.join(saved)}" if saved else ""
+    return told([f"model         {path}: {kind},{step} for --model{more}"], "model", architecture=kind)
 
 
 def describe_file(path: Path) -> dict[str, Any] | None:

@@ -73,6 +73,14 @@ def report_folder(
     stages = [*entries(root, "stage-*"), *entries(root / "cropi", "stage-*")]  # of a run inside TRL
     if not is_file(root / SCORES) and (scored := [stage for stage in stages if is_file(stage / SCORES)]):
         raise CropiError(f"{root} holds {len(scored)} stages: give the folder of one, such as {scored[-1]}")
+    live = [one for one in (root, root / "cropi") if is_file(one / "stages.jsonl")]
+    if live and not is_file(root / SCORES):
+        raise CropiError(
+            f"{root} holds a run inside TRL without a table of scores, which a live one never makes: there is nothing "
+            f"to show; `cropi info {root}` lists its stages"
+        )
+    if not any(is_there(root / name) for name in (SCORES, SELECTED, "sketches")):
+        raise CropiError(f"{root} holds no {SCORES}: give what `cropi run --out` or `cropi curriculum` wrote")
     page = root / "report.html" if out is None else Path(out)
     with one_at_a_time(page):  # of two processes, the one that read last writes last
         return _report(root, page, check, every_text, records or noted_files)
