@@ -82,12 +82,17 @@ def test_correctness_as_the_sanitizer_runs_it(
 ) -> None:
     module = suite("correctness")
     monkeypatch.setattr(sys, "argv", ["correctness.py", "--small", "memcheck"])
-    monkeypatch.setattr(module, "DTYPES", {"fp32": torch.float32})
     narrow = dict.fromkeys(("folded", "several groups", "odd"), module.CASES["narrow"])
-    monkeypatch.setattr(module, "CASES", narrow)
-    monkeypatch.setattr(module, "GROUPED", dict.fromkeys(module.GROUPED, (1, 8, 9, 16, 5, 8)))
-    monkeypatch.setattr(module, "TOKENS", 100)
-    monkeypatch.setattr(module, "SCORED", 12)
+    grouped = dict.fromkeys(module.GROUPED, (1, 8, 9, 16, 5, 8))
+    cut_down(
+        monkeypatch,
+        module,
+        DTYPES={"fp32": torch.float32},
+        CASES=narrow,
+        GROUPED=grouped,
+        TOKENS=100,
+        SCORED=12,
+    )
     finish(module)
     got = rows(tmp_path, "sanitizer_memcheck")
     assert len(got) >= 8 and all(row["ok"] for row in got.values())
@@ -117,8 +122,7 @@ def test_tiles_of_d_that_stay(suite: Any, stage: None) -> None:
 
 def test_launches(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = suite("launches")
-    for name, size in {"TOKENS": 12, "FEATURES": 48, "ROWS": 40, "VOCAB": 70, "FLAT": 999}.items():
-        monkeypatch.setattr(module, name, size)
+    cut_down(monkeypatch, module, TOKENS=12, FEATURES=48, ROWS=40, VOCAB=70, FLAT=999)
     # A replay does not compute here; what was captured has been overwritten to show exactly that.
     monkeypatch.setattr(torch.Tensor, "fill_", lambda self, value: self)
     for op in module.calls("cuda:0"):
@@ -130,13 +134,9 @@ def test_sketch(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = suite("sketch")
-    monkeypatch.setattr(module, "TOKENS", 32)
-    monkeypatch.setattr(module, "SEGMENTS", (2,))
-    monkeypatch.setattr(module, "LENGTHS", (16,))
+    cut_down(monkeypatch, module, TOKENS=32, SEGMENTS=(2,), LENGTHS=(16,))
     linears = [("q_proj", 32, 96), ("k_proj", 16, 96), ("o_proj", 96, 32), ("gate_proj", 64, 96)]
-    monkeypatch.setattr(
-        module.common, "MODELS", {"qwen2.5-1.5b": TINY["qwen2.5-1.5b"] | {"linears": linears}}
-    )
+    cut_down(monkeypatch, module.common, MODELS={"qwen2.5-1.5b": TINY["qwen2.5-1.5b"] | {"linears": linears}})
     launches: list[int] = []
     monkeypatch.setattr(module.slab, "add_slabs", lambda stack, ds, *rest: launches.append(len(ds)))
     finish(module)
@@ -172,8 +172,7 @@ def test_model(
     pytest.importorskip("transformers")
     module = suite("model")
     cut_down(monkeypatch, module, LENGTH=8, ROWS=2, WIDTHS=(64,), BLOCK=8, BLOCKS=2, DIM=64, SHAPE=TINY_MODEL)
-    monkeypatch.setattr(module, "SHAPE_7B", TINY_MODEL)
-    monkeypatch.setattr(module, "ROWS_7B", 1)
+    cut_down(monkeypatch, module, SHAPE_7B=TINY_MODEL, ROWS_7B=1)
     finish(module)
     monkeypatch.setattr(sys, "argv", ["model.py", "7b"])
     finish(module)
@@ -196,8 +195,7 @@ def test_first(suite: Any, stage: None, tmp_path: Path, monkeypatch: pytest.Monk
     cut_down(monkeypatch, module, REPEATS=2, REPEATED_TOKENS=24, VOCAB=70, HIDDEN=48)
     cut_down(monkeypatch, module, SLABS=(("gate_proj", 16, 48, 40),))
     cut_down(monkeypatch, module, REAL={"gate_proj": (48, 40, 16, 32768, [9, 0, 5])})
-    monkeypatch.setattr(module.correctness, "TOKENS", 100)
-    monkeypatch.setattr(module.correctness, "SCORED", 12)
+    cut_down(monkeypatch, module.correctness, TOKENS=100, SCORED=12)
     small_taps(module.taps, monkeypatch)
     small_fused(module.fused, monkeypatch)
     finish(module)
@@ -224,8 +222,7 @@ def test_warm(
     """What it calls exists; what it would compile, nobody does here."""
     pytest.importorskip("transformers")
     module = suite("warm")
-    monkeypatch.setattr(module.whole, "SHAPE", TINY_MODEL)
-    monkeypatch.setattr(module.whole, "WIDTHS", (64,))
+    cut_down(monkeypatch, module.whole, SHAPE=TINY_MODEL, WIDTHS=(64,))
     monkeypatch.setattr(module.sketch, "TOKENS", module.sketch.TOKENS)
     monkeypatch.setattr(module, "TOKENS", 8)
     monkeypatch.setattr(module.taps, "check", lambda: {"ok": True})
@@ -237,8 +234,7 @@ def test_warm(
 
 def test_first_sees_bits_that_change(suite: Any, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = suite("first")
-    monkeypatch.setattr(module, "REPEATS", 3)
-    monkeypatch.setattr(module, "REPEATED_TOKENS", 24)
+    cut_down(monkeypatch, module, REPEATS=3, REPEATED_TOKENS=24)
     calls = iter([1.0, 1.0, 1.5, 1.0])
     monkeypatch.setattr(module, "sketch_linear", lambda d, a, offsets, plan, out: out.fill_(next(calls)))
     row = module.repeats(16, 48, 40, "gate_proj")
@@ -269,12 +265,10 @@ def test_jobs(
     pytest.importorskip("transformers")
     module = suite("jobs")
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 4}
-    monkeypatch.setattr(module.whole, "SHAPE", TINY_MODEL)
-    monkeypatch.setattr(module.whole, "LENGTH", 16)
-    monkeypatch.setattr(
-        module, "KINDS", {"llama": module.SIZE | small, "qwen3_moe": module.KINDS["qwen3_moe"] | small}
-    )
-    cut_down(monkeypatch, module, PROMPTS=3, LONGEST=6, LONG=8, FEW=2, DEVICE="cpu", LAYERS=1, AGAIN=2)
+    cut_down(monkeypatch, module.whole, SHAPE=TINY_MODEL, LENGTH=16)
+    kinds = {"llama": module.SIZE | small, "qwen3_moe": module.KINDS["qwen3_moe"] | small}
+    cut_down(monkeypatch, module, KINDS=kinds, PROMPTS=3, LONGEST=6, LONG=8, FEW=2)
+    cut_down(monkeypatch, module, DEVICE="cpu", LAYERS=1, AGAIN=2)
     finish(module)
     got = rows(tmp_path, "jobs")
     assert len(got) == 11
