@@ -70,6 +70,10 @@ def norm_within_rounding(n: int, dtype: torch.dtype, backend: str) -> None:
     for s, (begin, end) in enumerate(zip(OFFSETS.tolist(), OFFSETS.tolist()[1:])):
         bound = sum_error_bound(by_token[begin:end].abs().sum(0), 130 + depth)
         assert ((sums[s] - by_token[begin:end].sum(0)).abs() <= bound).all()
+    # All tokens in one segment are three parts.
+    _, whole = rms_norm_backward(dy, x, weight, scale, torch.tensor([0, TOKENS]), backend=backend)
+    bound = sum_error_bound(by_token.abs().sum(0), TOKENS + depth)
+    assert whole is not None and ((whole[0] - by_token.sum(0)).abs() <= bound).all()
     alone, nothing = rms_norm_backward(dy, x, weight, scale, backend=backend)
     assert nothing is None and torch.equal(alone, dx), "the sums change no bit of dx"
 
