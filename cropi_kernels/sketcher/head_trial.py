@@ -107,13 +107,14 @@ def _compare_head(
     dz = dz.detach() * powers
     off_dz *= float(powers.max())
     exact.index_add_(0, positions, _times_head(dz, split))
+    # Hidden states may have 32 bits where the head has 16 (Mamba's residual): the gradient is rounded to the head's.
     allowed = (
         widest
         * (
-            (2 * unit_roundoff(flat) + 64 * 2.0**-24) * float(dz.abs().sum())
+            (2 * max(unit_roundoff(flat), unit_roundoff(h)) + 64 * 2.0**-24) * float(dz.abs().sum())
             + off_dz * head.weight.shape[0] ** 0.5
         )
-        + 4 * smallest(flat) * flat.numel() ** 0.5
+        + 4 * max(smallest(flat), smallest(h)) * flat.numel() ** 0.5
     )
     what = "the head does not hand on the gradient of its logits"
     comparisons.append(Comparison(("hidden states",), what, norm(flat - exact), allowed, norm(exact)))

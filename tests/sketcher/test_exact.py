@@ -100,7 +100,7 @@ def test_activation_checkpointing(name: str, reentrant: bool) -> None:
     assert_close(got, model, *gradients(name))
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "apertus", "opt"])
+@pytest.mark.parametrize("name", ["gpt-oss", "apertus", "opt", "mamba"])
 def test_bfloat16(name: str) -> None:
     model = odd_models.make(name, torch.bfloat16)
     got = zoo.sketched(model)
