@@ -27,9 +27,17 @@ class Listener(Protocol):
     def attached(self, tap: Any, y: torch.Tensor) -> None:
         """``tap`` will be attached to a module's output ``y`` next."""
 
-    def added(self, tap: Any, dy: torch.Tensor, kept: torch.Tensor | None, coarse: float = 0.0) -> None:
+    def added(
+        self,
+        tap: Any,
+        dy: torch.Tensor,
+        kept: torch.Tensor | None,
+        coarse: float = 0.0,
+        segment: int | None = None,
+    ) -> None:
         """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``. Of a formed
-        gradient ``dy``, ``coarse`` is the unit roundoff of what it was formed of."""
+        gradient ``dy``, ``coarse`` is the unit roundoff of what it was formed of, and ``segment`` the one to whose
+        sketch it was added; None: to all."""
 
 
 def finished(outs: Sequence[torch.Tensor], spec: SketchSpec) -> torch.Tensor:

@@ -361,7 +361,7 @@ class ExactTaps:
             if gradient is not None:
                 exact.add(gradient, self.acc.engine.sums(exact.name)[segment : segment + 1])
                 if self.acc.listener is not None:
-                    self.acc.listener.added(exact, gradient, None, unit)
+                    self.acc.listener.added(exact, gradient, None, unit, segment)
 
     def _lookup(
         self, ys: Sequence[torch.Tensor], edges: dict[Exact, GradientEdge]

@@ -36,10 +36,20 @@ class Listener:
             self.outputs.append(y)
             self.called[tap] = None
 
-    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None, coarse: float = 0.0) -> None:
-        took = projected(self.acc.out)
-        self.acc.out.zero_()
-        self.sums[tap] = self.sums[tap] + took if tap in self.sums else took
+    def added(
+        self,
+        tap: Source,
+        dy: torch.Tensor,
+        kept: torch.Tensor | None,
+        coarse: float = 0.0,
+        segment: int | None = None,
+    ) -> None:
+        rows = slice(None) if segment is None else slice(segment, segment + 1)
+        took = projected(self.acc.out[rows])
+        self.acc.out[rows].zero_()
+        if tap not in self.sums:
+            self.sums[tap] = took.new_zeros(len(self.acc.out), took.shape[1])
+        self.sums[tap][rows] += took
         d = dy.detach()
         terms = (d.numel() / max(1, d.shape[-1] if d.ndim else 1)) ** 0.5
         unit = unit_roundoff(d)

@@ -40,9 +40,17 @@ class _Both(Listener):
         super().__init__(acc)
         self.total = torch.zeros_like(acc.out)
 
-    def added(self, tap: Source, dy: torch.Tensor, kept: torch.Tensor | None, coarse: float = 0.0) -> None:
-        self.total += self.acc.out
-        super().added(tap, dy, kept, coarse)
+    def added(
+        self,
+        tap: Source,
+        dy: torch.Tensor,
+        kept: torch.Tensor | None,
+        coarse: float = 0.0,
+        segment: int | None = None,
+    ) -> None:
+        rows = slice(None) if segment is None else slice(segment, segment + 1)
+        self.total[rows] += self.acc.out[rows]
+        super().added(tap, dy, kept, coarse, segment)
 
 
 class Schedule:

@@ -13,6 +13,7 @@ from support.zoo import SPEC, assert_close
 from torch import nn
 
 from cropi_kernels import GradientSketcher
+from cropi_kernels.sketcher import listener
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "apertus", "mamba2", "bamba"])
@@ -132,3 +133,22 @@ def test_dropout_has_one_mask_and_random_numbers_go_on_as_before(dtype: torch.dt
             found.append({"scale": model.scale.grad.clone()})
         assert torch.equal(after, torch.get_rng_state())
     assert_close(out.sketches, model, *grads)
+
+
+def test_the_self_test_reads_the_row_alone_to_which_a_gradient_was_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows of all segments for each took half of the first batch where a list holds 32 experts."""
+    read, projected = list[int](), listener.projected
+
+    def noted(out: torch.Tensor) -> torch.Tensor:
+        read.append(len(out))
+        return projected(out)
+
+    monkeypatch.setattr(listener, "projected", noted)
+    model = Counting(CHANGES["rows apart"][0])
+    with GradientSketcher(model, SPEC) as sketcher:
+        with sketcher.batch(torch.tensor([0, 1, 2]), shape=(3, 6)):
+            model(torch.randn(3, 6, 8)).sum().backward()
+        assert sketcher.self_test is not None and sketcher.self_test.names == ("scale",)
+    assert set(read) == {1}
