@@ -474,8 +474,13 @@ def test_the_trainers_rollouts_need_log_probs_only_where_a_ratio_is_read(
         nudge = yaml.safe_load(config(made, out).read_text())["trainer"]
         return curriculum(config(made, out, trainer=f"cp {{records}} {{rollouts}} && {nudge}", **changes))
 
-    assert run("ratio", stages=1) == 2
+    assert run("ratio", stages=1, fraction=1.0, pool="all") == 2
     assert "every record needs 'logprobs' (with 'response_ids'), but 40 have none" in capsys.readouterr().err
+    # The rollouts of 8 prompts cannot bring the log-probs of 40: that is known before any work.
+    assert run("early", stages=1) == 2
+    error = capsys.readouterr().err
+    assert "at most 8 prompts" in error and "but 40 of 40 records have none (the first" in error
+    assert not (tmp_path / "early.calls").exists() and not list((tmp_path / "early").glob("*/sketches/*"))
     for name, changes in (("none", {"estimator": "reinforce"}), ("current", {"behaviour": "current"})):
         assert run(name, **changes) == 0
         assert report(tmp_path / name)[1]["behaviour"]["train"] in ("auto", "current")

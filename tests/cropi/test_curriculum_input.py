@@ -124,7 +124,8 @@ def test_rollout_commands_that_write_nothing(
     out = tmp_path / "run"
     nothing = config(made, out, train=None, rollouts="true {train}")
     assert "wrote no {train} file" in refused(nothing, capsys)
-    nothing = config(made, out, trainer=f"true {{rollouts}}; cp {made}/model/* {{out}}; : {{selected}}")
+    train = f"true {{rollouts}}; cp {made}/model/* {{out}}; : {{selected}}"
+    nothing = config(made, out, trainer=train, behaviour="current")
     assert "names {rollouts}, but wrote no such file" in refused(nothing, capsys)
 
 

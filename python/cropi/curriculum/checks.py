@@ -126,23 +126,41 @@ def check_names(plan: Plan) -> None:
             )
 
 
+def needs_logprobs(plan: Plan) -> bool:
+    """Whether records of several policies need log-probs: the estimator has a ratio to the policy that made each."""
+    return plan.job.estimator.ratio and plan.job.behaviour != "current"
+
+
 def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) -> None:
     """Check what depends on the number of prompts: the disk, and batches of the in-process trainer.
 
     Raises:
-        CropiError: too little space for the sketches of the stages that are left, or a selection that is too small for
-            one generation batch, on which TRL would silently train nothing.
+        CropiError: too little space for the sketches of the stages that are left; records without log-probs that the
+            trainer's own rollouts cannot all replace; or a selection that is too small for one generation batch, on
+            which TRL would silently train nothing.
     """
     rows = train.usable + sum(scan.usable for scan in valid.values())
     size = row_bytes(plan.job.store_dtype, plan.job.row_size) * rows
     left = plan.stages - stage
     check_room(plan.out, size * left, f"the sketches of {rows} prompts in {left} stages")
-    if plan.trainer != IN_PROCESS:
-        return
     given = plan.select
     pool = train.usable if given.pool == "usable" else train.prompts
     pool = min(pool, plan.job.limit or pool)
-    chosen, batch = given.count or how_many(given.fraction, pool), prompts_a_batch(plan.trl)
+    replaces = "rollouts" in plan.trainer_uses and needs_logprobs(plan)
+    if plan.trainer != IN_PROCESS and not replaces:
+        return
+    chosen = given.count or how_many(given.fraction, pool)
+    # Where all of them may be chosen, the trainer's own rollouts may bring the log-probs.
+    if replaces and chosen < (bare := train.prompts - train.with_logprobs):
+        raise CropiError(
+            f"stage {stage}: the trainer's {{rollouts}} replace the records of at most {chosen} prompts, and the other "
+            f"rollouts are of an earlier policy, so that they need 'logprobs' (with 'response_ids'), but {bare} of "
+            f"{train.prompts} records have none (the first {train.without_logprobs}); write them, or leave "
+            "{rollouts} out of the trainer's command"
+        )
+    if plan.trainer != IN_PROCESS:
+        return
+    batch = prompts_a_batch(plan.trl)
     if chosen < batch:
         raise CropiError(
             f"stage {stage}: {chosen} of {pool} prompts are selected, but one generation batch takes {batch} different "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi import pipeline
-from cropi.curriculum.checks import check_stage
+from cropi.curriculum.checks import check_stage, needs_logprobs
 from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.data.formats import stem
@@ -154,8 +154,7 @@ def refresh(plan: Plan, files: Files, stored: Sequence[str], newer: Path, out: P
         CropiError: a record has no log-probs, and the plan's estimator needs the ratio to the policy that made it.
     """
     counts = replace_records(files(stored), files([newer]), out)
-    needed = plan.job.estimator.ratio and plan.job.behaviour != "current"
-    if needed and counts.without_logprobs:
+    if needs_logprobs(plan) and counts.without_logprobs:
         raise CropiError(
             f"{newer}: rollouts of several policies are mixed, so every record needs 'logprobs' (with 'response_ids'), "
             f"but {counts.without_logprobs} have none; write them, or leave {{rollouts}} out of the trainer's command"
