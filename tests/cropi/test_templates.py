@@ -405,3 +405,16 @@ def test_several_turns_without_marks_are_an_error_with_the_remedy() -> None:
     ids = {"prompt": None, "prompt_ids": [5, 6]}
     with pytest.raises(RecordError, match="the prompt is given as token ids, and the response as messages"):
         tokens_of(tokenizer_of(MARKED), responses=[TALK], **ids)
+
+
+def test_several_turns_behind_a_text_that_was_rendered_or_quotes_a_special_token() -> None:
+    """A text without special tokens that says that it was rendered would be rendered again, without a word."""
+    plain = MARKED.replace("<turn>", "").replace("</turn>", "")
+    for template, prompt in ((plain, "user: 2+2=\n"), (MARKED, "<turn>user\n2+2=</turn><turn>assistant\n")):
+        with pytest.raises(
+            RecordError, match="a text that a chat template rendered.* give the prompt as messages"
+        ):
+            tokens_of(tokenizer_of(template), prompt=prompt, rendered=True, responses=[TALK])
+    quoting = [{"role": "user", "content": "say <turn>"}]
+    with pytest.raises(RecordError, match="the prompt quotes <turn>, and the response has several messages"):
+        tokens_of(tokenizer_of(MARKED), prompt=quoting, responses=[TALK])

@@ -151,7 +151,7 @@ class ChatTemplate:
 
         Raises:
             RecordError: the template has no such marks, leaves out a part of what the assistant said, or renders the
-                prompt in another way when an answer follows.
+                prompt in another way when an answer follows; the prompt quotes a special token.
         """
         if not _GENERATION.search(self.source(tools)):
             raise RecordError(
@@ -160,7 +160,7 @@ class ChatTemplate:
                 "pass a --chat-template with {% generation %} around what the assistant says, or store 'response_ids' "
                 "and 'loss_mask'",
             )
-        begin, _ = self.prompt_ids(prompt, where, tools, variables)
+        begin, quoted = self.prompt_ids(prompt, where, tools, variables)
         try:
             whole = self._apply(
                 [*prompt, *answer], tools, variables, tokenize=True, return_dict=True,
@@ -180,10 +180,15 @@ class ChatTemplate:
             )
         ids, mask = list(whole["input_ids"]), [int(value) for value in whole["assistant_masks"]]
         if ids[: len(begin)] != begin:
+            # In the whole conversation a quoted token is the token, and in the prompt it is text.
+            why = (
+                f"the prompt quotes {', '.join(quoted)}, and the response has several messages"
+                if quoted
+                else "the chat template renders the prompt in another way when an answer follows"
+            )
             raise RecordError(
                 where,
-                "the chat template renders the prompt in another way when an answer follows, so that the tokens that "
-                "the policy saw are not known",
+                f"{why}, so that the tokens that the policy saw are not known",
                 "store 'prompt_ids', 'response_ids' and 'loss_mask'",
             )
         ids, mask = ids[len(begin) :], mask[len(begin) :]

@@ -332,6 +332,12 @@ class Tokenize:
                 name, "the prompt is given as token ids, and the response as messages",
                 "give both as messages, or both as token ids (with 'loss_mask')",
             )  # fmt: skip
+        if isinstance(group.prompt, str) and self._is_rendered(group, group.prompt, self.template):
+            raise RecordError(
+                name, "the prompt is a text that a chat template rendered, and the response has several messages, "
+                "which the template renders with the messages of the prompt alone",
+                "give the prompt as messages, or store 'prompt_ids', 'response_ids' and 'loss_mask'",
+            )  # fmt: skip
         prompt = (
             group.prompt if isinstance(group.prompt, list) else [{"role": "user", "content": group.prompt}]
         )
