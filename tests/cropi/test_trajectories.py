@@ -123,6 +123,13 @@ def test_duplicate_id_names_both_places_also_across_files(tmp_path: Path) -> Non
         list(read([one, two]))
     assert f"{two}:2" in str(caught.value) and f"{one}:1" in str(caught.value)
     assert [group.id for group in read([one, two], skip_bad=True)] == ["a", "b"]
+    # The first record of a run's log is its oldest: --skip-bad would keep that.
+    log = write_lines(tmp_path / "log.jsonl", [GOOD | {"step": step} for step in (0, 1)])
+    with pytest.raises(
+        RecordError, match="keep the record of the newest step, as `cropi convert FOLDER"
+    ) as caught:
+        list(read(log))
+    assert "skip" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

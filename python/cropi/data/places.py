@@ -50,6 +50,10 @@ class Places:
                 f"the prompt id {group.id!r:.100} was used before, at {self._where(number)}",
                 "two records have the same prompt and answer: give them ids, or put their responses into one record"
                 if hashed
+                # A log of a run in which a prompt came again: the first are its oldest rollouts.
+                else "keep the record of the newest step, as `cropi convert FOLDER --out FILE` does with a folder of "
+                "logs (train-rank00000.jsonl) or of steps (0.jsonl, 1.jsonl), or give every prompt its own id"
+                if "step" in group.extra
                 else "give every prompt its own id, or pass --skip-bad to keep the first"
                 if offset is not None
                 else "give every prompt its own id; where a row is one response, put the files together into one, "
