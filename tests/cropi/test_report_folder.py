@@ -55,7 +55,8 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     detail = data["details"][chosen[0]]
     assert detail["text"].endswith("=") and len(detail["responses"]) == 4
     assert "standard error" in page and "Nearest training prompts" in page and "cropi run --model" in page
-    assert "not measured on this model: <code>cropi check" in page
+    assert '"level open">open' in page and "not measured on this model: <code>cropi check" in page
+    assert re.search(r"Model: <bdi>[^<(]+ \(xxh3:\w+\)</bdi>", page)
     names = re.findall(r'<th class="text" scope="row">([^<]*)', page.split('id="run"')[1])
     assert len(set(names)) == len(names) > 9 and ">null<" not in page.split('id="run"')[1]
 

@@ -108,6 +108,7 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "title": given.title, "prompts": len(scores.rows), "ranked": len(usable), "chosen": len(chosen),
         "method": selection.method, "sets": sets, "unfinished": given.unfinished,
         "model": str(model.get("weights", "unknown") if isinstance(model, dict) else model or "unknown")[:16],
+        "model_name": dict(given.run).get("model given as"),
         "stage": str(origin.get("stage", "unknown")),
         "verdict": _verdict(given), "choice": _choice(sure),
         "choice_missing": given.uncertainty_missing,
@@ -129,7 +130,7 @@ def _tasks(scores: Scores) -> Counter[str]:
 
 
 def _verdict(given: ReportInput) -> list[dict[str, str]]:
-    """The lines of the strip: level, name, text."""
+    """The lines of the strip: level (a finding's, or "open" for what was not measured), name, text."""
     scores, sure = given.scores, given.uncertainty
     lines = []
 
@@ -149,7 +150,7 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
             add(finding["level"], finding["name"], finding["text"])
     if given.check is None:
         add(
-            "warning",
+            "open",
             "sketch error",
             "not measured on this model: `cropi check --out check.json` in this folder, then `cropi report`, adds it",
         )
