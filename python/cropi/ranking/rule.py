@@ -72,14 +72,15 @@ def shared_out(
         given: the options, which choose by groups.
         sizes: of every group in the pool.
         usable: prompts of every group that can be chosen; groups without one may be missing.
-        least: as for :class:`Rule`; quotas that leave fewer are raised.
+        least: as for :class:`Rule`; quotas that leave fewer are raised, but for those of 0, which leave a group out.
 
     Raises:
         CropiError: nothing is chosen, or the quotas do not fit.
     """
     if given.quota:
         n = given.count or how_many(given.fraction, sum(sizes.values()), least)
-        counts = with_quotas(n, read_quotas(given.quota), usable, grouped_by(given))
+        quotas = read_quotas(given.quota)
+        counts = with_quotas(n, quotas, usable, grouped_by(given))
         held = sum(counts.get(name, number) for name, number in usable.items())
         if given.count is not None and held < n:
             raise CropiError(
@@ -87,8 +88,10 @@ def shared_out(
             )
         if given.count is None and held < (wanted := min(least, sum(usable.values()))):
             room = {name: usable[name] - number for name, number in counts.items()}
-            more = apportion(wanted - held, {name: max(number, 1) for name, number in counts.items()}, room)
-            counts = {name: number + more[name] for name, number in counts.items()}
+            weights = {name: max(number, 1) for name, number in counts.items() if quotas[name]}
+            counts |= {
+                name: counts[name] + more for name, more in apportion(wanted - held, weights, room).items()
+            }
         return n, counts
     most = {name: usable.get(name, 0) for name in sizes}
     counts = {name: part_of(given.fraction, size) for name, size in sizes.items()}
