@@ -326,9 +326,14 @@ def test_a_failed_trainer_is_shown_and_can_be_mended(
         path.write_text(changed)
     # No finished stage has used the old commands, and what was chosen may be changed on purpose.
     (out / "stage-00" / "selected.jsonl").write_text("p0-003\n")
-    assert curriculum(config(made, out, stages=1), "--accept-changes") == 0
+    # It is accepted once, and what a command keeps in a folder of that name is its own.
+    checkpoints = f"{out}/stage-00/trained/checkpoints"
+    own = config(made, out, stages=1, trainer=f"mkdir {checkpoints}; exit 7 {{selected}}")
+    assert [curriculum(own, *words) for words in (["--accept-changes"], [], ["--accept-changes"])] == [2] * 3
+    assert Path(checkpoints).is_dir() and "File exists" in capsys.readouterr().err
+    assert curriculum(config(made, out, stages=1)) == 0
     attempts = [entry["attempts"] for entry in json.loads((out / "state.json").read_text())["done"]]
-    assert attempts == [1, 1, 1, 5, 1]
+    assert attempts == [1, 1, 1, 8, 1]
 
 
 def test_changes_after_a_finished_stage(

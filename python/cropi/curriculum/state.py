@@ -34,7 +34,7 @@ RESULTS: dict[str, Any] = {
     "influence": {"sets": [str], "scored": int},
     "select": {
         "prompts": int, "selected": int, "scores": {str: BESIDE}, "pass_rate": BESIDE,
-        "kept_from_last": int | None, "last": int, "sums?": {str: str},
+        "kept_from_last": int | None, "last": int, "sums?": {str: str}, "checkpoints?": {str: str},
     },
     "train": {"model": str, "training?": TRAINED, "checkpoints?": {str: str}},
     "collect": {"model": str, "train?": [str], "replaced?": int},
@@ -137,6 +137,13 @@ class State:
             if (entry["stage"], entry["step"]) == (stage, step):
                 return dict(entry)
         return None
+
+    def accept(self, stage: int, step: str, **changed: Any) -> None:
+        """Write down with a finished step what ``--accept-changes`` has accepted since."""
+        for entry in self.data["done"]:
+            if (entry["stage"], entry["step"]) == (stage, step):
+                entry.update(changed)
+        self.write()
 
     def latest(self, step: str, before: int) -> dict[str, Any] | None:
         """The newest result of ``step`` in the stages below ``before``."""

@@ -282,12 +282,20 @@ def _records(stage: Stage, source: data.Source, name: str) -> Any:
 def train(stage: Stage) -> Result:
     """Train on the selection, by the user's command or in this process."""
     plan, values, policy = stage.plan, stage.values(), stage.load(stage.model)
-    other = _check_chosen(stage)
+    other = _check_chosen(stage) or stage.state.checkpoint(stage.model) not in (None, policy.checkpoint)
+    checkpoints = stage.folder / "trained" / CHECKPOINTS
     with writing(stage.folder):
         make_folder(stage.folder / "trained")
-        if other or stage.state.checkpoint(stage.model) not in (None, policy.checkpoint):
-            # With --accept-changes: training would go on with what the old prompts or the old model have become.
-            shutil.rmtree(stage.folder / "trained" / CHECKPOINTS, ignore_errors=True)
+        # With --accept-changes: training would go on with what the old prompts or the old model have become.
+        if other and plan.trainer == IN_PROCESS and is_there(checkpoints):
+            shutil.rmtree(checkpoints)
+    if other:  # once: an attempt that is cut short goes on from checkpoints of its own
+        stage.state.accept(
+            stage.number,
+            "select",
+            sums={name: sum_of(stage.folder / name) for name in CHOSEN},
+            checkpoints={stage.model: policy.checkpoint},
+        )
     if plan.trainer == IN_PROCESS:
         model = train_stage(
             plan.trl,
