@@ -136,6 +136,8 @@ CAPTURED = {
 def test_files_of_tinker_cookbook_are_named(row: dict[str, object], lacks: str, tmp_path: Path) -> None:
     """They were told to name a column of responses, which they do not have."""
     path = write_lines(tmp_path / "sample.jsonl", [row])
+    record = {"id": "a", "prompt": "q", "responses": ["x", "y"], "rewards": [0, 1]}
+    assert recognise(write_lines(tmp_path / "own.jsonl", [record | row])).source == "records"
     with pytest.raises(CropiError, match=f":1 is a .*tinker-cookbook.*{lacks}.*trajectory records"):
         opened(path)
 

@@ -255,7 +255,8 @@ def test_rolls_messages_are_rendered_and_its_prompts_are_not(tmp_path: Path) -> 
         ]
         assert group.temperature == 0.7
     (other,) = made("roll")
-    for settings, temperature in (("{}", None), (None, None), ('{"generation_config": {}}', None)):
+    table, empty = {"generation_config": {"temperature": 0.5}}, '{"generation_config": {}}'
+    for settings, temperature in (("{}", None), (None, None), (empty, None), (table, 0.5)):
         other["sampling_params"] = [settings] * 4
         assert [one.temperature for one in groups(write(path, [other]))] == [temperature] * 2
     other["sampling_params"][1] = '{"generation_config": {"temperature": "warm"}}'

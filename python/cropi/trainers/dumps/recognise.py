@@ -57,6 +57,8 @@ SCORES = {"reward", "rewards", "score", "scores"}
 MOST_OPCODES = 20_000
 # Keys of rLLM's episodes, of which the first is among the first of the file.
 EPISODE = ("episode_id", "trajectories")
+# Keys of a record's responses.
+ANSWERED = {"responses", "completions", "response_ids", "rewards", "response", "completion"}
 # Rows that trainers write beside, or in place of, their rollouts: keys that they have together, and what they lack.
 LACKING: list[tuple[tuple[str, ...], str]] = [
     (
@@ -137,7 +139,7 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
     if renamed:
         return Found(RECORDS)
     for keys, words in LACKING:
-        if row.keys() >= set(keys):
+        if row.keys() >= set(keys) and not held & ANSWERED:  # a record may keep such columns as its own
             raise _lacking(where, words)
     if {"custom_id", "body"} <= held:
         raise CropiError(

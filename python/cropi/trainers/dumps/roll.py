@@ -43,7 +43,9 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
         at = row.get("global_step")
         warm = reading.temperature
         if warm is None and row.get("sampling_params"):
-            settings = from_json(row["sampling_params"], "sampling_params", where)
+            settings = row["sampling_params"]
+            if isinstance(settings, str):
+                settings = from_json(settings, "sampling_params", where)
             warm = nested(settings, WARM)
         return checked(Rollout(
             id=id_of(row, reading.id_key or ("id" if row.get("id") is not None else None), prompt, where), where=where,
