@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support.made_curriculum import config, curriculum, make_folder
@@ -205,6 +206,32 @@ def test_options_of_the_in_process_trainer(
     for word in words:
         assert word in error
     assert not list((tmp_path / "run").glob("stage-*/sketches/*"))
+
+
+@pytest.mark.long
+def test_a_failing_disk_is_told_from_a_failing_reward(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox that a reward function may not enter was called a folder of the training that cannot be written."""
+    (tmp_path / "denied.py").write_text(
+        "def even(**columns):\n    raise PermissionError(13, 'No', '/sandbox')\n"
+    )
+    args = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "save_steps": 1,
+    }
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    given = {"trainer": "trl", "stages": 1, "steps": 1, "chat_template": template}
+    options = {"reward": f"{tmp_path}/denied.py:even", "args": args}
+    assert curriculum(config(made, tmp_path / "run", **given, trl=options)) == 2
+    assert "error: [Errno 13] No: '/sandbox'" in capsys.readouterr().err
+    full = RuntimeError("unexpected pos 64 vs 0: No space left on device (28)")
+    monkeypatch.setattr("trl.GRPOTrainer._save_checkpoint", Mock(side_effect=full))
+    options["reward"] = f"{__file__}:reward"
+    assert curriculum(config(made, tmp_path / "run", **given, trl=options)) == 2
+    assert "trained cannot be written: no space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -200,12 +200,14 @@ def train_stage(
         train_dataset=datasets.Dataset.from_dict(columns_of(rows)), processing_class=tokenizer,
     )  # fmt: skip
     new = out / "policy"
+    # Around what writes alone: a reward function has disks and rights of its own.
+    trainer._save_checkpoint = _saving(out)(trainer._save_checkpoint)
+    if trained:
+        history = json.loads((trained / STATE).read_text(encoding="utf-8"))["log_history"]
+    else:
+        trainer.train(resume_from_checkpoint=str(started) if started else None)
+        history = trainer.state.log_history
     with _saving(out):
-        if trained:
-            history = json.loads((trained / STATE).read_text(encoding="utf-8"))["log_history"]
-        else:
-            trainer.train(resume_from_checkpoint=str(started) if started else None)
-            history = trainer.state.log_history
         if summary := training_summary(history):
             write_atomic(out / "training.json", json.dumps(sealed(summary)) + "\n")
         trainer.save_model(str(new))
