@@ -354,9 +354,9 @@ def test_adapters_on_bitsandbytes(bits: int, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
 def test_8_bit_products_that_depend_on_other_tokens_are_named(tmp_path: Path) -> None:
+    """Also where no input of a few tokens is beyond the threshold, so that no trial shows it."""
     import transformers
 
-    """Also where no input of a few tokens is beyond the threshold, so that no trial shows it."""
     zoo.make("llama").save_pretrained(tmp_path)  # type: ignore[operator]
     base = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
