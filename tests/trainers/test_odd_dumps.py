@@ -153,3 +153,9 @@ def test_what_a_rank_of_slime_trained_on_is_named(tmp_path: Path) -> None:
     torch.save({"rollout_id": 0, "rank": 0, "rollout_data": data}, tmp_path / "0_0.pt")
     with pytest.raises(CropiError, match=r"one rank of slime trained on.*rollout_data/ of --dump-details"):
         recognise(tmp_path / "0_0.pt")
+
+
+def test_columns_that_a_dump_does_not_read_are_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", chat())
+    with pytest.warns(UserWarning, match="columns have no effect on .*, read as chat completions"):
+        opened(path, columns="response=zzz")

@@ -92,17 +92,18 @@ class PathSource(Source):
         self.name, self.file = name or str(path), path
 
     def rows(self) -> Iterator[Row]:
-        check_sums(self.file)
         if is_saved(self.file):
+            check_sums(self.file)
             return self._read((where, None, row) for where, row in rows_of_saved(self.file))
         check_file(self.file)
+        check_sums(self.file)
         return self._read(self._rows())
 
     def grouped_rows(self) -> Iterator[Row]:
         if is_saved(self.file):
             return self.rows()
-        check_sums(self.file)
         check_file(self.file)
+        check_sums(self.file)
         return self._read(self._rows(groups=self.table_file() is not None))
 
     def lines_file(self) -> Path | None:

@@ -231,6 +231,9 @@ def opened(
         return given if made == paths else made
     reading = reading or Reading(columns=parse_columns(columns))
     for kind, files in runs.items():
+        if columns and kind not in USED_BY["columns"]:
+            names = ", ".join(map(str, files))
+            warn(f"columns have no effect on {printable(names)}, read as {WORDS[kind]}", stacklevel=3)
         held = Dumps(files, kind, reading, skip_bad)
         if say is not None:
             say(held.line())
