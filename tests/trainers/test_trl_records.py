@@ -278,7 +278,7 @@ def test_responses_to_unlike_prompts_make_no_record() -> None:
         ({"tokens_per_batch": 0}, "tokens_per_batch must be an integer of at least 1"),
         ({"seed": "1"}, "seed must be an integer or None, got '1'"),
         ({"spec": {"dim": 4}}, "spec must be a SketchSpec, got"),
-        ({"estimator": 3}, "estimator must be a string or a Estimator, got 3"),
+        ({"estimator": 3}, "estimator must be a string or an Estimator, got 3"),
         ({"keep_sketches": "yes"}, "keep_sketches must be True or False, got 'yes'"),
         ({"use_recorded": 1}, "use_recorded must be True or False or None, got 1"),
         ({"folder": 3}, "folder must be a string or a path or None, got 3"),
