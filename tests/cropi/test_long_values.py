@@ -83,7 +83,7 @@ READERS: dict[str, list[tuple[str, Any, Callable[[Any], Any]]]] = {
     "cli.contents.describe_rows": [("i.jsonl", ROW, lambda path: describe_rows(Path(path)))],
     "curriculum.state.read_state": [("s.json", STATE, lambda path: read_state(Path(path)))],
     "curriculum.learnt.read_training": [("s.json", STATE, lambda path: read_training(Path(path)))],
-    "rescoring.read_plan": [("p.json", STATE, lambda path: read_plan(Path(path)))],
+    "pipeline.rescoring.read_plan": [("p.json", STATE, lambda path: read_plan(Path(path)))],
     "sealed.read_sealed": [("s.json", STATE, lambda path: read_sealed(Path(path), {"version": int}, "make it"))],
     "store.manifest.read_manifest": [("manifest.json", STATE, lambda path: read_manifest(Path(path)))],
     "model.moments.read_moments": [("o.pt", STATE, lambda path: read_moments(path, torch.nn.Linear(2, 2)))],
