@@ -33,6 +33,8 @@ struct Tokens {
 
 // How far ahead of the products D is fetched: its rows lie kilobytes apart, where no hardware prefetcher follows, and a
 // strip that is copied first waits for memory while the arithmetic stands still (1.5 times the time of the products).
+// So the first tile copies while it multiplies. The tiles after it would find rows that far apart in few sets of L1:
+// read from the strip they take 0.71 to 0.82 of the time (v3, matrices of 576 and 1536 rows, width 64).
 constexpr int64_t kAhead = 32;
 
 // Where a tile's sums go: row i to `rows` + i * slab_cols, with signs[i]; column c to c ^ col_xor, c from `column` on.
@@ -58,9 +60,10 @@ inline void add_lanes(float* row, const Flush& to, int64_t column, float sign, V
   store(dst, load(dst) + sign * sums);
 }
 
-// Adds the sum over n tokens of d[t][kTileRows]^T a[t][kTileCols] to the slab.
+// Adds the sum over n tokens of d[t][kTileRows]^T a[t][kTileCols] to the slab. With kFetch, d is the first of a unit's
+// columns, which are fetched ahead and copied to strip[t][kUnit].
 template <bool kFetch>
-void multiply_tile(int64_t n, Tokens d, Tokens a, const Flush& to) {
+void multiply_tile(int64_t n, Tokens d, Tokens a, const Flush& to, float* strip) {
   constexpr int kVecs = kTileCols / kLanes;
   Vec acc[kTileRows][kVecs];
 #pragma GCC unroll 8
@@ -69,7 +72,11 @@ void multiply_tile(int64_t n, Tokens d, Tokens a, const Flush& to) {
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
   const int64_t ahead = kAhead * d.step;
   for (int64_t t = 0; t < n; ++t, d.data += d.step, a.data += a.step) {
-    if (kFetch) __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(d.data) + size_t(ahead) * 4), 0, 2);
+    if (kFetch) {
+      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(d.data) + size_t(ahead) * 4), 0, 2);
+#pragma GCC unroll 4
+      for (int i = 0; i < kUnit; i += kLanes) store(strip + t * kUnit + i, load(d.data + i));
+    }
     Vec b[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) b[v] = load(a.data + v * kLanes);
@@ -161,8 +168,7 @@ void accumulate_unit(const SketchLinearArgs& args, int64_t first_row, int64_t un
       const int64_t row_xor = plan.pair_row[pair], col_xor = plan.pair_col[pair];
       const int64_t r0 = row_block * plan.slab_rows + ((unit * kUnit) ^ (row_xor & ~(kUnit - 1)));
       if (r0 >= end_row || r0 + kUnit <= first_row) continue;
-      const Tokens d = columns_of_d<T>(args, t0, n, r0 - first_row, strip);
-      bool first = true;
+      Tokens d = columns_of_d<T>(args, t0, n, r0 - first_row, strip);
       for (int64_t half = 0; half < kUnit; half += 8) {
         if (r0 + half >= end_row || r0 + half + 8 <= first_row) continue;
         float* rows = out + (unit * kUnit + (half ^ (row_xor & 8))) * plan.slab_cols;
@@ -173,11 +179,12 @@ void accumulate_unit(const SketchLinearArgs& args, int64_t first_row, int64_t un
           const Tokens at = a.tile(first_tile + tile, a_t0);
           for (int i0 = 0; i0 < 8; i0 += kTileRows) {
             const Flush to{rows + i0 * plan.slab_cols, signs + i0, plan.slab_cols, tile * kTileCols, col_xor};
-            if (first && d.data != strip)
-              multiply_tile<true>(n, d.from(half + i0), at, to);
-            else
-              multiply_tile<false>(n, d.from(half + i0), at, to);
-            first = false;
+            if (d.data != strip) {
+              multiply_tile<true>(n, d, at, to, strip);
+              d = {strip, kUnit};
+            } else {
+              multiply_tile<false>(n, d.from(half + i0), at, to, strip);
+            }
           }
         }
       }
