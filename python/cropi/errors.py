@@ -31,7 +31,6 @@ EXTRAS = {
     "tomli": "run",
     "trl": "trl",
     "ray": "ray",
-    "datasets": "trl",
     "peft": "peft",
     "shtab": "completion",
     "sklearn": "sklearn",
@@ -155,10 +154,10 @@ def _with_keywords(message: str) -> str:
 def article(name: str) -> str:
     """A name behind "a" or "an".
 
-    >>> article("list"), article("Influence"), article("uint8")
-    ('a list', 'an Influence', 'a uint8')
+    >>> article("list"), article("Influence"), article("uint8"), article("ndarray")
+    ('a list', 'an Influence', 'a uint8', 'an ndarray')
     """
-    return f"{'an' if name[:1] in (*'aeioAEIO',) else 'a'} {name}"
+    return f"{'an' if name[:1] in (*'aeioAEIO',) or name[:2] == 'nd' else 'a'} {name}"
 
 
 def shown(value: Any, limit: int = 60) -> str:

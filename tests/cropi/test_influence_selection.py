@@ -81,7 +81,7 @@ def test_scores_of_tensors_and_what_does_not_fit() -> None:
             "means is a Tensor: give a dict with the mean of every validation",
         ),
         (lambda: score_rows(rows, {}), "means is empty: give a dict"),
-        (lambda: score_rows(rows.numpy(), means), r"sketches is a ndarray: give a tensor \[prompts, dim\]"),
+        (lambda: score_rows(rows.numpy(), means), r"sketches is an ndarray: give a tensor \[prompts, dim\]"),
         (lambda: score_rows(rows, means, metric="l2"), "metric must be one of cosine, dot, got 'l2'"),
         (lambda: Scores(info, ["x"], np.zeros((2, 2)), {}), r"give a numpy array \[2, 1\]"),
         (lambda: Scores(info, ["x"], rows[:, :1], {}), "table is a Tensor"),

@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "score: no gradient": (
         lambda: cropi.score(model(), TRAIN, [record("v") | {"response_ids": [[8, 1]], "rewards": [1.0]}], **QUIET),
-        r"with --columns id=\); .* or leave the set out \(in Python columns= for --columns\)$",
+        r"with --columns id=, and .* takes others\); .* or leave the set out \(in Python columns= for --columns\)$",
     ),
     "influence: paths": (lambda: cropi.influence("a", "b"), "train is a str: give a SketchStore"),  # type: ignore[arg-type]
     "influence: none": (lambda: cropi.influence(store(), []), "valid is empty: give a SketchStore"),

@@ -114,6 +114,7 @@ def test_a_behaviour_model_beside_another_source_is_refused() -> None:
         ("convert RECORDS --out OUT --allow-pickle", "--allow-pickle has no effect on trajectory records"),
         ("convert NEMO --out OUT --allow-pickle", "--allow-pickle has no effect on training data of NeMo-RL"),
         ("convert NEMO --out OUT --columns reward=x", "--columns has no effect on training data of NeMo-RL"),
+        ("convert VERL --out OUT --columns id=x", "--columns: 'id' has no effect on rollouts of verl; leave out all"),
         ("convert NEMO --out OUT --trust-remote-code", "--trust-remote-code is for --model"),
         ("info RECORDS --model x", "--model is for --show-tokens N"),
         ("info RECORDS --chat-template none", "--chat-template is for --show-tokens N"),
@@ -126,6 +127,7 @@ def test_commands_refuse_what_they_do_not_look_at(
     paths = {
         "RECORDS": write_lines(tmp_path / "r.jsonl", RECORDS),
         "NEMO": write(tmp_path / "train_data_step7.jsonl", made("nemo-rl")),
+        "VERL": write(tmp_path / "7.jsonl", made("verl text")),
         "OUT": tmp_path / "out.jsonl",
     }
     try:

@@ -285,8 +285,9 @@ def test_what_a_missing_package_says_names_the_extra_that_brings_it() -> None:
     from cropi.errors import EXTRAS
 
     needed = {m for path in files(".py") for m in re.findall(r'\boptional\(\s*"(\w+)', path.read_text())}
-    # The standard library's; and what comes with its own installation, under the name it is imported by.
-    assert needed - EXTRAS.keys() == {"tomllib", "pandas", "tensordict", "vllm"}
+    # The standard library's; what comes with its own installation, under the name it is imported by; and what no extra
+    # brings alone: a table of rows needs no TRL.
+    assert needed - EXTRAS.keys() == {"tomllib", "pandas", "tensordict", "vllm", "datasets"}
     distributions = {"yaml": "pyyaml", "math_verify": "math-verify", "sklearn": "scikit-learn"}
     brought = {"markupsafe": "jinja2", "huggingface_hub": "transformers"}
     extras: dict[str, list[str]] = project()["optional-dependencies"]  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.made_data import write_lines
-from support.made_dumps import ROLLOUTS, chat, logprobs, trl, write
+from support.made_dumps import ROLLOUTS, chat, logprobs, queue, trl, write
 
 from cropi.cli import main
 from cropi.data.readers import read
@@ -157,5 +157,15 @@ def test_what_a_rank_of_slime_trained_on_is_named(tmp_path: Path) -> None:
 
 def test_columns_that_a_dump_does_not_read_are_said(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", chat())
-    with pytest.warns(UserWarning, match="columns have no effect on .*, read as chat completions"):
+    with pytest.warns(UserWarning, match="columns: 'response' has no effect on .*, read as chat completions"):
         opened(path, columns="response=zzz")
+    path = write(tmp_path / "completions.jsonl", trl())
+    with pytest.warns(
+        UserWarning, match="columns: 'rewards', 'id' have no effect on .*, read as completions of TRL"
+    ):
+        opened(path, columns="rewards=accuracy,id=zzz,reward=accuracy")
+    torch.save(queue(), tmp_path / "tq_batch.pt")
+    with pytest.raises(
+        CropiError, match="--columns: 'reward' has no effect on a batch of verl's transfer queue"
+    ):
+        list(read_rollouts(tmp_path / "tq_batch.pt", "verl", Reading(columns={"reward": "score"})))

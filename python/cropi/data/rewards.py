@@ -15,7 +15,8 @@ LARGEST_REWARD = 1e30
 ONE_RESPONSE = "one response"
 # What is said where no prompt has more than one.
 IDS_OF_RESPONSES = (
-    "where the ids are those of responses, give the prompts', or leave them out with --columns id="
+    "where the ids are those of responses, give the prompts': records leave them out with --columns id=, and of a "
+    "trainer's dump `cropi convert --id-key NAME` takes others"
 )
 
 

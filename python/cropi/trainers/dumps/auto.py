@@ -17,7 +17,7 @@ from cropi.data.hub import is_hub_name
 from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.data.tables import is_saved
-from cropi.errors import CropiError, printable, warn
+from cropi.errors import CropiError, printable, shown, warn
 from cropi.files import entries, is_file, is_folder, size_of
 from cropi.sealed import SUMS, sum_of
 from cropi.trainers.dumps import text_rows
@@ -231,9 +231,9 @@ def opened(
         return given if made == paths else made
     reading = reading or Reading(columns=parse_columns(columns))
     for kind, files in runs.items():
-        if columns and kind not in USED_BY["columns"]:
+        if unused := unused_columns(kind, reading.columns):
             names = ", ".join(map(str, files))
-            warn(f"columns have no effect on {printable(names)}, read as {WORDS[kind]}", stacklevel=3)
+            warn(f"columns: {unused} no effect on {printable(names)}, read as {WORDS[kind]}", stacklevel=3)
         held = Dumps(files, kind, reading, skip_bad)
         if say is not None:
             say(held.line())
@@ -335,7 +335,17 @@ def _kind(path: str | Path, source: str, columns: Any) -> str:
     return recognise(path, renamed=bool(columns)).source
 
 
+def unused_columns(kind: str, columns: Mapping[str, str]) -> str:
+    """The names in ``columns`` at which the reader of ``kind`` does not look, and a verb; nothing where it looks at
+    all."""
+    seen = columns if kind == RECORDS else ("reward",) if kind in USED_BY["columns"] else ()
+    names = [shown(name) for name in columns if name not in seen]
+    return f"{', '.join(names)} {'have' if len(names) > 1 else 'has'}" if names else ""
+
+
 def _check_used(kind: str, reading: Reading) -> None:
+    if kind in USED_BY["columns"] and (unused := unused_columns(kind, reading.columns)):
+        raise CropiError(f"--columns: {unused} no effect on {WORDS[kind]}; leave out all but reward=")
     for name, sources in USED_BY.items():
         if kind not in sources and getattr(reading, name) != getattr(PLAIN, name):
             option = "max-gib" if name == "largest" else name.replace("_", "-")

@@ -63,6 +63,10 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     if reading.allow_pickle:
         optional("tensordict" if ending == ".pt" else "verl")  # the file is a pickle of its classes
     what = "a batch of verl's transfer queue" if ending == ".pt" else "a DataProto of verl"
+    if "reward" in reading.columns:
+        raise CropiError(
+            f"{path}: --columns: 'reward' has no effect on {what}, whose reward is the sum of its tokens'; leave it out"
+        )
     saved = load_dump(path, what, allow_pickle=reading.allow_pickle, largest=reading.largest)
     rollouts = _table if ending == ".pt" else _proto
     yield from rollouts(path, saved, reading, left)
