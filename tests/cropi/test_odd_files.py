@@ -337,8 +337,8 @@ def test_every_reader_is_in_the_tables() -> None:
     ours = {
         "data.parquet_footer.parts_of", "ranking.selection_files.read_selection", "ranking.table.read_scores",
         "cli.config.read_config", "cli.contents.describe_file", "cli.contents.describe_folder",
-        "curriculum.state.read_state", "curriculum.learnt.read_training", "pipeline.rescoring.read_plan", "sealed.read_sealed",
-        "store.manifest.read_manifest", "model.moments.read_moments", "trainers.trl.stages.read_state",
-        "trainers.dumps.pickled.load_dump",
+        "curriculum.state.read_state", "curriculum.learnt.read_training", "pipeline.rescoring.read_plan",
+        "sealed.read_sealed", "store.manifest.read_manifest", "model.moments.read_moments",
+        "trainers.trl.stages.read_state", "trainers.dumps.pickled.load_dump",
     }  # fmt: skip
     assert set(LINES) | ours == set(READERS)
