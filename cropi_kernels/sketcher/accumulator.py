@@ -33,11 +33,11 @@ class Listener(Protocol):
         dy: torch.Tensor,
         kept: torch.Tensor | None,
         coarse: float = 0.0,
-        segment: int | None = None,
+        rows: slice = slice(None),
     ) -> None:
         """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``. Of a formed
-        gradient ``dy``, ``coarse`` is the unit roundoff of what it was formed of, and ``segment`` the one to whose
-        sketch it was added; None: to all."""
+        gradient ``dy``, ``coarse`` is the unit roundoff of what it was formed of; ``rows``: the segments to whose
+        sketches it was added."""
 
 
 def finished(outs: Sequence[torch.Tensor], spec: SketchSpec) -> torch.Tensor:

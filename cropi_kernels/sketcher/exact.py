@@ -356,12 +356,13 @@ class ExactTaps:
     ) -> None:
         """Add the gradients of one segment to its sketch; None: the parameter took no part. ``unit``: the unit roundoff
         of the module's arithmetic."""
+        rows = slice(segment, segment + 1)
         for exact, gradient in zip(edges, gradients, strict=True):
             exact.heard = segments
             if gradient is not None:
-                exact.add(gradient, self.acc.engine.sums(exact.name)[segment : segment + 1])
+                exact.add(gradient, self.acc.engine.sums(exact.name)[rows])
                 if self.acc.listener is not None:
-                    self.acc.listener.added(exact, gradient, None, unit, segment)
+                    self.acc.listener.added(exact, gradient, None, unit, rows)
 
     def _lookup(
         self, ys: Sequence[torch.Tensor], edges: dict[Exact, GradientEdge]

@@ -42,9 +42,8 @@ class Listener:
         dy: torch.Tensor,
         kept: torch.Tensor | None,
         coarse: float = 0.0,
-        segment: int | None = None,
+        rows: slice = slice(None),
     ) -> None:
-        rows = slice(None) if segment is None else slice(segment, segment + 1)
         took = projected(self.acc.out[rows])
         self.acc.out[rows].zero_()
         if tap not in self.sums:

@@ -46,11 +46,10 @@ class _Both(Listener):
         dy: torch.Tensor,
         kept: torch.Tensor | None,
         coarse: float = 0.0,
-        segment: int | None = None,
+        rows: slice = slice(None),
     ) -> None:
-        rows = slice(None) if segment is None else slice(segment, segment + 1)
         self.total[rows] += self.acc.out[rows]
-        super().added(tap, dy, kept, coarse, segment)
+        super().added(tap, dy, kept, coarse, rows)
 
 
 class Schedule:
