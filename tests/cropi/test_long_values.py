@@ -67,20 +67,26 @@ ROW = records()[0]
 NO_MODEL = Tokenize(None, 100, eos=False)
 STATE = {"version": 1, "stage": 1, "name": "a"}
 # By module and function: a file's name, what it holds (lines of JSON, or a kind of dump), what reads it.
-READERS: dict[str, list[tuple[str, Any, Callable[[Any], Any]]]] = {
+Readers = dict[str, list[tuple[str, Any, Callable[[Any], Any]]]]
+# Of files of lines that others write: test_odd_files.py gives them odd ones.
+OF_LINES: Readers = {
     "data.readers.read": [
         ("r.jsonl", ROW, gone_through(read)),
         ("r.jsonl", ROW | {"key": "a"}, gone_through(lambda path: read(path, columns={"answer": "key"}))),
     ],
     "data.export.read_dataset": [("d.jsonl", ROW, read_dataset), ("d.jsonl", ROW | {"index": 4}, exported)],
-    "data.parquet_footer.parts_of": [("t.parquet", "scores", parts_of)],
     "rollouts.prompts.read_prompts": [("q.jsonl", ROW, lambda path: read_prompts(path, NO_MODEL))],
+    "cli.contents.describe_rows": [("i.jsonl", ROW, lambda path: describe_rows(Path(path)))],
+    "trainers.dumps.recognise.recognise": [("d.jsonl", ROW, recognise)],
+    "trainers.dumps.auto.read_rollouts": [(DUMPS[kind][0], kind, of(kind)) for kind in DUMPS],
+}  # fmt: skip
+READERS: Readers = OF_LINES | {
+    "data.parquet_footer.parts_of": [("t.parquet", "scores", parts_of)],
     "ranking.selection_files.read_selection": [("s.jsonl", {"id": "a", "scores": {}, "check": "x"}, read_selection)],
     "ranking.table.read_scores": [("s.parquet", "scores", read_scores)],
     "cli.config.read_config": [("c.json", {"dim": 64}, read_config)],
     "cli.contents.describe_file": [("i.json", ROW, describe_file)],
     "cli.contents.describe_folder": [("i.json", ROW, lambda path: describe_folder(Path(path)))],
-    "cli.contents.describe_rows": [("i.jsonl", ROW, lambda path: describe_rows(Path(path)))],
     "curriculum.state.read_state": [("s.json", STATE, lambda path: read_state(Path(path)))],
     "curriculum.learnt.read_training": [("s.json", STATE, lambda path: read_training(Path(path)))],
     "pipeline.rescoring.read_plan": [("p.json", STATE, lambda path: read_plan(Path(path)))],
@@ -88,9 +94,7 @@ READERS: dict[str, list[tuple[str, Any, Callable[[Any], Any]]]] = {
     "store.manifest.read_manifest": [("manifest.json", STATE, lambda path: read_manifest(Path(path)))],
     "model.moments.read_moments": [("o.pt", STATE, lambda path: read_moments(path, torch.nn.Linear(2, 2)))],
     "trainers.trl.stages.read_state": [("s.json", STATE, lambda path: read_trl_state(Path(path)))],
-    "trainers.dumps.recognise.recognise": [("d.jsonl", ROW, recognise)],
     "trainers.dumps.pickled.load_dump": [("7.pt", "slime", lambda path: load_dump(Path(path), "a dump"))],
-    "trainers.dumps.auto.read_rollouts": [(DUMPS[kind][0], kind, of(kind)) for kind in DUMPS],
 }  # fmt: skip
 # What reads files by one of those alone, or no file.
 OTHERS = {
