@@ -34,6 +34,15 @@ def rewards(path: Any, **given: Any) -> list[list[float]]:
     return [group.rewards for group in groups(path, **given)]
 
 
+def logged(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
+    """The completions of one step as TRL logs them, or as ms-swift does."""
+    if kind == "trl":
+        return write(folder / "completions_00004.parquet", [{"step": 4} | row for row in rows])
+    columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
+    columns |= {"advantages": columns.pop("advantage"), "step": ["4"] * len(rows)}
+    return write(folder / "completions.jsonl", [columns])
+
+
 # ------------------------------------------------------------------------------------------------------ steps
 @lossy
 def test_areals_step_is_the_newest_version_of_a_sample(tmp_path: Path) -> None:
@@ -151,21 +160,10 @@ def test_functions_that_give_no_reward_are_left_out_of_the_sum(kind: str, tmp_pa
     """As the trainers add them up (``nansum``). A completion that no function scored is left out, and counted."""
     scores = [(1.0, math.nan), (math.nan, 0.5), (0.25, 0.5), (math.nan, math.nan)]
     rows = [
-        {
-            "step": 4,
-            "prompt": "q",
-            "completion": f"r{k}",
-            "right": right,
-            "form": form,
-            "advantage": advantage,
-        }
+        {"prompt": "q", "completion": f"r{k}", "right": right, "form": form, "advantage": advantage}
         for k, ((right, form), advantage) in enumerate(zip(scores, (0.4375, -0.0625, 0.1875, -0.5625)))
     ]
-    name = "completions_00004.parquet" if kind == "trl" else "completions.jsonl"
-    if kind == "ms-swift":
-        columns = {key: [row[key] for row in rows] for key in rows[0]}
-        rows = [columns | {"advantages": columns.pop("advantage"), "step": ["4"] * 4}]
-    (held,) = opened(write(tmp_path / name, rows))
+    (held,) = opened(logged(tmp_path, kind, rows))
     assert [group.rewards for group in read(held)] == [[1.0, 0.5, 0.75]] and held.left.counts == {"right": 1}
 
 
@@ -175,36 +173,21 @@ def test_functions_that_give_no_reward_are_left_out_of_the_sum(kind: str, tmp_pa
 def test_a_prompt_that_lost_completions_to_an_evaluation_is_left_out(kind: str, tmp_path: Path) -> None:
     """TRL keeps as many rows as a batch has; an evaluation's push out the first ones."""
     whole = [
-        {
-            "step": 4,
-            "prompt": "q",
-            "completion": f"r{k}",
-            "right": float(k == 3),
-            "advantage": -0.5 + 2 * (k == 3),
-        }
+        {"prompt": "q", "completion": f"r{k}", "right": float(k == 3), "advantage": -0.5 + 2 * (k == 3)}
         for k in range(4)
     ]
     evaluated = [
-        {"step": 4, "prompt": "v", "completion": f"r{k}", "right": float(k), "advantage": k - 0.5}
-        for k in range(2)
+        {"prompt": "v", "completion": f"r{k}", "right": float(k), "advantage": k - 0.5} for k in range(2)
     ]
-    name = "completions_00004.parquet" if kind == "trl" else "completions.jsonl"
-
-    def written(rows: list[dict[str, Any]]) -> Path:
-        if kind == "ms-swift":
-            columns = {key: [row[key] for row in rows] for key in rows[0]}
-            rows = [columns | {"advantages": columns.pop("advantage"), "step": ["4"] * len(rows)}]
-        return write(tmp_path / name, rows)
-
-    assert sorted(rewards(written(whole + evaluated))) == [[0.0, 0.0, 0.0, 1.0], [0.0, 1.0]]
+    assert sorted(rewards(logged(tmp_path, kind, whole + evaluated))) == [[0.0, 0.0, 0.0, 1.0], [0.0, 1.0]]
     for part in (whole[1:], whole[2:], whole[3:], whole[1:3]):
-        (held,) = opened(written(part + evaluated))
+        (held,) = opened(logged(tmp_path, kind, part + evaluated))
         assert held.left.counts == {"advantage": len(part)} and [group.prompt for group in read(held)] == [
             "v"
         ]
     # Advantages that are not centred are of another kind, and say nothing of this.
     other = [row | {"advantage": row["advantage"] + 1} for row in whole[1:3] + evaluated]
-    assert len(rewards(written(other))) == 2
+    assert len(rewards(logged(tmp_path, kind, other))) == 2
 
 
 @lossy
