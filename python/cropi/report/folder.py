@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -252,8 +251,32 @@ def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:
     lines |= {} if train is None else train.manifest
     names = {"model": "model given as", "trajectories": "files"}
     lines |= {names.get(key, key): value for key, value in _notes(train).items() if key != "command"}
-    return [
-        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    names = {
+        "spec": "sketch",
+        "tokenizer": "tokenizer's hash",
+        "trajectories": "trajectories' hash",
+        "dtype": "stored as",
+    }
+    left_out = ("notes", "prompts", "spec_fingerprint")
+    said = [
+        (names.get(key, key.replace("_", " ")), _said(value))
         for key, value in lines.items()
-        if value is not None and key not in ("notes", "prompts", "spec_fingerprint")
+        if key not in left_out
     ]
+    return [(name, text) for name, text in said if text]
+
+
+def _said(value: Any) -> str:
+    """A value for people: of a table its names and values, without those that are not set."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        parts = [(str(name).replace("_", " "), inner, _said(inner)) for name, inner in value.items()]
+        return ", ".join(
+            f"{name} ({text})" if isinstance(inner, (dict, list)) else f"{name} {text}"
+            for name, inner, text in parts
+            if text
+        )
+    if isinstance(value, list):
+        return ", ".join(map(_said, value))
+    return "" if value is None else str(value)
