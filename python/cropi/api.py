@@ -69,7 +69,7 @@ def score(
             (see :class:`cropi.options.Reading`); "auto" recognises it by their content.
         noise: also sketch how much each gradient varies with the responses that were sampled, so that the uncertainty
             of the scores includes it (:mod:`cropi.ranking.response_noise`).
-        progress: show progress bars.
+        progress: show progress: bars on a terminal and in a notebook, elsewhere a line a minute.
         options: the fields of :class:`cropi.options.Sketching` and :class:`cropi.options.Influence`, such as
             ``estimator="ppo"``, ``dim=8192``, ``metric="dot"``; for a model by its name, those of
             :class:`cropi.options.Loading` (``dtype``, ``device``); and those of :data:`OF_CHOICE`, such as

@@ -104,7 +104,7 @@ FLOORS = [
     {"sealed", "commands"},
     {"form", "locks"},
     {"atomic"},
-    {"bulk", "checked", "files", "summary", "agreement"},
+    {"bulk", "checked", "files", "summary", "agreement", "progress"},
     {"amounts", "errors", "_moved"},
 ]
 

@@ -109,7 +109,12 @@ def add_dry_run(command: argparse.ArgumentParser) -> None:
 
 def add_progress(command: argparse.ArgumentParser) -> None:
     """Whether progress is shown."""
-    command.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bars")
+    command.add_argument(
+        "--no-progress",
+        dest="progress",
+        action="store_false",
+        help="show no progress: no bars on a terminal, no line a minute in a log",
+    )
 
 
 def selection(args: argparse.Namespace) -> options.SelectionOptions:

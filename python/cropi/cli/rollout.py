@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from cropi.cli import options
 from cropi.cli.manners import tell
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         {"--out": args.out}, {"--prompts": args.prompts, "--reward": [args.reward.rpartition(":")[0]]}
     )
     loading = vars(options.made(Loading, args))
-    policy = Policy(args.model, progress=args.progress and sys.stderr.isatty(), **loading)
+    policy = Policy(args.model, progress=args.progress, **loading)
     job = make_job(policy, args.prompts, args.reward, options.made(Rollout, args), loading)
     report = run_job(job, args.out, say=print, progress=args.progress)
     print(report.text())

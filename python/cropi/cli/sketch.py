@@ -189,7 +189,7 @@ def policies(args: argparse.Namespace, distributed_config: Any = None) -> tuple[
     named = {
         "dtype": args.dtype, "device": args.device, "eos": args.eos, "trust_remote_code": args.trust_remote_code,
         "attn_implementation": args.attn_implementation,
-        "progress": args.progress and sys.stderr.isatty(),
+        "progress": args.progress,
     }  # fmt: skip
     behaviour = Policy(args.behaviour_model, **named) if args.behaviour_model else None
     own = {name: getattr(args, name) for name in ("quantize", "adapter", "revision")}  # of the policy alone

@@ -20,6 +20,7 @@ from cropi.distributed.ranks import REMEDIES, check_whole, digest, together
 from cropi.distributed.ray_worker import Make, Prepared, Worker
 from cropi.distributed.team import check_same
 from cropi.errors import CropiError, optional
+from cropi.progress import bar_of
 from cropi.sketching.summary import Summary
 from cropi.store.parts import next_part, take_parts
 from cropi.store.rows import FAILED, OK
@@ -124,7 +125,7 @@ class _Driver:
 
     def __init__(self, ray: Any, make: Make, out: Path, kind: str, progress: bool, on_chunk: Any) -> None:
         self.ray, self.make, self.out, self.kind, self.on_chunk = ray, make, out, kind, on_chunk
-        self.bar = optional("tqdm.auto").tqdm(desc=out.name, unit="chunk", disable=None if progress else True)
+        self.bar = bar_of(None, out.name, progress, unit="chunk")
         # Every worker that may be alive, also one that is in neither of the others: the driver was stopped in between.
         self.workers: list[_Held] = []
         self.refs: dict[Any, _Held] = {}

@@ -21,6 +21,7 @@ from cropi.errors import CropiError, optional
 from cropi.files import entries, failure_of, is_file, is_folder, meant, reason
 from cropi.model.gguf_reader import quick_reading
 from cropi.model.sources import is_local, locate
+from cropi.progress import in_log
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,7 +72,7 @@ def load_model(
         config: the one that :func:`load_config` gave, if it has been loaded already.
         trust_remote_code: let the model's folder or hub repository bring code of its own, **which is run**.
         variant: quantised, with an adapter, of a revision, with another attention.
-        progress: leave transformers its progress bars.
+        progress: leave transformers its progress bars, but in a log file.
 
     Returns:
         ``(model, tokenizer)``. A missing pad token is set to EOS. The tokenizer is None where none was wanted.
@@ -91,7 +92,7 @@ def load_model(
     optional("transformers")
     spread = _spread(name, variant)
     source, options = _located(name, trust_remote_code, variant.revision)
-    with _explained(name), nullcontext() if progress else _no_bars():
+    with _explained(name), nullcontext() if progress and not in_log() else _no_bars():
         if config is None:
             config = _load_config(name, source, options)
         dtype = placed_dtype(dtype, device, config)

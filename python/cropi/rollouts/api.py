@@ -56,7 +56,7 @@ def rollout(
             ``(prompt, response, **row)``, or of ``(prompts, completions, **columns)`` as TRL's.
         out: the ``.jsonl`` file.
         tokenizer: the tokenizer of ``model`` where that is a module.
-        progress: show a bar.
+        progress: show progress, as :func:`cropi.score` does.
         say: a function that is called with each line of progress; None prints the lines where ``progress`` is True.
         options: the fields of :class:`cropi.rollouts.options.Rollout`, such as ``n=8``, ``temperature=1.0``; for a
             model by its name, those of :class:`cropi.options.Loading`.

@@ -10,8 +10,9 @@ from typing import Any
 
 from cropi.data.records import make_group
 from cropi.data.rewards import no_gradient_reason
-from cropi.errors import CropiError, RecordError, optional, warn
+from cropi.errors import CropiError, RecordError, warn
 from cropi.gradient.tokenize import Tokenize
+from cropi.progress import bar_of
 from cropi.rollouts.engine import Engine, Request, Response
 from cropi.rollouts.file import SCORER, RolloutFile
 from cropi.rollouts.options import Rollout, Sampling
@@ -156,14 +157,7 @@ def _sample(
     import time
 
     by_id, total = {prompt.id: prompt for prompt in job.prompts}, 0.0
-    bar = optional("tqdm.auto").tqdm(
-        total=len(requests),
-        initial=done,
-        desc="rollout",
-        unit="prompt",
-        disable=None if progress else True,
-        smoothing=0.1,
-    )
+    bar = bar_of(len(requests), "rollout", progress, initial=done)
     # No prompt of a batch is finished before all nearly are, which may take an hour on a CPU: the bar counts tokens.
     if not bar.disable:
         most = job.options.max_tokens

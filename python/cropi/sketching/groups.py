@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, article, optional
+from cropi.errors import CropiError, article
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.layout import layout_of
@@ -19,6 +19,7 @@ from cropi.gradient.zero import no_sketch_reason
 from cropi.model.moments import SecondMoments
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy
+from cropi.progress import bar_of
 from cropi.sketching.behind import Behind
 from cropi.sketching.chunks import Chunk, EveryChunk, Participant, make_chunks
 from cropi.sketching.interrupt import Interrupt
@@ -69,7 +70,7 @@ def sketch_groups(
         moments: of an optimiser: gradients are formed by autograd and divided by their roots before they are sketched.
         others: other specs, whose sketches are made in the same passes and kept there; not with ``moments``.
         total: how many prompts there are, for the progress bar.
-        progress: show one.
+        progress: show it.
         summary: counts are added to this one; None: to a new one.
         participant: of several processes that share the job: which of its chunks are computed here. ``groups`` are all
             prompts of the job.
@@ -210,11 +211,3 @@ def _checked(
             yield row_of(group.group, SKIPPED, reason, job.set)
         else:
             yield subset.of(group, estimator)
-
-
-def bar_of(total: int | None, name: str, progress: bool, **options: Any) -> Any:
-    """A progress bar of prompts; ``options`` as tqdm takes them."""
-    bar = optional("tqdm.auto").tqdm
-    # None: no bar where standard error is not a terminal
-    disable = None if progress else True
-    return bar(total=total, desc=name, unit="prompt", disable=disable, smoothing=0.1, **options)

@@ -26,8 +26,9 @@ from cropi.gradient.tokenize import TokenGroup, Tokenize, TooLong
 from cropi.model.moments import SecondMoments, read_moments
 from cropi.model.placing import tokens_at_once
 from cropi.model.policy import Policy, check_dropout
+from cropi.progress import bar_of
 from cropi.sketching.chunks import BATCHES, Dealt, Participant
-from cropi.sketching.groups import bar_of, sketch_groups
+from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
