@@ -69,12 +69,13 @@ def test_help_says_every_default_and_every_command_has_the_manners() -> None:
         if not any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):
             assert {"--json", "-q", "--quiet", "-v", "--verbose", "--debug", "--help"} <= flags, name
         for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), (name, action.dest)
             takes_a_value = action.option_strings and action.nargs != 0 and not action.required
             if takes_a_value and "default" not in str(action.help) and action.default not in (None, []):
                 lacking.append(f"{name} {action.option_strings[0]} ({action.default!r})")
         text = parser.format_help()
         usage = text.partition("\n\n")[0]
-        assert "%(" not in text and usage.count("\n") < 4, name
+        assert "%(" not in text and "None)" not in text and usage.count("\n") < 4, name
         needed = [action for action in parser._actions if action.required and action.option_strings]
         assert all(action.option_strings[0] in usage for action in needed), name
     assert not lacking, lacking

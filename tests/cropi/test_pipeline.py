@@ -213,22 +213,6 @@ def test_ctrl_c_says_which_store_it_left(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # ------------------------------------------------------------------------------------------------- options
-@pytest.mark.parametrize("command", ["sketch", "influence", "select", "run", "curriculum"])
-def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    from cropi.cli import make_parser
-
-    (commands,) = [action for action in make_parser()._actions if action.dest == "command"]
-    for action in commands.choices[command]._actions:  # type: ignore[union-attr,index]
-        about = f"{action.help or ''}"
-        assert about and about[0].islower() or about[0].isupper() or about[0] == ".", action.option_strings
-        if action.nargs != 0 and action.default is not None and not action.required and action.option_strings:
-            assert "default" in about or action.default in ([], ()), (action.option_strings, about)
-    assert "None)" not in shown
-
-
 def test_options_are_one_with_the_modules_that_use_them() -> None:
     from dataclasses import fields
 
