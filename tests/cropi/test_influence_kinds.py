@@ -212,6 +212,9 @@ def test_prompts_that_a_store_of_validation_prompts_holds_twice_are_named() -> N
         warnings.simplefilter("error", RepeatedPrompts)
         rows[4] = 1.02 * rows[0]
         cropi.influence(in_memory(rows, "t"), in_memory(rows, "v", ["x", "x", "x", "y", "x", "y"]))
+    told = "1 of 5 rows of 'valid' repeat another, for example '4' the numbers of '0'.*give every row once$"
+    with pytest.warns(RepeatedPrompts, match=told):
+        cropi.influence(rows, rows[[0, 1, 2, 3, 0]])
 
 
 def test_demonstrations_of_one_prompt_are_apart(recwarn: pytest.WarningsRecorder) -> None:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,11 @@ def test_text_of_users_is_never_markup() -> None:
     evil.run = [("note", EVIL)]
     evil.command = EVIL
     object.__setattr__(evil.scores, "sets", ["<b>bold</b>", "plain"])
+    assert evil.uncertainty is not None
+    evil.uncertainty.sets[0] = replace(evil.uncertainty.sets[0], name="grade`4", signal=0.1)
+    evil.uncertainty.overlap_of_set["grade`4"] = 0.5
     page = render(evil)
+    assert page.count("grade`4: 12 prompts") == 2 and "<code>4" not in page
     assert page.count("<script") == 2 and "<img" not in page and "<b>bold" not in page
     body = page.split("</style>")[1].split('<script type="text/plain"')[0]
     assert "\x00" not in page and "\x1b" not in data_of(page)["details"]["p00005"]["text"]

@@ -54,15 +54,20 @@ class RepeatedPrompts(UserWarning):
 
     @classmethod
     def of(
-        cls, counts: Mapping[str, tuple[int, int]], example: tuple[str, str], what: str
+        cls,
+        counts: Mapping[str, tuple[int, int]],
+        example: tuple[str, str],
+        what: str,
+        one: str = "prompt",
+        remedy: str = "give every prompt once, with all of its responses",
     ) -> RepeatedPrompts:
-        """The warning: by the name of a set how many of its prompts have ``what`` another one has, of how many."""
-        named = ", ".join(f"{again} of {size} prompts of {name!r}" for name, (again, size) in counts.items())
-        one, other = example
+        """The warning: by the name of a set how many of its prompts have ``what`` another one has, of how many.
+        ``one``: what a row is, where it is no prompt."""
+        named = ", ".join(f"{again} of {size} {one}s of {name!r}" for name, (again, size) in counts.items())
+        first, other = example
         return cls(
-            f"validation sets hold prompts more than once: {named} repeat another, for example {other!r:.100} {what} "
-            f"of {one!r:.100}; each counts as a prompt of its own, so that standard errors are too small: give every "
-            "prompt once, with all of its responses"
+            f"validation sets hold {one}s more than once: {named} repeat another, for example {other!r:.100} {what} "
+            f"of {first!r:.100}; each counts as a {one} of its own, so that standard errors are too small: {remedy}"
         )
 
 

@@ -18,7 +18,7 @@ from cropi.options import Influence, Selecting
 from cropi.pipeline.checks import Checked, Setup, check
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
-from cropi.ranking.influence import influence
+from cropi.ranking.influence import NUMBERED, influence
 from cropi.ranking.pairwise import copies
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
@@ -183,7 +183,12 @@ def score(
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
     scores = influence(train, valid, given, pairs=pairs)
     if scores.pairs is not None and not checked and (found := copies(scores.pairs)) is not None:
-        warn(str(RepeatedPrompts.of(*found, "the responses and the gradient")), RepeatedPrompts, stacklevel=2)
+        # Floats that no prompt is known of.
+        numbered = any(store.manifest.get("notes", {}).get(NUMBERED) for store in valid)
+        said = (
+            ("the numbers", "row", "give every row once") if numbered else ("the responses and the gradient",)
+        )
+        warn(str(RepeatedPrompts.of(*found, *said)), RepeatedPrompts, stacklevel=2)
     return with_uncertainty(scores, train, valid, given, choice, noise)
 
 
