@@ -14,8 +14,8 @@ from support.trl_runs import stored
 
 from cropi.data.scan import scan
 from cropi.errors import CropiError
-from cropi.trainers.trl import Curriculum
-from cropi.trainers.trl.checks import with_template_values
+from cropi.trainers.trl import Curriculum, Recording
+from cropi.trainers.trl.checks import check_arguments, with_template_values
 from cropi.trainers.trl.scoring import setup_of
 
 
@@ -67,3 +67,21 @@ def test_what_the_trainer_gives_to_its_template_files_get_too(
     assert [record.getMessage().split(",")[0] for record in caplog.records] == ["3 train prompts are text"]
     scans.pop("train")
     assert values(off, [print]) == (None, None)  # tokens need neither
+
+
+def test_quotas_of_tasks_that_are_not_there_are_errors_before_the_first_stage() -> None:
+    """What is recorded in the first stage is chosen from after its training."""
+    args = SimpleNamespace(max_steps=4, steps_per_generation=1, gradient_accumulation_steps=1)
+    rows = [{"id": str(i), "prompt": "q", "task": task} for i, task in enumerate(["sums", 3])]
+    trainer = SimpleNamespace(
+        args=args, num_iterations=1, is_fsdp_enabled=False, is_deepspeed_enabled=False, train_dataset=rows
+    )
+    for told, quota, options in (
+        ("quota: there is no task 'sum'; .*there are '3', 'sums'$", ["sum=0.5"], {}),
+        ("quota: there is no task 'sums'; there are ''$", ["sums=1"], {"recording": Recording(columns=())}),
+        ("add up to 1.2", ["sums=0.6", "3=0.6"], {}),
+        ("is not NAME=NUMBER", ["sums"], {}),
+        ("the groups get 5 prompts, but 4 are chosen", ["sums=5"], {"count": 4}),
+    ):
+        with pytest.raises(CropiError, match=told):
+            check_arguments(trainer, Curriculum(stage_steps=2, quota=quota, **options), 2)

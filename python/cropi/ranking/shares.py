@@ -9,7 +9,7 @@ its own number of prompts. Quotas name groups and what part of the selection, or
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from cropi.errors import CropiError, did_you_mean
 
@@ -81,7 +81,7 @@ def read_quotas(quotas: Sequence[str]) -> dict[str, float]:
     Shares are kept as floats, counts as integers.
 
     Raises:
-        CropiError: a quota that is not NAME=NUMBER, or a name twice.
+        CropiError: a quota that is not NAME=NUMBER, a name twice, or shares of more than the whole.
     """
     read: dict[str, float] = {}
     for quota in quotas:
@@ -99,27 +99,33 @@ def read_quotas(quotas: Sequence[str]) -> dict[str, float]:
         if name in read:
             raise CropiError(f"quota names the group {name!r} twice")
         read[name] = value
+    if (total := sum(value for value in read.values() if isinstance(value, float))) > 1 + 1e-9:
+        raise CropiError(f"quota: the shares add up to {total:g}, more than the whole selection")
     return read
 
 
-def with_quotas(n: int, quotas: Mapping[str, float], usable: Mapping[str, int], per: str) -> dict[str, int]:
-    """How many of ``n`` prompts every named group gets; the rest is for the others.
+def check_groups(quotas: Mapping[str, float], known: Collection[str], per: str) -> None:
+    """Check that every named group is there.
 
     Raises:
-        CropiError: a group that is not there, has too few prompts with a gradient, or quotas that do not fit ``n``.
+        CropiError: one is not.
     """
     for name in quotas:
-        if name not in usable:
+        if name not in known:
             raise CropiError(
-                f"quota: there is no {per} {name!r}; {did_you_mean(name, usable)}there are "
-                f"{', '.join(map(repr, sorted(usable)))}"
+                f"quota: there is no {per} {name!r}; {did_you_mean(name, known)}there are "
+                f"{', '.join(map(repr, sorted(known)))}"
             )
+
+
+def numbers_of(n: int, quotas: Mapping[str, float]) -> tuple[dict[str, int], int]:
+    """How many of ``n`` prompts every named group gets, and their sum.
+
+    Raises:
+        CropiError: it is more than ``n``.
+    """
     counts = {name: int(value) for name, value in quotas.items() if not isinstance(value, float)}
     shares = {name: value for name, value in quotas.items() if isinstance(value, float)}
-    if sum(shares.values()) > 1 + 1e-9:
-        raise CropiError(
-            f"quota: the shares add up to {sum(shares.values()):g}, more than the whole selection"
-        )
     if shares:
         rest = max(1 - sum(shares.values()), 0.0)
         parts = apportion(n, shares | ({"": rest} if rest > 1e-9 else {}))
@@ -129,6 +135,17 @@ def with_quotas(n: int, quotas: Mapping[str, float], usable: Mapping[str, int], 
         raise CropiError(
             f"quota: the groups get {taken} prompts, but {n} are chosen; raise fraction or count, or lower the quotas"
         )
+    return counts, taken
+
+
+def with_quotas(n: int, quotas: Mapping[str, float], usable: Mapping[str, int], per: str) -> dict[str, int]:
+    """How many of ``n`` prompts every named group gets; the rest is for the others.
+
+    Raises:
+        CropiError: a group that is not there, has too few prompts with a gradient, or quotas that do not fit ``n``.
+    """
+    check_groups(quotas, usable, per)
+    counts, taken = numbers_of(n, quotas)
     for name, number in counts.items():
         if number > usable[name]:
             raise CropiError(

@@ -10,13 +10,15 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
+from cropi.data.prompt_ids import column_values
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
 from cropi.files import check_room
-from cropi.ranking.shares import how_many
+from cropi.ranking.shares import check_groups, how_many, numbers_of, read_quotas
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.sampler import check_enough
 from cropi.trainers.trl.scoring import _evaluating
+from cropi.trainers.values import text_value
 from cropi_kernels import GradientSketcher
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
 
     Raises:
         CropiError: no number of steps, stages that cut a generation batch in two, a model in shards, rows that the
-            trainer dropped, too few prompts for one batch, a missing eval_dataset, or a load-balancing loss of experts
-            that ``live`` was not told of.
+            trainer dropped, quotas that do not fit, too few prompts for one batch, a missing eval_dataset, or a
+            load-balancing loss of experts that ``live`` was not told of.
     """
     args, steps = trainer.args, options.stage_steps
     if args.max_steps <= 0:
@@ -58,6 +60,7 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
             f"the trainer holds {len(trainer.train_dataset)} rows of the {prompts} of train_dataset, so "
             "ids and rows do not match; prepare the dataset before it is passed"
         )
+    _check_quotas(trainer.train_dataset, options)
     if options.live is not None and not options.live.coupled and balances_experts(trainer):
         raise CropiError(
             "TRL adds the load-balancing loss of this mixture of experts, which is no sum over prompts: set "
@@ -117,6 +120,19 @@ def drawn(options: Curriculum, pool: int) -> int:
     if options.count > pool:
         raise CropiError(f"count {options.count} is more than the {pool} prompts of train_dataset; lower it")
     return options.count
+
+
+def _check_quotas(dataset: Any, options: Curriculum) -> None:
+    """Check what is known of quotas before prompts are recorded: the first choice comes after a stage's training."""
+    if options.train is not None or options.recording is None:
+        return
+    quotas = read_quotas(options.quota)
+    if options.count is not None:
+        numbers_of(options.count, quotas)
+    if options.per != "file":
+        _, [values] = column_values(dataset, "task") if "task" in options.recording.columns else ([], [None])
+        tasks = {"" if value is None else str(text_value(value, "task")) for value in values or [None]}
+        check_groups(quotas, tasks, "task")
 
 
 def check_policy(model: Any, options: Curriculum) -> None:
