@@ -83,17 +83,12 @@ def _tap_difference(model: Any, groups: list[TokenGroup]) -> float:
         got = torch.zeros(spec.dim)
         with GradientSketcher(model, spec) as sketcher:
             for b in exact.batches(group):
-
-                def weigh(logprobs: torch.Tensor, i: int, j: int, b: Any = b) -> torch.Tensor:
-                    behaviour = None if b.behaviour is None else b.behaviour[i:j]
-                    return exact.estimator.weights(logprobs, behaviour, b.advantages[i:j], b.divisors[i:j])
-
                 got += sketcher.policy_gradient(
                     b.input_ids,
                     segments=b.segments,
                     positions=b.positions,
                     targets=b.targets,
-                    weigh=weigh,
+                    weigh=exact.estimator.weigher(b.advantages, b.divisors, b.behaviour, b.responses),
                     attention_mask=b.attention_mask,
                     position_ids=b.position_ids,
                     temperature=b.temperature,

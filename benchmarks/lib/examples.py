@@ -30,11 +30,7 @@ class Example:
     groups: list[TokenGroup]
 
     def weigh(self, b: MicroBatch) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
-        def weights(logprobs: torch.Tensor, i: int, j: int) -> torch.Tensor:
-            behaviour = None if b.behaviour is None else b.behaviour[i:j]
-            return self.estimator.weights(logprobs, behaviour, b.advantages[i:j], b.divisors[i:j])
-
-        return weights
+        return self.estimator.weigher(b.advantages, b.divisors, b.behaviour, b.responses)
 
     def describe(self) -> str:
         tokens = sum(b.input_ids.numel() for b in self.batches)

@@ -123,7 +123,8 @@ def summed(
                 here = batch.to(model.device)
                 row += formed.policy_gradient(
                     here.input_ids, segments=torch.zeros_like(here.segments), num_segments=1,
-                    positions=here.positions, targets=here.targets, weigh=_weigh(here, estimator),
+                    positions=here.positions, targets=here.targets,
+                    weigh=estimator.weigher(here.advantages, here.divisors, here.behaviour, here.responses),
                     attention_mask=here.attention_mask, position_ids=here.position_ids,
                 ).sketches[0].cpu()  # fmt: skip
     return sets, rows
@@ -160,15 +161,6 @@ def _batches(
     model: Any, groups: Sequence[TokenGroup], estimator: Estimator, tokens: int
 ) -> Iterator[MicroBatch]:
     return make_batches(groups, estimator, layout_of(model), budget=tokens, stored_behaviour=True)
-
-
-def _weigh(batch: MicroBatch, estimator: Estimator) -> Any:
-    def weigh(values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        assert batch.behaviour is not None
-        part = slice(start, stop)
-        return estimator.weights(values, batch.behaviour[part], batch.advantages[part], batch.divisors[part])
-
-    return weigh
 
 
 def _info(group: PromptGroup, status: str, reason: str = "", norm: float = 0.0) -> RowInfo:
@@ -219,7 +211,7 @@ def _gradients(
         for batch in _batches(model, [to_tokens(group)], estimator, 1 << 20):
             here = batch.to(model.device)
             values = logprobs(split, here)
-            weights = _weigh(here, estimator)(values.detach(), 0, len(values))
+            weights = estimator.weights(values.detach(), here.behaviour, here.advantages, here.divisors)
             (weights * values).sum().backward()
         yield group, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
