@@ -275,9 +275,10 @@ void dense_row(const ProjectCsrArgs& args, const Geometry& g, const Table& table
   for (int64_t j = 0; j < args.nnz; ++j) {
     const uint32_t* signs = table.sign_bits(j);
     double* to = sum + j * g.width;
-    int64_t in_tile = int64_t(table.tile_start);
-    for (int64_t p = 0, tile = 0; p < n; ++tile, in_tile = 0) {
-      const TilePlace place = table.place(j)[tile];
+    const TilePlace* tile = table.place(j);
+    int64_t in_tile = int64_t(table.tile_start), p = 0;
+    while (p < n) {
+      const TilePlace place = *tile++;
       const int64_t stop = min64(n, p + g.width - in_tile);
       const int64_t wrap = min64(stop, max64(p, p + int64_t(g.width) - in_tile - int64_t(place.shift)));
       const auto run = [&](int64_t last, int64_t bucket) {
@@ -288,6 +289,7 @@ void dense_row(const ProjectCsrArgs& args, const Geometry& g, const Table& table
       };
       run(wrap, in_tile + place.shift);
       run(stop, max64(0, in_tile + int64_t(place.shift) - int64_t(g.width)));
+      in_tile = 0;
     }
   }
 }
