@@ -27,7 +27,7 @@ from .replay import Recorded
 from .row_segments import Runs
 from .segments import Segments
 from .selftest import SelfTest
-from .split_loss import LATER, PARTS, UNSEEN, CoupledLossError, LossCheck
+from .split_loss import LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck
 from .tap_tests import TapTests
 from .tapped import TappedModel
 from .untouched import code_shape
@@ -72,8 +72,8 @@ class LiveSketcher:
         exclude: as for `GradientSketcher`.
         verify: before the first step, compare the taps with autograd on a few tokens (taps that these do not reach, on
             the first batch that does); in the first steps with a gradient, and in ever fewer later ones, compare their
-            sum with it; in the first with two prompts that have one, check that the loss is a sum over prompts. False:
-            no checks.
+            sum with it; in the first with two prompts that have one, and beside those comparisons, check that the loss
+            is a sum over prompts (in every batch, where what carries a gradient is sorted). False: no checks.
         coupled: take losses that are not a sum over prompts: ``g_s`` is then the part of the gradient that passes
             through the tokens of s. The parts add up to the gradient all the same.
 
@@ -110,6 +110,7 @@ class LiveSketcher:
         self._ready, self._apart = False, Tested(self.model, self._acc)
         self._runs: Runs | None = None  # those of the open batch
         self.loss: str | None = None
+        self._sorts = False  # whether the last loss that was looked at put values in order
 
     def __repr__(self) -> str:
         c, state = self.coverage, "active" if self._handles else "not active"
@@ -202,7 +203,7 @@ class LiveSketcher:
             with own_precision(self.model):
                 self._try(lambda: self._tests.before_batches())
             self._ready = True
-        check = LossCheck(self.model, self._acc, runs) if self._asks(runs) else None
+        check = LossCheck(self.model, self._acc, runs) if self._asks(runs, due) else None
         apart = self._apart.next(segments) if self._verify and not self.coupled else None
         trained = self._plan.wanted if self._verify else ()
         self._acc.begin(runs.segments, sharded.device_of(self.model), trained=trained)
@@ -225,7 +226,7 @@ class LiveSketcher:
             if audit is not None:
                 audit.verdict(runs.segments, self._audits)
             if check is not None:  # a backward pass has run: `check_passes`
-                self.loss = check.verdict or UNSEEN
+                self._note(check)
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:
                     raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
@@ -305,11 +306,20 @@ class LiveSketcher:
                 "more): make a new one"
             )
 
-    def _asks(self, runs: Runs) -> bool:
+    def _asks(self, runs: Runs, due: bool) -> bool:
         """Whether this batch can say more of the loss than those before."""
         if not self._verify or self.coupled:
             return False
-        return self.loss in (None, UNSEEN) or (self.loss == LATER and runs.present > 1)
+        if self.loss in (None, UNSEEN):
+            return True
+        return runs.present > 1 and (self.loss == LATER or due or self._sorts)
+
+    def _note(self, check: LossCheck) -> None:
+        """What a later batch says replaces what an earlier one left open."""
+        verdict, self._sorts = check.verdict or UNSEEN, check.sorts
+        known = self.loss not in (None, UNSEEN, LATER)
+        if not known or (verdict.startswith(SUM) and not str(self.loss).startswith(SUM)):
+            self.loss = verdict
 
     def _untested(self, segments: Segments | None = None) -> bool:
         """Whether no test has heard some of the taps, or of those that were heard in the batch ``segments``."""

@@ -9,6 +9,10 @@ things are looked for before the first backward pass runs:
 - second derivatives between what the model gave for two prompts: of a sum they are zero exactly. They are zero as well
   where prompts have no gradient (their rewards are equal), so that a batch with fewer than two that have one says
   nothing, and a later one is looked at.
+
+Both hold of the batch that is looked at. A loss that pairs values by their rank in the batch (TRL's `aot_unpaired`) is
+a sum while policy and reference agree, and none later: so some later batches are looked at too, and all of them where
+something that carries a gradient is sorted.
 """
 
 from __future__ import annotations
@@ -51,17 +55,26 @@ _BEGINS: dict[Any, str] = {
 }  # fmt: skip
 
 
+# What puts values in order, or says in which.
+_SORTS = frozenset(
+    getattr(place, name) for place in (torch, torch.Tensor) for name in ("sort", "argsort", "msort")
+)
+
+
 class _Backward(TorchFunctionMode):
-    """Calls ``check(losses)`` before a backward pass."""
+    """Calls ``check(losses)`` before a backward pass; ``sorts``: whether a tensor with a gradient was put in order."""
 
     def __init__(self, check: Callable[[Sequence[torch.Tensor]], None]) -> None:
         super().__init__()
-        self.check = check
+        self.check, self.sorts = check, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _SORTS:
+            sorted_ = args[0] if args else kwargs.get("input")
+            self.sorts |= isinstance(sorted_, torch.Tensor) and sorted_.requires_grad
         if func in _BEGINS:
             losses = args[0] if args else kwargs[_BEGINS[func]]
             self.check([losses] if isinstance(losses, torch.Tensor) else losses)
@@ -72,7 +85,8 @@ class LossCheck:
     """Checks the losses of one batch: of every backward pass in it.
 
     ``verdict`` is the result as a sentence, of several losses the first that is not `SUM`; None: there was no backward
-    pass; `LATER`: another batch may say more.
+    pass; `LATER`: another batch may say more. ``sorts``: the loss may depend on the order of what carries a gradient,
+    which other batches change.
 
     Args:
         model: its outputs are examined.
@@ -83,6 +97,7 @@ class LossCheck:
     def __init__(self, model: nn.Module, acc: Accumulator, runs: Runs) -> None:
         self.model, self.acc, self.runs = model, acc, runs
         self.verdict: str | None = None
+        self.sorts = False
         self._outputs: list[torch.Tensor] = []
 
     @contextlib.contextmanager
@@ -97,8 +112,9 @@ class LossCheck:
                 self._outputs += _tensors(y)
 
         try:
-            with self.model.register_forward_hook(note), _Backward(self._try):
+            with self.model.register_forward_hook(note), _Backward(self._try) as mode:
                 yield
+            self.sorts = mode.sorts
         finally:
             self._outputs = []
 
