@@ -10,6 +10,7 @@ import pytest
 from support.made_curriculum import config, curriculum, make_folder, report
 
 from cropi.curriculum.learnt import nothing_learnt, read_training
+from cropi.curriculum.state import State
 from cropi.sealed import sealed
 from cropi.trainers.trl.history import training_summary
 
@@ -110,3 +111,13 @@ def test_the_reward_of_trls_training_is_in_the_report(tmp_path: Path) -> None:
 
 def constant(completions: list[str], **columns: object) -> list[float]:
     return [1.0] * len(completions)
+
+
+def test_a_budget_counts_a_training_that_nothing_cut_short(tmp_path: Path) -> None:
+    """Of one that was taken up again, the seconds are those of what was left: a later stage would score too few."""
+    done = [
+        {"stage": stage, "step": "train", "seconds": seconds, "attempts": attempts}
+        for stage, seconds, attempts in ((0, 90.0, 2), (1, 600.0, 1), (2, 30.0, 3))
+    ]
+    state = State(tmp_path / "state.json", {"done": done})
+    assert [state.seconds("train", stage) for stage in range(4)] == [0.0, 90.0, 600.0, 600.0]

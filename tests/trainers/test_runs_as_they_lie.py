@@ -124,9 +124,7 @@ def test_ids_of_responses_are_no_ids_of_prompts(tmp_path: Path, capsys: pytest.C
     path = write(tmp_path / "rows.jsonl", rows)
     assert main(["info", str(path)]) == 0
     assert "4 prompts: one response; where the ids are those of responses" in capsys.readouterr().out
-    with pytest.raises(
-        CropiError, match=r"\(4 with one response; where the ids .* --columns id=, .* others\)"
-    ):
+    with pytest.raises(CropiError, match=r"\(4 with one response; where .* --columns id=, .* others\)"):
         check_pool(scan(path), "rows")
     assert main(["info", str(path), "--columns", "id="]) == 0
     assert "1 prompts, 4 responses, 1 prompts usable" in capsys.readouterr().out

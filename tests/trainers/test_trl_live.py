@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from support.made_data import make_model, make_tokenizer
 from support.trl_runs import SPEC, staged, stored
 from support.versions import needs
 
+import cropi
+from cropi.agreement import Alone
 from cropi.errors import CropiError
 from cropi.ranking.alike import prompt_features
 from cropi.trainers.trl import Curriculum, Live
@@ -416,3 +419,21 @@ def test_a_second_run_of_one_trainer_is_an_error(tmp_path: Path, valid: Path) ->
         trainer.train()
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert trainer._cropi.live.selector.step == 2
+
+
+def test_a_validation_set_whose_gradients_are_all_zero_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards differ, and no token of a response is trained on, say: the set had left the means without a word."""
+    options = Curriculum(stage_steps=2, spec=SPEC, live=Live(dim=1024))
+    run = LiveRun(make_model(), options, ["a", "b"], seed=0, tokenizer=make_tokenizer())
+    rows = torch.ones(2, SPEC.dim, dtype=torch.float32, device="cpu")
+    sketched = [(["x"], rows[:1], ["x", "y"]), (["x", "y"], rows, ["x", "y"]), (["x"], rows[:1], ["x", "y"])]
+    monkeypatch.setattr(cropi.pipeline, "sketch_validation", lambda *_, **__: sketched.pop(0))
+    refresh = partial(run.refresh, run.sketcher.model, make_tokenizer(), None, 0, 0, Alone())
+    with pytest.raises(CropiError, match="validation set 'y' has no row with a gradient"):
+        refresh()
+    refresh()
+    with pytest.warns(
+        UserWarning, match="'y' has no row with a gradient .* the validation means of step 0 are kept"
+    ):
+        refresh()
+    assert len(run.selector._valid) == 2

@@ -169,8 +169,7 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
     plan, last, folder = stage.plan, stage.number - 1, stage.folder / "sketches"
     before = plan.stage_folder(last) if stage.number else None
     entries = {
-        step: stage.state.result(last, step) or {}
-        for step in ("influence", "select", "train", "collect", "sketch")
+        step: stage.state.result(last, step) or {} for step in ("influence", "select", "collect", "sketch")
     }
     renewed = (stage.state.result(stage.number, "rollouts") or {}) if plan.rollouts_when == "every" else {}
     timed = [*valid.values(), entries["sketch"].get("train", {})]
@@ -178,7 +177,8 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
     anew = Anew(
         plan.rescoring, stage.folder, folder / EARLIER, before,
         [] if before is None else [before / "sketches" / name for name in ("train", EARLIER)],
-        others=sum(entry.get("seconds", 0.0) for entry in (entries["train"], entries["collect"], renewed)),
+        others=stage.state.seconds("train", stage.number)
+        + sum(entry.get("seconds", 0.0) for entry in (entries["collect"], renewed)),
         spent=lambda: time.monotonic() - begun + choosing,
         seconds=sum(one.get("seconds", 0.0) for one in timed), passed=sum(one.get("tokens", 0) for one in timed),
     )  # fmt: skip

@@ -157,8 +157,9 @@ def sketch_validation(
     sets: Sequence[str] = (),
     before: str = "",
     option: str = "--valid",
-) -> tuple[list[str], torch.Tensor]:
-    """This rank's sketches of validation prompts, in memory: the set of each row, and float32 rows ``[n, dim]``.
+) -> tuple[list[str], torch.Tensor, list[str]]:
+    """This rank's sketches of validation prompts, in memory: the set of each row, float32 rows ``[n, dim]``, and the
+    sets that have a prompt with a gradient by its rewards. A gradient that is zero all the same has no row.
 
     Args:
         policy, valid, ranks, sets, before, option: as for :func:`check`.
@@ -169,17 +170,17 @@ def sketch_validation(
     """
     who = ranks or Alone()
 
-    def checked() -> list[Part]:
+    def checked() -> tuple[list[Part], list[str]]:
         parts, scans = [], {}
         for name, source in validation_sources(valid).items():
             known = None if who.world == 1 else (lambda _: True)
             part, scans[name], _ = part_of(policy, source, job, f"valid-{name}", name, known, who)
             check_tokens(policy, job, part.groups, part.scan)
             parts.append(part)
-        check_covered(scans, sets, option=option, before=before)
-        return parts
+        return parts, list(check_covered(scans, sets, option=option, before=before))
 
-    names, rows, parts = [], [], who.agree(checked)
+    names, rows = list[str](), []
+    parts, covered = who.agree(checked)
     job = one_date(policy, job, parts, [None] * len(parts))
     for part in parts:
         if part.scan.prompts:
@@ -188,4 +189,5 @@ def sketch_validation(
             for kept, sketches in store.shards():
                 names += [row.set or DEFAULT_SET for row in kept]
                 rows.append(sketches.float())
-    return names, torch.cat(rows) if rows else torch.zeros(0, job.row_size, dtype=torch.float32, device="cpu")
+    empty = torch.zeros(0, job.row_size, dtype=torch.float32, device="cpu")
+    return names, torch.cat(rows) if rows else empty, covered

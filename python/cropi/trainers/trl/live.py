@@ -195,14 +195,16 @@ class LiveRun:
         """Sketch the validation prompts under the current policy; the ranks share them."""
         job = setup_of(self.options, stage, seed).job
         with _evaluating(model):
-            names, rows = pipeline.sketch_validation(
+            names, rows, covered = pipeline.sketch_validation(
                 Policy(model, tokenizer), valid, job, ranks, sets=self.options.valid_sets or (),
                 before=f"stage {stage}: ", option="valid_sets",
             )  # fmt: skip
         parts = ranks.gather((names, rows))
-        self.selector.refresh(
-            torch.cat([part[1] for part in parts]), [name for part in parts for name in part[0]]
-        )
+        names = [name for part in parts for name in part[0]]
+        # A set whose gradients are all zero: a row of zeros, so that the selector says so and not that it forgets it.
+        gone = [name for name in covered if name not in names]
+        zeros = torch.zeros(len(gone), rows.shape[1], dtype=torch.float32, device="cpu")
+        self.selector.refresh(torch.cat([*(part[1] for part in parts), zeros]), names + gone)
 
     def choose(self, n: int, step: int) -> tuple[list[str], dict[str, Any]]:
         """The prompts of the next stage, and figures for the log."""
