@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cropi.errors import CropiError, article
+
+WORDS: dict[Any, str] = {
+    int: "an integer", float: "a finite number", str: "a string", Path: "a path", bool: "True or False",
+    type(None): "None",
+}  # fmt: skip
 
 
 def check_fields(options: Any, before: str = "") -> None:
@@ -73,11 +78,7 @@ def _is_finite(value: Real) -> bool:
 
 def in_words(wanted: Any) -> str:
     """What a type is called in messages."""
-    origin, names = (
-        get_origin(wanted),
-        {int: "an integer", float: "a finite number", str: "a string", Path: "a path"},
-    )
-    names |= {bool: "True or False", type(None): "None"}
+    origin = get_origin(wanted)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(in_words(part) for part in get_args(wanted)))
     if origin in (Sequence, list, tuple):
@@ -85,9 +86,7 @@ def in_words(wanted: Any) -> str:
         return f"a list (of {in_words(parts[0])} each)" if parts else "a list"
     if origin in (Mapping, dict):
         return "a table of keys and values"
-    if is_dataclass(wanted) or wanted not in names:
-        return article(getattr(wanted, "__name__", str(wanted)))
-    return names[wanted]
+    return WORDS.get(wanted) or article(getattr(wanted, "__name__", str(wanted)))
 
 
 def _remedy(value: Any, wanted: Any) -> str:

@@ -47,9 +47,9 @@ def option(
         "kind": kind,
         "metavar": metavar,
         "flag": flag,
+        "shown": shown,
         "many": many,
     }
-    about["shown"] = shown
     if many:
         return field(default=tuple(default), metadata=about)
     return field(default=default, metadata=about)

@@ -25,9 +25,11 @@ def plain_messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]
     return [_plain(message, f"{name}[{i}]", where) for i, message in enumerate(messages)]
 
 
-def text_of(messages: list[dict[str, Any]]) -> str:
-    """The text of the last message."""
-    return str(messages[-1].get("content") or "") if messages else ""
+def last_text(prompt: str | list[dict[str, Any]] | None) -> str:
+    """A prompt's text, of a conversation that of the last message."""
+    if isinstance(prompt, str):
+        return prompt
+    return str(prompt[-1].get("content") or "") if prompt else ""
 
 
 def _plain(message: Any, name: str, where: str) -> dict[str, Any]:

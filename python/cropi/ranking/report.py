@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from os.path import commonprefix
 from typing import Any
 
-from cropi.data.chat import text_of
+from cropi.data.chat import last_text
 from cropi.data.readers import read
 from cropi.errors import printable
 from cropi.ranking.scores import Scores
@@ -65,15 +65,10 @@ def prompt_texts(trajectories: Any, ids: Sequence[str], width: int = 60) -> dict
     """
     texts = {}
     for group in read(trajectories, skip_bad=True, rewards=None).take(ids, missing_ok=True):
-        prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
+        prompt = last_text(group.prompt)
         texts[group.id] = " ".join("".join(c if c.isprintable() else " " for c in prompt).split())
     alike = commonprefix(list(texts.values())).rfind(" ") + 1 if len(texts) > 1 else 0
     for name, text in texts.items():
         text = f"...{text[alike:]}" if alike > width // 2 else text
         texts[name] = text if len(text) <= width else text[: width - 3] + "..."
     return texts
-
-
-def last_message(messages: list[dict[str, object]] | None) -> str:
-    """The text of the last message of a conversation."""
-    return text_of(messages or [])

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cropi.data.chat import last_text
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, shown, warn
 from cropi.files import entries, is_file, is_folder, is_there
 from cropi.locks import one_at_a_time
-from cropi.ranking.report import last_message
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 from cropi.ranking.selection_files import SELECTED, selected_rows
@@ -210,8 +210,7 @@ def _texts(
     for store in valid:
         groups = _records(store, records)
         for group in groups.take([name for name in names if name in store]) if groups is not None else ():
-            prompt = group.prompt if isinstance(group.prompt, str) else last_message(group.prompt)
-            texts[group.id] = prompt
+            texts[group.id] = last_text(group.prompt)
     return texts
 
 

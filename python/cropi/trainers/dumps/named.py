@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from cropi.data.chat import text_of
+from cropi.data.chat import last_text
 from cropi.data.export import read_dataset
 from cropi.data.identity import PROMPT_KEYS, dataset_ids
 from cropi.data.prompt_ids import column_values
@@ -98,7 +98,7 @@ def _read_as(prompt: Any, tokenizer: Any) -> tuple[Any, tuple[int, ...], Iterabl
         text = tokenizer.apply_chat_template(held, add_generation_prompt=True, tokenize=False)
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        held = text = prompt if isinstance(prompt, str) else text_of(prompt)
+        held = text = last_text(prompt)
         tokens = tokenizer(text)["input_ids"]
     keys = {text, tokenizer.decode(tokens, skip_special_tokens=True), _hashable(prompt)}
     return held, tuple(tokens), keys | {key.strip() for key in keys}

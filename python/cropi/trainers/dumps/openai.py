@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cropi.data.chat import text_of
+from cropi.data.chat import last_text
 from cropi.data.keys import RENDERED, was_cut
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError, warn
@@ -171,8 +171,7 @@ def _rollout(
     if reading.scorer is None:
         reward = _reward(row, choice, number, where)
     else:
-        words = text if isinstance(text, str) else text_of(text or [])
-        reward = reading.scorer(where, row.prompt, words, ids, row.columns)
+        reward = reading.scorer(where, row.prompt, last_text(text), ids, row.columns)
     return checked(Rollout(
         id=id_of(row.row, reading.id_key, prompt, where), reward=reward, step=step, where=where,
         prompt_ids=prompt_ids, response_ids=ids, logprobs=probs, prompt=row.prompt, response=text or None,
