@@ -5,6 +5,7 @@ from support.fixtures import (  # noqa: F401
     level,
     one_rank,
     poisoned,
+    pytest_collection,
     pytest_collection_modifyitems,
     surroundings,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,18 @@ from support import quick
 LEVELS = [level for level in (1, 3, 4) if level <= _native.native().detected_level()]
 # Small tensors: a second thread costs more than it brings, and torch's own sums follow it.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Modules and tests stay until the end: to go through their 700,000 objects while they are read, and in every full
+    collection behind that, was a tenth of the processor time of the tests of trainers and sketchers."""
+    gc.disable()
+    try:
+        return (yield)  # type: ignore[misc]
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)  # what -m and -k leave

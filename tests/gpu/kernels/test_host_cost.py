@@ -60,6 +60,7 @@ class Paper:
 
 def compiled() -> list[dict[Any, Any]]:
     """The tables in which Triton and our launches keep what was compiled."""
+    gc.unfreeze()  # tests/support/fixtures.py hides what was there before the first test
     kept = {JITFunction: "device_caches", _launch.Launch: "_compiled"}
     return [vars(x)[kept[type(x)]] for x in gc.get_objects() if type(x) in kept]
 
