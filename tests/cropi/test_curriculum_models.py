@@ -19,6 +19,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("curriculum"))
 
 
+def check_refused(config: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one bit of the weights changed."""
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert curriculum(config) == 2
+    assert f"the files of {weights.parent} have changed since an earlier step" in capsys.readouterr().err
+    weights.write_bytes(before)
+
+
 def test_models_that_change_between_steps_are_refused(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -29,18 +38,11 @@ def test_models_that_change_between_steps_are_refused(
     path, first = config(here, out), here / "model/model.safetensors"
     held = (out / "state.json").read_bytes()
 
-    def refused(weights: Path) -> None:
-        before = weights.read_bytes()
-        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-        assert curriculum(path) == 2
-        assert f"the files of {weights.parent} have changed since an earlier step" in capsys.readouterr().err
-        weights.write_bytes(before)
-
-    refused(first)
-    refused(out / "stage-00/trained/model.safetensors")
+    check_refused(path, first, capsys)
+    check_refused(path, out / "stage-00/trained/model.safetensors", capsys)
     (out / "state.json").write_bytes(held)
     forget(out / "state.json", "train")
-    refused(first)
+    check_refused(path, first, capsys)
     assert curriculum(path) == 0
 
 
@@ -54,11 +56,7 @@ def test_a_model_that_changes_after_its_rollouts_is_refused(
     path = config(here, out, train=None, rollouts=roll, stages=1)
     assert curriculum(path) == 0
     forget(out / "state.json", "sketch")
-    weights = here / "model/model.safetensors"
-    before = weights.read_bytes()
-    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    assert curriculum(path) == 2
-    assert f"the files of {weights.parent} have changed since an earlier step" in capsys.readouterr().err
+    check_refused(path, here / "model/model.safetensors", capsys)
 
 
 def test_training_that_would_write_over_the_model_of_the_ratios_is_refused(

@@ -50,11 +50,16 @@ def store(folder: Path) -> Callable[[], Any]:
     with SketchStore.resume(folder / "s") as made:
         made.finish()
 
+    return reader(folder / "s")
+
+
+def reader(path: Path) -> Callable[[], Any]:
+    """What gives all that a finished store holds."""
+
     def back() -> Any:
-        opened = SketchStore.open(folder / "s")
+        opened = SketchStore.open(path)
         opened.check_finished()
-        rows = [(row.id, row.norm, row.tokens) for row in opened.rows()]
-        return rows, {name: row.tolist() for name, row in content(folder / "s").items()}
+        return opened.groups, opened.rows(), {name: row.tolist() for name, row in content(path).items()}
 
     return back
 
@@ -130,13 +135,7 @@ def groups(folder: Path) -> Callable[[], Any]:
             made.add(RowInfo(f"p{i}", pass_rate=i / 8), torch.cat([vector(i), vector(i + 1)]))
         made.finish()
 
-    def back() -> Any:
-        opened = SketchStore.open(folder / "s")
-        opened.check_finished()
-        rows = [(row.id, row.pass_rate) for row in opened.rows()]
-        return opened.groups, rows, {name: row.tolist() for name, row in content(folder / "s").items()}
-
-    return back
+    return reader(folder / "s")
 
 
 def for_trainers(folder: Path) -> Callable[[], Any]:

@@ -29,24 +29,29 @@ from cropi.sealed import check_sums, summed
 from cropi.store import SketchStore, export, exporting
 
 
+def begins_inside(write: Callable[..., None], work: Callable[[], Any]) -> tuple[Any, threading.Thread]:
+    """``write`` with ``work`` in another thread that begins before the first call does anything, and this thread."""
+    other = threading.Thread(target=work)
+
+    def interrupted(*words: Any) -> None:
+        if other.ident is None:
+            other.start()
+            other.join(0.5)  # it would have ended
+        write(*words)
+
+    return interrupted, other
+
+
 @pytest.mark.filterwarnings("ignore:another process writes")
 def test_two_exports_to_one_file_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one begins between the two files of the first: each matrix has the rows of its own store beside it."""
     for name in ("a", "b"):
         fill(tmp_path / name, name, 8)
-    out, write = tmp_path / "x.npy", exporting._write_npy
-    others: list[threading.Thread] = []
-
-    def interrupted(*words: Any) -> None:
-        if not others:
-            others.append(threading.Thread(target=export, args=(SketchStore.open(tmp_path / "b"), out)))
-            others[0].start()
-            others[0].join(0.5)  # it would have ended
-        write(*words)
-
+    out, second = tmp_path / "x.npy", SketchStore.open(tmp_path / "b")
+    interrupted, other = begins_inside(exporting._write_npy, lambda: export(second, out))
     monkeypatch.setattr(exporting, "_write_npy", interrupted)
     export(SketchStore.open(tmp_path / "a"), out, normalise=True)
-    others[0].join()
+    other.join()
     ids = [json.loads(line)["id"] for line in (tmp_path / "x.npy.rows.jsonl").read_text().splitlines()]
     assert ids == [row.id for row in SketchStore.open(tmp_path / "b").rows() if row.row is not None]
     lengths = np.linalg.norm(np.load(out), axis=1)
@@ -202,21 +207,14 @@ def test_two_choices_in_one_folder_leave_the_files_of_one(
     ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores = {name: SketchStore.open(ran / "out" / "sketches" / name) for name in ("train", "valid")}
-    write, others = choosing.write_selection, list[threading.Thread]()
 
     def choose(metric: str, fraction: float) -> None:
         setup = Setup(influence=Influence(metric=metric, draws=0), selecting=Selecting(fraction=fraction))
         choosing.conclude(stores, setup, tmp_path)
 
-    def interrupted(*words: Any) -> None:
-        if not others:
-            others.append(threading.Thread(target=choose, args=("dot", 0.5)))
-            others[0].start()
-            others[0].join(0.5)
-        write(*words)
-
+    interrupted, other = begins_inside(choosing.write_selection, lambda: choose("dot", 0.5))
     monkeypatch.setattr(choosing, "write_selection", interrupted)
     choose("cosine", 0.2)
-    others[0].join()
+    other.join()
     chosen = selection_of(read_scores(tmp_path / SCORES), tmp_path / "selected.jsonl")
     assert len(chosen.chosen) == 10 and chosen.scores.meta["metric"] == "dot"
