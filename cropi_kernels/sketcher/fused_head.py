@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from ..names import canonical_name
 from ..ops.norm_grad import bias_grad
 from .accumulator import Accumulator
 from .attach import Attachment
@@ -64,7 +65,12 @@ def listen(
             f"hidden is {tuple(call.hidden.shape)} [n, features]: {', '.join(wrong)} must be [{n}]"
         )
     if not runs.rows:
-        raise ValueError("a fused head is followed where segments are given per row [batch]: give them so")
+        names = [canonical_name(name) for name, p in model.named_parameters() if p is head.weight]
+        raise ValueError(
+            "a fused head is followed where segments are given per row [batch], and these are per token: give every "
+            "prompt a row of its own and its number per row (in TRL packing=False, padding_free=False), let the head's "
+            f"own module multiply, or leave the head out: exclude={names}"
+        )
     if n and (int(call.rows.min()) < 0 or int(call.rows.max()) >= runs.segments.batch):
         raise ValueError(f"rows run to {int(call.rows.max())} in a batch of {runs.segments.batch}")
     sink = _Sink(head, tap, acc, runs, call)

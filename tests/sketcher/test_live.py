@@ -339,6 +339,35 @@ def test_a_fused_head(told: bool) -> None:
         made.assert_right(-got.sketches, make, lambda model, prompt: loss(model, step.rows(prompt), None))
 
 
+@pytest.mark.long
+def test_a_fused_head_of_packed_rows() -> None:
+    """A row of several prompts does not say whose a token is: the error names what can be done, and that works."""
+    step, model = Step(), zoo.make("llama")
+    rows = torch.arange(step.shape[0])[:, None].expand(-1, step.shape[1] - 1).reshape(-1)
+    per_token = step.prompts[:, None].expand(step.shape)
+
+    def sketched(segments: torch.Tensor, exclude: list[str]) -> torch.Tensor:
+        with LiveSketcher(model, SPEC, exclude) as live, live.batch(segments, shape=step.shape) as got:
+            hidden = model.model(
+                input_ids=step.ids, attention_mask=step.mask, use_cache=False
+            ).last_hidden_state
+            hidden, targets = hidden[:, :-1].flatten(0, 1), step.ids[:, 1:].flatten()
+            logp, _ = FusedLogProbs.apply(hidden, model.lm_head.weight, targets)
+            live.fused_head(hidden, targets, rows, logp, temperature=0.7, softcap=15.0, scale=1.5)
+            (logp * step.advantages[rows] * step.scored.flatten()).sum().backward()
+        return got.sketches
+
+    with pytest.raises(
+        ValueError, match=r"per token: give every prompt a row .* exclude=\['lm_head\.weight'\]"
+    ):
+        sketched(per_token, [])
+    alone = sketched(per_token, ["lm_head.weight"])
+    torch.testing.assert_close(
+        alone, sketched(step.prompts, ["lm_head.weight"]), rtol=0, atol=1e-5 * float(alone.norm())
+    )
+    assert alone.any(dim=1).all()
+
+
 def test_ids_per_token() -> None:
     """Two prompts in one row of a packed batch."""
     batch = zoo.packed()
