@@ -256,20 +256,6 @@ def test_weights_for_all_have_mean_one() -> None:
         chosen.soft_weights(0)
 
 
-@pytest.mark.parametrize(
-    ("options", "belongs"),
-    [
-        ({"rrf_constant": 3.0}, "rrf_constant 3.0 is of no use here: it is for method rrf_classic"),
-        ({"draw_temperature": 2.0, "draw": "p_selected"}, "draw_temperature 2.0 .* it is for draw soft"),
-        ({"candidates": 2.0}, "candidates 2.0 .* it is for diversity kmeans or facility"),
-        ({"confidence": 0.9, "method": "random"}, "confidence 0.9 .* rank by scores, and method is random"),
-    ],
-)
-def test_options_that_nothing_reads_are_refused(options: dict[str, Any], belongs: str) -> None:
-    with pytest.raises(CropiError, match=belongs):
-        Selecting(**options)
-
-
 def test_a_lower_bound_is_of_use_where_a_least_score_looks_at_it() -> None:
     assert Selecting(confidence=0.9, method="random", min_score=0.0).confidence == 0.9
 
@@ -277,8 +263,6 @@ def test_a_lower_bound_is_of_use_where_a_least_score_looks_at_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"minus_weight": 2.0}, "minus_weight 2.0 is of no use here: it is for minus; leave it out"),
-        ({"mean": "normalised", "aggregate": "nearest"}, "mean normalised .* it is for aggregate mean"),
         ({"draws": 1}, "draws must be at least 2, or 0 for none, got 1"),
         ({"draws": -1}, "draws must be at least 2, or 0 for none, got -1"),
     ],

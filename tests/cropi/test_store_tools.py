@@ -216,6 +216,10 @@ def test_influence_reads_several_stores_as_one(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main([*words.split(), str(tmp_path / "a"), str(tmp_path / "whole")]) == 2
     assert "whole holds the prompt 'p000', and so does another store" in capsys.readouterr().err
+    with pytest.raises(CropiError, match="cannot be compared: stage = '0' in the first, '1' in the second"):
+        SketchStore.join([whole, part(tmp_path / "later", range(40, 45), stage="1")])
+    with pytest.raises(CropiError, match="no store"):
+        SketchStore.join([])
 
 
 def test_export_to_numpy_and_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,21 +23,31 @@ RECORDS = [
      "responses": ["a", "b"], "rewards": [1.0, 0.0]}
     for i in range(4)
 ]  # fmt: skip
-# What is given, and the option that has no effect beside it.
+# What is given, and the option that has no effect beside it; of others than a sketch's, what that is for.
 SKETCH = [
     *(({"kind": kind, name: 128}, name) for kind in KINDS if kind != "slab" for name in ("width", "vocab_width")),
     *(({"kind": kind, "keep": 0.5}, "keep") for kind in KINDS if kind != "dropout"),
 ]  # fmt: skip
-OTHERS: list[tuple[type[Any], dict[str, Any], str]] = [
-    (Choosing, {"count": 3, "fraction": 0.5}, "fraction"),
-    (Choosing, {"count": 3, "pool": "usable"}, "pool"),
-    (Choosing, {"count": 3, "pool": "usable", "per": "file", "quota": ("a=1",)}, "pool"),
-    (Choosing, {"rrf_constant": 3.0}, "rrf_constant"),
-    (Choosing, {"draw_temperature": 2.0}, "draw_temperature"),
-    (Choosing, {"candidates": 2.0}, "candidates"),
-    (Choosing, {"method": "random", "confidence": 0.9}, "confidence"),
-    (Comparing, {"minus_weight": 2.0}, "minus_weight"),
-    (Comparing, {"aggregate": "nearest", "mean": "normalised"}, "mean"),
+OTHERS: list[tuple[type[Any], dict[str, Any], str, str]] = [
+    (Choosing, {"count": 3, "fraction": 0.5}, "fraction", "a choice without count"),
+    (Choosing, {"count": 3, "pool": "usable"}, "pool", "fraction, or per with count"),
+    (
+        Choosing,
+        {"count": 3, "pool": "usable", "per": "file", "quota": ("a=1",)},
+        "pool",
+        "fraction, or per with count",
+    ),
+    (Choosing, {"rrf_constant": 3.0}, "rrf_constant", "method rrf_classic"),
+    (Choosing, {"draw_temperature": 2.0, "draw": "p_selected"}, "draw_temperature", "draw soft"),
+    (Choosing, {"candidates": 2.0}, "candidates", "diversity kmeans or facility"),
+    (
+        Choosing,
+        {"method": "random", "confidence": 0.9},
+        "confidence",
+        "methods that rank by scores, and method is random",
+    ),
+    (Comparing, {"minus_weight": 2.0}, "minus_weight", "minus"),
+    (Comparing, {"aggregate": "nearest", "mean": "normalised"}, "mean", "aggregate mean"),
 ]
 
 
@@ -73,11 +83,16 @@ def test_what_a_kind_refuses_has_no_effect_on_it() -> None:
         assert folded.equal(plain) == (kind != "slab"), kind
 
 
-@pytest.mark.parametrize(("options", "given", "name"), OTHERS)
+@pytest.mark.parametrize(("options", "given", "name", "of"), OTHERS)
 def test_options_refuse_what_nothing_reads(
-    options: type[Any], given: dict[str, Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: type[Any],
+    given: dict[str, Any],
+    name: str,
+    of: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(CropiError, match=f"^{name} .* is of no use here: it is for .*; leave it out"):
+    with pytest.raises(CropiError, match=f"^{name} .* is of no use here: it is for {of}; leave it out"):
         options(**given)
     (tmp_path / "c.yaml").write_text(
         json.dumps(

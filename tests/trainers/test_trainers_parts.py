@@ -1,4 +1,4 @@
-"""The parts under the trainer adapters: prompt ids, logs of rollouts, joined stores, agreement among ranks."""
+"""The parts under the trainer adapters: prompt ids, logs of rollouts, agreement among ranks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ from cropi.data.prompt_ids import PromptIds
 from cropi.data.readers import read as read_groups
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
-from cropi.model.policy import Policy
-from cropi.ranking.influence import influence
 from cropi.ranking.table import read_scores
-from cropi.sketching.job import SketchJob
-from cropi.sketching.run import sketch
-from cropi.store.store import SketchStore
 from cropi.trainers.trl import rollout_log
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
@@ -194,33 +189,6 @@ def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- stores
-@pytest.mark.long
-def test_joined_stores_score_as_one(tmp_path: Path) -> None:
-    records, model, tokenizer = make_records(12), make_model(), make_tokenizer()
-    valid = make_records(6, seed=1)
-
-    def stored(name: str, some: list[dict[str, Any]], **changes: Any) -> SketchStore:
-        path = write_lines(tmp_path / f"{name}.jsonl", some)
-        job = SketchJob([path], tmp_path / name, spec=SketchSpec(dim=1024), **changes)
-        sketch(Policy(model, tokenizer), job, progress=False)
-        return SketchStore.open(tmp_path / name)
-
-    whole, parts = stored("whole", records), [stored("even", records[::2]), stored("odd", records[1::2])]
-    against = stored("valid", valid)
-    one, two = influence(whole, [against]), influence(SketchStore.join(parts), [against])
-    assert one.ids == two.ids and len(SketchStore.join(parts)) == 12
-    # The parts were packed into other micro-batches: sums of float32 in another order.
-    torch.testing.assert_close(
-        torch.tensor(one.table), torch.tensor(two.table), rtol=0, atol=1e-5, equal_nan=True
-    )
-    with pytest.raises(CropiError, match="holds the prompt 'p0-000', and so does another store"):
-        SketchStore.join([whole, *parts])
-    with pytest.raises(CropiError, match="cannot be compared: stage = '0' in the first, '1' in the second"):
-        SketchStore.join([parts[0], stored("later", records[1::2], stage="1")])
-    with pytest.raises(CropiError, match="no store"):
-        SketchStore.join([])
-
-
 # -------------------------------------------------------------------------------------------------- ranks
 def test_one_process_is_rank_zero_of_one() -> None:
     ranks = Ranks()
