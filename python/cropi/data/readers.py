@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,7 @@ class _State:
             return
         form = self._form(first)
         if form == RECORD:
-            for where, offset, row in _chained(first, rows):
+            for where, offset, row in chain([first], rows):
                 try:
                     yield where, offset, self._record(row, where)
                 except RecordError as error:
@@ -323,7 +323,7 @@ class _State:
         """Rows of one response each, kept in a temporary file until all rows of their prompt are there."""
         places: dict[str, list[int]] = {}
         with closing(Spilled()) as kept:
-            for where, _, row in _chained(first, rows):
+            for where, _, row in chain([first], rows):
                 try:
                     made = self._dictionary(row, where)
                     if form == CONVERSATION:
@@ -372,8 +372,3 @@ def _dictionaries(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for source in sources_of(path):
         for where, _, row in state._told(source.rows(), False):
             yield where, state._dictionary(row, where)
-
-
-def _chained(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
-    yield first
-    yield from rows
