@@ -312,14 +312,16 @@ class LiveSketcher:
             return False
         if self.loss in (None, UNSEEN):
             return True
-        return runs.present > 1 and (self.loss == LATER or due or self._sorts)
+        # What was not checked for another reason is not asked again: where the model is compiled from outside, a hook
+        # has its graph compiled anew.
+        again = str(self.loss).startswith(SUM) and (due or self._sorts)
+        return runs.present > 1 and (self.loss == LATER or again)
 
     def _note(self, check: LossCheck) -> None:
-        """What a later batch says replaces what an earlier one left open."""
-        verdict, self._sorts = check.verdict or UNSEEN, check.sorts
-        known = self.loss not in (None, UNSEEN, LATER)
-        if not known or (verdict.startswith(SUM) and not str(self.loss).startswith(SUM)):
-            self.loss = verdict
+        """What a batch has shown; one that shows less takes nothing back."""
+        self._sorts = check.sorts
+        if not str(self.loss).startswith(SUM):
+            self.loss = check.verdict or UNSEEN
 
     def _untested(self, segments: Segments | None = None) -> bool:
         """Whether no test has heard some of the taps, or of those that were heard in the batch ``segments``."""

@@ -133,7 +133,7 @@ class LossCheck:
     def _verdict_of(self, loss: torch.Tensor) -> str:
         ys = [y for y in self._outputs if self._per_token(y)]
         if not ys:
-            return "not checked: the model's own forward gave nothing per token"
+            return "not checked: the model's own forward gave nothing per token, or is part of a compiled one"
         beside = _weights_beside(loss, ys, self.model)
         if beside:
             raise CoupledLossError(

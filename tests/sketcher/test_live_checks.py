@@ -22,6 +22,7 @@ from cropi_kernels.sketcher import SelfTestError
 from cropi_kernels.sketcher.accumulator import Accumulator
 from cropi_kernels.sketcher.apart import Apart
 from cropi_kernels.sketcher.live_audit import Schedule
+from cropi_kernels.sketcher.row_segments import Runs
 from cropi_kernels.sketcher.selftest import Comparison
 from cropi_kernels.testing import sketch_gradients
 
@@ -168,6 +169,10 @@ def test_a_loss_is_looked_at_again() -> None:
                 live.batch(step.prompts, shape=step.shape),
             ):
                 loss(made.logits_of(model, step), step, step.rows(None)).backward()
+        runs = Runs.of(step.prompts, step.shape, None)
+        assert live.loss == "a sum over prompts" and live._asks(runs, True) and not live._asks(runs, False)
+        live.loss = "not checked: the model is compiled from outside, and a hook has it compiled anew"
+        assert not live._asks(runs, True)
 
 
 def begin_autograd_backward(loss: torch.Tensor, model: nn.Module) -> None:

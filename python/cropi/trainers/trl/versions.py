@@ -156,11 +156,13 @@ def check_trainer_class(base: Any) -> None:
     import trl
 
     if not (isinstance(base, type) and issubclass(base, trl.GRPOTrainer)):
-        raise CropiError(
-            f"base must be trl.GRPOTrainer or a subclass of it, got {base!r}; in place of RLOOTrainer, GRPOTrainer "
-            "with loss_type='dr_grpo' and scale_rewards='none' trains the same gradient up to a factor, where "
-            "beta is 0 and every generation batch is used once"
+        other = (
+            "in place of RLOOTrainer, GRPOTrainer with loss_type='dr_grpo' and scale_rewards='none' trains the same "
+            "gradient up to a factor, where beta is 0 and every generation batch is used once"
+            if getattr(base, "__name__", "") == "RLOOTrainer"
+            else "of another trainer's steps cropi.LiveSketcher makes the sketches"
         )
+        raise CropiError(f"base must be trl.GRPOTrainer or a subclass of it, got {base!r}; {other}")
     broken = broken_contract(base)
     if broken:
         raise _changed(base, "; ".join(broken))
