@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cropi.errors import CropiError
-from cropi.files import entries, tree, writing
+from cropi.files import check_home, entries, tree, writing
 
 
 @contextlib.contextmanager
@@ -29,6 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         CropiError: ``path`` is a folder or cannot be written, or the disk is full (or a quota or a limit is reached).
     """
     path = Path(path)
+    check_home(path)
     with writing(path):
         if path.is_dir():
             raise CropiError(f"cannot write {path}: it is a folder; give the path of a file")
@@ -107,8 +108,10 @@ def make_folder(folder: Path) -> None:
     """Make a folder that is missing, and those above it, so that they survive a power cut.
 
     Raises:
+        CropiError: it begins with ``~``, which nobody has replaced.
         OSError: it cannot be made.
     """
+    check_home(folder)
     made = []
     for above in (folder, *folder.parents):
         if above.exists():

@@ -64,6 +64,21 @@ def check_characters(path: str | Path) -> None:
             raise beyond_paths(path) from error
 
 
+def check_home(path: str | Path) -> None:
+    """Check that a path which is not there does not begin with the ``~`` of a home folder: a folder of that name would
+    be made in the present one.
+
+    Raises:
+        CropiError: it does; names the path in the home folder.
+    """
+    home, first = os.path.expanduser(path), Path(path).parts[:1]
+    if home != os.fspath(path) and not os.path.lexists(first[0]):
+        raise CropiError(
+            f"{shown(str(path), 500)}: {first[0]} is no folder here, and means a home folder only where the shell "
+            f"replaces it (not in --out=~/x, a config file or Python); give {home}"
+        )
+
+
 def in_words(error: Exception) -> Exception:
     """An error of the system that has nothing to do with the file that it names, with a remedy; others as they are."""
     if isinstance(error, UnicodeEncodeError) and error.encoding == PATHS != "utf-8":
@@ -274,18 +289,33 @@ def tree(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequence[str | None]]) -> None:
-    """Check that no file is to be written that is read, or written twice; both are by option, None where not given.
+    """Check that no file is to be written that is read, or written twice, and before the work that each can be written;
+    both are by option, None where not given. What ``--export`` writes may be a folder.
 
     Raises:
-        CropiError: names the path and both options.
+        CropiError: names the path and the options; or as :func:`check_home`.
     """
     taken = {
         os.path.realpath(path): f"{name} reads" for name, paths in inputs.items() for path in paths if path
     }
     for name, path in outputs.items():
         if path:
+            check_home(path)
             if (other := taken.setdefault(os.path.realpath(path), f"{name} writes")) != f"{name} writes":
                 raise CropiError(f"{name}: {path} is the file that {other}; give another path")
+            if name != "--export" and is_folder(path):
+                raise CropiError(f"{name}: {path} is a folder; give the path of a file")
+            _check_writable(name, Path(path).parent)
+
+
+def _check_writable(name: str, folder: Path) -> Path:
+    """What is there of a folder and those above it, into which it can be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if is_there(path))
+    if not is_folder(there):
+        raise CropiError(f"{name}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CropiError(f"{name}: nothing can be written to {there}; give another folder")
+    return there
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
@@ -299,11 +329,8 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     Raises:
         CropiError: too little is free, or the folder cannot be written.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if is_there(path))
-    if not is_folder(there):
-        raise CropiError(f"{folder}: {there} is a file; give a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise CropiError(f"{folder}: nothing can be written to {there}; give another folder")
+    check_home(folder)
+    there = _check_writable(str(folder), folder)
     free = shutil.disk_usage(there).free
     if free < needed:
         raise CropiError(

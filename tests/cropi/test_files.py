@@ -14,14 +14,18 @@ from typing import Any
 
 import pytest
 
-from cropi.atomic import replacing, write_atomic
+from cropi.atomic import make_folder, replacing, write_atomic
 from cropi.cli.config import read_config
 from cropi.data.export import read_dataset
 from cropi.data.readers import read
 from cropi.data.saved import save_folder
 from cropi.errors import CropiError
+from cropi.files import check_outputs, check_room
 from cropi.gradient.template import template_text
+from cropi.ranking.scores import Scores
 from cropi.ranking.selection_files import read_selection, selected_rows
+from cropi.rollouts.rewards import Reward
+from cropi.store.store import SketchStore
 from cropi.trainers.dumps.pickled import load_dump
 from cropi.trainers.dumps.recognise import recognise
 
@@ -183,3 +187,45 @@ def test_a_byte_order_mark_is_no_part_of_what_a_user_wrote(tmp_path: Path) -> No
     assert template_text(str(marked("t.jinja", template))) == template
     assert read_config(marked("c.toml", "[sketch]\ndim = 64\n")) == {"dim": 64}
     assert read_config(marked("c.yaml", "dim: 64\n")) == {"dim": 64}
+
+
+def test_a_home_folder_that_no_shell_has_replaced_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder called ~ would be made in the present one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/homes/me")
+    for work in (
+        lambda path: write_atomic(path, b"x"), make_folder, lambda path: list(read(path)),
+        SketchStore.open, Scores.open, read_config, lambda path: check_room(path, 1, "rows"),
+        lambda path: check_outputs({"--out": str(path)}, {}),
+        lambda path: Reward(f"{path}:f"),
+    ):  # fmt: skip
+        with pytest.raises(CropiError, match=r"~ is no folder here.*; give /homes/me/f/x\.py$"):
+            work(Path("~/f/x.py"))
+    assert not list(tmp_path.iterdir())
+    # What is called so is a name like any other.
+    write_atomic(Path("~x.json"), b"x")
+    (tmp_path / "~").mkdir()
+    write_atomic(Path("~/f/x.py"), b"x")
+    assert (tmp_path / "~/f/x.py").read_bytes() == b"x"
+
+
+def test_what_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for out, told in (
+        ("folder", "--out: .*folder is a folder; give the path of a file"),
+        ("file/x.parquet", "--out: .*file is a file; give a folder"),
+        ("table", "--near: .*table is the file that --out writes; give another path"),
+    ):
+        with pytest.raises(CropiError, match=told):
+            check_outputs({"--out": str(tmp_path / out), "--near": str(tmp_path / "table")}, {})
+    check_outputs(
+        {"--export": str(tmp_path / "folder"), "--out": str(tmp_path / "new" / "x"), "--plot": None}, {}
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CropiError, match="--out: nothing can be written to .*; give another folder"):
+        check_outputs({"--out": str(tmp_path / "x")}, {})

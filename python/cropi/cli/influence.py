@@ -48,6 +48,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score one store against others, write the table, and say what was compared."""
     from cropi import pipeline
+    from cropi.files import check_outputs
     from cropi.ranking.pairwise import neighbours, write_neighbours
     from cropi.ranking.table import write_scores
     from cropi.store.store import SketchStore
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise CropiError(f"-k {args.k} is for --neighbours FILE.jsonl; give that too, or leave it out")
     if args.neighbours is not None and not args.neighbours.endswith(".jsonl"):
         raise CropiError(f"neighbours: {args.neighbours}: give the path of JSON lines, which ends in .jsonl")
+    check_outputs({"--out": args.out, "--neighbours": args.neighbours}, {})
     stores = [SketchStore.open(path) for path in args.train]
     train = stores[0] if len(stores) == 1 else SketchStore.join(stores)
     valid = [SketchStore.open(path) for path in args.valid]
