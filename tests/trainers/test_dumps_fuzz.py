@@ -27,6 +27,7 @@ from support.made_dumps import KINDS, MORE, made, write
 
 from cropi.data.readers import read
 from cropi.errors import CropiError
+from cropi.trainers import values
 from cropi.trainers.dumps import pickle_items
 from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.fields import Left
@@ -45,8 +46,10 @@ BATCHES, BYTES = (
 
 @pytest.fixture(autouse=True)
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pickles as small as these are read item by item, too, as larger ones are."""
+    """Pickles as small as these are read item by item, too, as larger ones are; and a value of 10,000 parts is too
+    large: to count those of `doubled` up to the million of which users are told was half of the time."""
     monkeypatch.setattr(pickle_items, "SMALL", 0)
+    monkeypatch.setattr(values, "LARGEST", 10_000)
 
 
 def cyclic() -> list[Any]:

@@ -28,6 +28,7 @@ from cropi.data.readers import read  # noqa: E402
 from cropi.data.records import parse_record  # noqa: E402
 from cropi.data.scan import NothingToSelect, scan  # noqa: E402
 from cropi.errors import CropiError  # noqa: E402
+from cropi.trainers import values  # noqa: E402
 from cropi.trainers.trl import Curriculum, Recording  # noqa: E402
 from cropi.trainers.trl.records import (  # noqa: E402
     OURS,
@@ -69,6 +70,14 @@ def test_values_of_every_kind_become_json(value: Any, expected: Any) -> None:
         assert as_text == expected
     elif expected is not None:
         assert json.loads(as_text or "") == expected
+
+
+def test_values_of_too_many_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is a part, and so is everything in it, as often as it comes."""
+    monkeypatch.setattr(values, "LARGEST", 100)
+    assert plain_value([[0] * 49] * 2, "here") == [[0] * 49] * 2
+    with pytest.raises(CropiError, match="here: a value of more than 100 parts"):
+        plain_value([[0] * 49, [0] * 50], "here")
 
 
 def test_an_object_without_a_form_in_json_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
