@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -266,8 +267,6 @@ def test_a_plan_from_python_is_checked_before_any_work(
 def test_a_disk_without_room_for_the_sketches(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from types import SimpleNamespace
-
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     # 40 prompts of both kinds have a gradient: 512 float32 numbers each, in two stages.
     words = f"the sketches of 40 prompts in 2 stages need {40 * 512 * 4 * 2 / 1e9:.3g} GB at least"
@@ -287,8 +286,6 @@ def test_a_disk_without_room_for_the_sketches(
     ],
 )  # fmt: skip
 def test_options_of_the_trainer_in_verl(options: dict[str, Any], words: str) -> None:
-    from types import SimpleNamespace
-
     from cropi.errors import CropiError
     from cropi.trainers.verl.options import check_options
 

@@ -320,7 +320,6 @@ def test_one_prompt_left_out_is_a_store_without_it(stores: Any, mean: str) -> No
 def test_plots_of_large_pools_hold_densities_and_not_a_point_a_prompt(tmp_path: Path) -> None:
     """20,000 points on one panel are a solid block, and 8 panels of them a file of 10 MB."""
     from cropi.ranking.plot import plot_scores
-    from cropi.ranking.scores import Scores
 
     rng = np.random.default_rng(0)
     sizes = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 from support import trl_runs  # noqa: E402
 from support.commands import json_lines  # noqa: E402
 from support.once import once  # noqa: E402
-from support.trl_runs import selected, staged  # noqa: E402
+from support.trl_runs import Seen, selected, staged  # noqa: E402
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -130,10 +131,6 @@ def test_live_ranks_have_one_selector(out: Path, name: str, each: int) -> None:
 
 def test_a_live_run_goes_on_with_another_number_of_ranks(out: Path, tmp_path: Path) -> None:
     """One process in the place of two, with generation batches of one size: the fourth step has the same prompts."""
-    import shutil
-
-    from support.trl_runs import Seen, staged
-
     from cropi.trainers.trl import Live
 
     shutil.copytree(out / "live", tmp_path / "live")

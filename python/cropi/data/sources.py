@@ -139,8 +139,7 @@ class PathSource(Source):
             form, table = format_of(head, self.name), self.file
             if form == JSON:
                 rows = elements_of if begins(head) == b"[" else lines_of
-                for where, offset, line in rows(stream, self.name):
-                    yield where, offset, line
+                yield from rows(stream, self.name)
                 return
             if isinstance(stream, Unpacked):  # tables are not read in one direction
                 with temporary():
