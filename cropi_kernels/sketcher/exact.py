@@ -150,10 +150,12 @@ def _checkpoint_named(names: str, module: nn.Module) -> Iterator[None]:
     except RuntimeError as error:
         if "checkpoint" not in str(error):
             raise
+        # Torch's words for use_reentrant=True; the other way can fail too, where checkpoints lie inside of the module.
+        other = " (or use_reentrant=False instead of True)" if "not compatible" in str(error) else ""
         raise RuntimeError(
             f"{names}: formed by a backward pass through {type(module).__name__} inside of the model's own, which the "
-            "gradient checkpointing in it does not take: turn that off (or use_reentrant=False instead of True), or "
-            f"leave them out (exclude=[...]). torch says: {str(error).splitlines()[0]}"
+            f"gradient checkpointing in it does not take: turn that off{other}, or leave them out (exclude=[...]). "
+            f"torch says: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -83,7 +83,8 @@ class LiveSketcher:
         loss: whether the loss is a sum over prompts, as a sentence; None before the first step.
 
     Raises:
-        UncoveredParameterError, ValueError: as `GradientSketcher`.
+        UncoveredParameterError, ValueError: as `GradientSketcher`, but 8-bit layers with LLM.int8's threshold are
+            taken: the sketch is of the step's own gradient, which depends on the batch's other rows in the same way.
     """
 
     def __init__(

@@ -38,6 +38,8 @@ from .sharded import starting_over
 from .untouched import nothing_kept, thawed, untouched
 
 LISTED = 20  # parameters that an error names
+# What a comparison says of a parameter whose gradient autograd formed, and no tap.
+UNHEARD = "its tap heard nothing: the weight is used without its module"
 
 Forward = Callable[[], torch.Tensor]
 
@@ -165,7 +167,7 @@ def self_test(
     unused = [n for g in groups.taps for n in groups.names[g] if n not in held]
     wrong = [one for one in comparisons if not one.right]
     if wrong:
-        raise _error(wrong, trial.remedy)
+        raise _error(wrong, trial.remedy, _instead(wrong, runs.reentry, model.training))
     reached = {name for one in comparisons if one.size > 0 for name in one.names}
     if problem := unreached(groups.taps, groups.names, frozen, reached):
         raise SelfTestError(problem)
@@ -185,6 +187,7 @@ class _Runs:
     def __init__(self, model: nn.Module, acc: Accumulator, groups: TapGroups, trial: Trial) -> None:
         self.acc, self.groups, self.trial, self.ranks = acc, groups, trial, acc.ranks
         self.device = trial.cotangents[0].device
+        self.reentry = False  # the model checkpoints by use_reentrant=True
         self.devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
     def again(self) -> contextlib.AbstractContextManager[None]:
@@ -239,7 +242,9 @@ class _Runs:
             cotangent = self.trial.cotangent(s, y.dtype)
             # Reentrant checkpointing takes no list of inputs: it raises an error, or does not run where no input lies
             # outside of it. FSDP2's whole parameters cannot be listed.
-            if y.requires_grad and (exact.units or _checkpointed_by_reentry(y)):
+            reentry = _checkpointed_by_reentry(y)
+            self.reentry |= reentry
+            if y.requires_grad and (exact.units or reentry):
                 with nothing_kept(parameters):
                     y.backward(cotangent)
             elif y.requires_grad:
@@ -312,7 +317,7 @@ def compare(
             unit = max(listener.unit[tap], exact.unit.get(group, 0.0))
             allowed += listener.size[tap] * bound(unit, listener.calls[tap], tokens)
         if not heard:
-            what = "its tap heard nothing: the weight is used without its module"
+            what = UNHEARD
         elif elsewhere > allowed:
             what = (
                 "tokens of one segment count for another: the module does not see them in the batch's order"
@@ -371,7 +376,18 @@ def bound(unit: float, calls: int, tokens: int) -> float:
     return 4 * ((3 + calls) * unit + (tokens + 1024) ** 0.5 * 2.0**-24)
 
 
-def _error(wrong: list[Comparison], remedy: str) -> SelfTestError:
+def _instead(wrong: list[Comparison], reentry: bool, training: bool) -> str:
+    """What may reach weights that are used without their modules, before they are left out."""
+    if not any(one.what == UNHEARD for one in wrong):
+        return ""
+    if reentry:  # which takes no backward pass inside of the model's own
+        return "turn gradient checkpointing off, or make it use_reentrant=False; or "
+    return (
+        "call model.eval(), since some models use weights in another way in train(); or " if training else ""
+    )
+
+
+def _error(wrong: list[Comparison], remedy: str, instead: str = "") -> SelfTestError:
     example = wrong[0].names[0]
     return SelfTestError(
         "sketches are not those of the gradients that autograd formed on a few tokens (a module does not see every "
@@ -379,7 +395,7 @@ def _error(wrong: list[Comparison], remedy: str) -> SelfTestError:
         + named(wrong)
         + (
             remedy
-            or f"freeze them, or leave them out by name (exclude=[{example!r}, ...]); verify=False leaves out "
+            or f"{instead}freeze them, or leave them out by name (exclude=[{example!r}, ...]); verify=False leaves out "
         )
         + "this test"
     )

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import zoo
+from support import odd_models, zoo
+from support.versions import checkpoint_layers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -336,3 +337,22 @@ def test_weights_on_the_meta_device_are_named(kind: Any) -> None:
     with pytest.raises(ValueError, match="parameters of LlamaForCausalLM are on the meta device"):
         with kind(model, SPEC) as sketcher, sketcher.batch(torch.tensor([0]), shape=(1, 2)):
             raise AssertionError("begun")
+
+
+@pytest.mark.long
+def test_the_remedy_where_a_weight_is_used_without_its_module_is_the_mode_that_changes_it() -> None:
+    """Gemma 3n clamps two weights in train(); reentrant checkpointing takes none of the passes inside of Mamba."""
+    with GradientSketcher(odd_models.make("gemma3n").train(), SPEC) as sketcher:
+        with pytest.raises(
+            UncoveredParameterError, match=r"(?s)altup.*call model.eval\(\), .* or freeze them"
+        ):
+            BATCH.sketch(sketcher)
+    model: Any = odd_models.make("mamba").train()
+    checkpoint_layers(model, {"use_reentrant": True})
+    ids = BATCH.input_ids
+    with LiveSketcher(model, SPEC) as live:
+        with pytest.raises(
+            UncoveredParameterError, match=r"(?s)dt_proj.*make it use_reentrant=False; or freeze"
+        ):
+            with live.batch(torch.zeros(len(ids), dtype=torch.int64), shape=ids.shape):
+                model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
