@@ -133,7 +133,7 @@ def test_scores_show_what_they_hold(scores: Scores, tmp_path: Path) -> None:
     column = scores.table[scores.usable, 0]
     assert [value for _, value in best] == sorted(column, reverse=True)[:3]
     assert all(scores.table[scores.ids.index(name), 0] == value for name, value in best)
-    assert len(scores.top("y", 100)) == scores.usable.sum()
+    assert len(scores.top("y", np.int64(100))) == scores.usable.sum()
     page = scores._repr_html_()
     assert page.count("<tr>") == 6 and best[0][0] in page
     chosen = scores.select(0.25)

@@ -174,6 +174,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: batch(advantages=None, rewards=torch.ones(2), prompt_ids=["a", "b"]), "a prompt has one row alone",
     ),
     "check: few": (lambda: cropi.check(model(), TRAIN[:2], **QUIET), "holds 2 prompts with a gradient"),
+    "check: n as text": (lambda: cropi.check(model(), TRAIN, n="8", **QUIET), "n must be an integer, got '8'"),
     "check: n": (lambda: cropi.check(model(), TRAIN, n=1, **QUIET), "n must be at least 4, got 1"),
     "Policy: nothing": (lambda: cropi.Policy(None), "model is of type NoneType"),  # type: ignore[arg-type]
     "Policy: meta": (

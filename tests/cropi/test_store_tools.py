@@ -107,6 +107,21 @@ def test_no_room_to_join_shards_costs_nothing(tmp_path: Path, monkeypatch: pytes
     assert len(content(tmp_path / "s")) == 5 and SketchStore.open(tmp_path / "s").expected == 5
 
 
+def test_a_store_under_a_relative_path_is_read_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    part(Path("store"), range(3))
+    opened = SketchStore.open("store")
+    monkeypatch.chdir("other")
+    assert len(opened.to_numpy()[1]) == 3 and opened.verify() == 1
+    # Shards are joined, and the small ones removed, under such a path too.
+    monkeypatch.chdir(tmp_path)
+    part(Path("many"), range(40))
+    assert len(list(Path("many").glob("*.safetensors"))) == SketchStore.open("many").verify() < 11
+
+
 def test_a_reader_of_a_store_that_is_compacted_says_so(tmp_path: Path) -> None:
     fill(tmp_path / "s", 12)
     reader = SketchStore.open(tmp_path / "s")

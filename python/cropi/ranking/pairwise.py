@@ -236,7 +236,7 @@ def neighbours(
     >>> neighbours(train, valid, 1)["v"]
     ([Neighbour(id='a', cosine=1.0)], [Neighbour(id='b', cosine=-1.0)])
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise CropiError(f"k must be an integer of at least 1, got {k!r}")
     train, stores = given_stores(train, valid)
     _check(train, stores)

@@ -197,7 +197,7 @@ class Scores:
         if set not in self.sets:
             number = f"; n={set} is how many" if isinstance(set, int) else ""
             raise CropiError(f"set is {set!r}: give one of {', '.join(map(repr, self.sets))}{number}")
-        if not isinstance(n, int) or n < 1:
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
             raise CropiError(f"n must be an integer of at least 1, got {n!r}")
         column = self.table[:, self.sets.index(set)]
         order = sorted(

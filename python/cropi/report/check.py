@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from cropi.errors import CropiError
@@ -252,6 +253,8 @@ def check_job(
     Raises:
         CropiError: ``n`` below 4, bad records, or fewer than four prompts with a gradient.
     """
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise CropiError(f"n must be an integer, got {n!r}")
     if n < 4:
         raise CropiError(f"n must be at least 4, got {n}")
     if job.grouped:

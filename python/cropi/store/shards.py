@@ -83,7 +83,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The header of a shard. ``kept`` are its rows with a sketch, in the order of the tensors' rows."""
+    """The header of a shard. ``kept`` are its rows with a sketch, in the order of the tensors' rows.
+
+    ``path`` is absolute: a script may go to another folder between opening a store and reading it.
+    """
 
     path: Path
     rows: list[RowInfo]
@@ -232,7 +235,12 @@ def write_shard(
     write_atomic(sums_path(path), f"{whole.hexdigest()}  {path.name}\n")
     held = {n: Held(h.dtype, h.shape, h.begin + len(header), h.end + len(header)) for n, h in held.items()}
     return Shard(
-        path, list(rows), [row for row in rows if row.row is not None], held, checks, tuple(replaces)
+        path.absolute(),
+        list(rows),
+        [row for row in rows if row.row is not None],
+        held,
+        checks,
+        tuple(replaces),
     )
 
 
@@ -310,7 +318,7 @@ def read_shard(path: Path, job: str) -> Shard:
             f"the shard {path} belongs to another store: it was made with other settings, files or weights than "
             "manifest.json says; take it and its .sha256 out of the folder"
         )
-    return Shard(path, rows, kept, tensors, checks, replaces)
+    return Shard(path.absolute(), rows, kept, tensors, checks, replaces)
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:

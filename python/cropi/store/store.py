@@ -264,7 +264,7 @@ class SketchStore(StoredSketches):
         rows = [placed(row, next(places) if one else None) for row, one in zip(rows, has, strict=True)]
         path = self.path / f"shard-{number:05d}.safetensors"
         shard = self._write_shard(path, rows, tensors, [shard_number(one.path) for one in replaces])
-        self._shards[path] = shard
+        self._shards[shard.path] = shard
         self._rows.update((row.id, row) for row in rows)
         for old in replaces:
             del self._shards[old.path]
