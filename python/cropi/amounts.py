@@ -1,8 +1,9 @@
-"""Times and sizes in words."""
+"""Times, sizes and settings in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 _TIMES = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 _SIZES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
@@ -24,6 +25,28 @@ def size(count: float) -> str:
     ('1.31 GB', '49.2 kB')
     """
     return _amount(count, _SIZES, 1.0)
+
+
+def setting(value: Any) -> str:
+    """A JSON value: of a table its names and values, without those that are not set (None, NaN).
+
+    >>> setting({"spec": {"dim": 64, "kind": "slab"}, "stage": None, "eos": True, "keep": 1 / 3})
+    'spec (dim 64, kind slab), eos yes, keep 0.333333'
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        parts = [(str(name).replace("_", " "), inner, setting(inner)) for name, inner in value.items()]
+        return ", ".join(
+            f"{name} ({text})" if isinstance(inner, (dict, list)) else f"{name} {text}"
+            for name, inner, text in parts
+            if text
+        )
+    if isinstance(value, list):
+        return ", ".join(map(setting, value))
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return "" if value is None else str(value)
 
 
 def _amount(value: float, units: Sequence[tuple[str, float]], least: float) -> str:

@@ -299,6 +299,13 @@ def test_info_reads_everything_that_is_written(
         assert found.get("prompts", found.get("selected", 5)) == (20 if kind in ("run", "store", "scores") else
                                                                   found.get("prompts", 5))  # fmt: skip
     assert found["columns"] == ["input", "label", "datasource", "id"]
+    for path, words in (
+        (run / "sketches/train", "spec          dim "),
+        (run / "scores.parquet", "metric        cosine"),
+    ):
+        assert main(["info", str(path)]) == 0
+        text = capsys.readouterr().out
+        assert words in text and "{" not in text and "null" not in text, text
     damaged = tmp_path / "x.npy"
     damaged.write_bytes(b"\x93NUMPY\x01\x00v\x00{}")
     assert main(["info", str(damaged)]) == 2 and "damaged NumPy file" in capsys.readouterr().err

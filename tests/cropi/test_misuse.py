@@ -161,6 +161,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "neighbours: paths": (lambda: cropi.neighbours("a", "b"), "train is a str"),  # type: ignore[arg-type]
     "neighbours: none": (lambda: cropi.neighbours(store(), []), "valid is empty"),
     "neighbours: k": (lambda: cropi.neighbours(store(), store(), 2.5), "k must be an integer"),  # type: ignore[arg-type]
+    "neighbours: ids": (lambda: cropi.neighbours(store(), store(), ids="p1"), r"for one, write \['p1'\]"),
     "write_report: scores": (lambda: cropi.write_report(scores()), "chosen is a Scores: give a Selection"),  # type: ignore[arg-type]
     "write_report: records": (
         lambda: cropi.write_report(scores().select(0.5), train=VALID[:1]), "selected prompts are not in",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cropi.amounts import setting
 from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.cli.parser import option_group
@@ -148,8 +149,7 @@ def _store(path: Path) -> dict[str, Any]:
     store = SketchStore.open(path)
     rows = store.rows()
     print(f"store         {path}")
-    for key, value in store.manifest.items():
-        print(f"{key:<13} {value if isinstance(value, str) else json.dumps(value)}")
+    _print_settings(store.manifest)
     counts = Counter((row.status, row.reason if row.status != "ok" else "") for row in rows)
     for (status, reason), count in sorted(counts.items()):
         print(f"{status:<13} {count} prompts{f' ({reason})' if reason else ''}")
@@ -177,11 +177,19 @@ def _scores(path: Path) -> dict[str, Any]:
         column = scores.table[scores.usable, v]
         least, mean, most = (column.min(), column.mean(), column.max()) if len(column) else [math.nan] * 3
         print(f"{printable(name):<13} lowest {least:.4f}, mean {mean:.4f}, highest {most:.4f}")
-    print(json.dumps(scores.meta, indent=2))
+    _print_settings(scores.meta)
     return {
         "kind": "scores", "prompts": len(scores.rows), "usable": int(scores.usable.sum()), "sets": scores.sets,
         "meta": scores.meta,
     }  # fmt: skip
+
+
+def _print_settings(settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        # A list of tables, as of validation sets: a line for each.
+        for one in value if isinstance(value, list) and all(isinstance(v, dict) for v in value) else [value]:
+            if text := setting(one):
+                print(f"{key:<13} {printable(text)}")
 
 
 def _trajectories(args: argparse.Namespace) -> dict[str, Any]:

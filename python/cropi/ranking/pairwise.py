@@ -224,7 +224,8 @@ def neighbours(
         ``{validation id: (helpful, harmful)}``, best and worst first.
 
     Raises:
-        CropiError: ``k`` below 1, an id that no validation store holds, or what :func:`pairwise` raises.
+        CropiError: ``k`` below 1, ``ids`` that are one string, an id that no validation store holds, or what
+            :func:`pairwise` raises.
 
     >>> from cropi.store.memory import MemoryStore
     >>> train, valid = (MemoryStore({"spec": {"dim": 64}}) for _ in range(2))
@@ -238,6 +239,8 @@ def neighbours(
     """
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise CropiError(f"k must be an integer of at least 1, got {k!r}")
+    if isinstance(ids, str):
+        raise CropiError(f"ids must be a list of prompt ids, got {ids!r}; for one, write [{ids!r}]")
     train, stores = given_stores(train, valid)
     _check(train, stores)
     rows, sketches = validation(stores, ids=None if ids is None else set(ids))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cropi.amounts import setting
 from cropi.data.chat import last_text
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
@@ -257,25 +258,9 @@ def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:
         "dtype": "stored as",
     }
     left_out = ("notes", "prompts", "spec_fingerprint")
-    said = [
-        (names.get(key, key.replace("_", " ")), _said(value))
+    texts = [
+        (names.get(key, key.replace("_", " ")), setting(value))
         for key, value in lines.items()
         if key not in left_out
     ]
-    return [(name, text) for name, text in said if text]
-
-
-def _said(value: Any) -> str:
-    """A value for people: of a table its names and values, without those that are not set."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        parts = [(str(name).replace("_", " "), inner, _said(inner)) for name, inner in value.items()]
-        return ", ".join(
-            f"{name} ({text})" if isinstance(inner, (dict, list)) else f"{name} {text}"
-            for name, inner, text in parts
-            if text
-        )
-    if isinstance(value, list):
-        return ", ".join(map(_said, value))
-    return "" if value is None else str(value)
+    return [(name, text) for name, text in texts if text]
