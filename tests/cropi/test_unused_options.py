@@ -38,6 +38,7 @@ OTHERS: list[tuple[type[Any], dict[str, Any], str, str]] = [
         "fraction, or per with count",
     ),
     (Choosing, {"rrf_constant": 3.0}, "rrf_constant", "method rrf_classic"),
+    (Choosing, {"draw_temperature": 2.0}, "draw_temperature", "draw soft"),
     (Choosing, {"draw_temperature": 2.0, "draw": "p_selected"}, "draw_temperature", "draw soft"),
     (Choosing, {"candidates": 2.0}, "candidates", "diversity kmeans or facility"),
     (

@@ -188,7 +188,6 @@ def test_replace_puts_newer_records_in_place(tmp_path: Path) -> None:
     assert [(r["id"], r["step"]) for r in json_lines(tmp_path / "both.jsonl")] == [("a", 0), ("b", 5)]
 
 
-# ------------------------------------------------------------------------------------------------- stores
 # -------------------------------------------------------------------------------------------------- ranks
 def test_one_process_is_rank_zero_of_one() -> None:
     ranks = Ranks()
