@@ -120,6 +120,11 @@ def test_a_store_under_a_relative_path_is_read_from_another_folder(
     monkeypatch.chdir(tmp_path)
     part(Path("many"), range(40))
     assert len(list(Path("many").glob("*.safetensors"))) == SketchStore.open("many").verify() < 11
+    # A job that goes on there keeps what it has made.
+    before = content(Path("many"))
+    with SketchStore.resume("many") as again:
+        assert len(again) == 40 and again.verify()
+    assert content(Path("many")).keys() == before.keys()
 
 
 def test_a_reader_of_a_store_that_is_compacted_says_so(tmp_path: Path) -> None:

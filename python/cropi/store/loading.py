@@ -67,6 +67,8 @@ def _without_collection() -> Iterator[None]:
 
 
 def _load(folder: Path, job: str, clean: bool) -> Loaded:
+    # As a shard's path is: what is not among those that count is removed below.
+    folder = folder.absolute()
     present = _names(folder)
     paths = sorted((folder / name for name in present if name.endswith(".safetensors")), key=shard_number)
     committed = [read_shard(path, job) for path in paths if sums_path(path).name in present]

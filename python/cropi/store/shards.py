@@ -318,7 +318,7 @@ def read_shard(path: Path, job: str) -> Shard:
             f"the shard {path} belongs to another store: it was made with other settings, files or weights than "
             "manifest.json says; take it and its .sha256 out of the folder"
         )
-    return Shard(path.absolute(), rows, kept, tensors, checks, replaces)
+    return Shard(path, rows, kept, tensors, checks, replaces)
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:
