@@ -369,8 +369,10 @@ def test_debug_shows_where_an_error_was_raised(mistaken: dict[str, str]) -> None
 
 
 def test_no_progress_shows_no_bar_at_all(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in ("progress", "model.load"):
+        monkeypatch.setattr(f"cropi.{module}.in_log", lambda: False)  # as on a terminal
     transformers.utils.logging.enable_progress_bar()
     assert sketch(made, tmp_path / "store") == 0
     assert "%|" not in capsys.readouterr().err

@@ -203,10 +203,16 @@ def test_the_quick_gguf_reader_finds_the_same_and_is_taken_away_again(
 
 @needs("transformers", "5.23", "its GGUF reader wants another package for this tokenizer")
 def test_no_progress_is_shown_where_none_is_wanted(
-    tmp_path: Path, llama: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llama: LlamaForCausalLM,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither that of the weights nor that of transformers' GGUF reader, which asks no setting."""
     write_gguf(tmp_path / "tiny.gguf", llama)
+    load_model(tmp_path / "tiny.gguf")
+    assert "%|" not in capfd.readouterr().err  # a log file, as standard error is here
+    monkeypatch.setattr("cropi.model.load.in_log", lambda: False)
     load_model(tmp_path / "tiny.gguf")
     shown = capfd.readouterr().err
     assert "de-quantizing" in shown or "Loading weights" in shown
