@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -75,7 +76,8 @@ class Lines:
 
     def _say(self) -> None:
         now = time.monotonic()
-        if now - self._said < SECONDS:
+        # Without a standard error (2>&-) print would write to standard output, where results are.
+        if now - self._said < SECONDS or sys.stderr is None:
             return
         self._said, spent, new = now, now - self._start, self.n - self._initial
         of = "" if self.total is None else f" of {self.total}"
@@ -84,4 +86,6 @@ class Lines:
             words.append(f"{new / spent:.3g} a second")
         if new and self.total is not None:
             words.append(f"about {duration((self.total - self.n) * spent / new)} left")
-        print(", ".join([*words, self._note] if self._note else words), file=sys.stderr, flush=True)
+        # A log whose disk is full, or a reader that has gone, ends no job.
+        with contextlib.suppress(OSError, ValueError):
+            print(", ".join([*words, self._note] if self._note else words), file=sys.stderr, flush=True)

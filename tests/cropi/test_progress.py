@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from pathlib import Path
 
@@ -40,6 +42,23 @@ def test_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines() == [
         "reading: 0 prompts after 60 seconds", "reading: 360 prompts after 2 minutes, 3 a second",
     ]  # fmt: skip
+
+
+def test_a_log_that_cannot_be_written_ends_no_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    for log in (Full(), None):
+        monkeypatch.setattr(sys, "stderr", log)
+        with progress.bar_of(3, "store", True) as bar:
+            bar.update(2)
+            assert bar.n == 2
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.long
