@@ -65,7 +65,8 @@ def listen(
             f"hidden is {tuple(call.hidden.shape)} [n, features]: {', '.join(wrong)} must be [{n}]"
         )
     if not runs.rows:
-        names = [canonical_name(name) for name, p in model.named_parameters() if p is head.weight]
+        own = {id(p) for p in head.parameters() if p.requires_grad}  # a bias, too: else its tap asks again
+        names = [canonical_name(name) for name, p in model.named_parameters() if id(p) in own]
         raise ValueError(
             "a fused head is followed where segments are given per row [batch], and these are per token: give every "
             "prompt a row of its own and its number per row (in TRL packing=False, padding_free=False), let the head's "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from functools import partial
 from typing import Any
 
@@ -340,9 +341,14 @@ def test_a_fused_head(told: bool) -> None:
 
 
 @pytest.mark.long
-def test_a_fused_head_of_packed_rows() -> None:
+@pytest.mark.parametrize("trained", [["weight"], ["weight", "bias"], ["bias"]])
+def test_a_fused_head_of_packed_rows(trained: list[str]) -> None:
     """A row of several prompts does not say whose a token is: the error names what can be done, and that works."""
     step, model = Step(), zoo.make("llama")
+    names = [f"lm_head.{key}" for key in trained]
+    if "bias" in trained:
+        model.lm_head.bias = nn.Parameter(torch.zeros(len(model.lm_head.weight)))
+    model.lm_head.weight.requires_grad_("weight" in trained)
     rows = torch.arange(step.shape[0])[:, None].expand(-1, step.shape[1] - 1).reshape(-1)
     per_token = step.prompts[:, None].expand(step.shape)
 
@@ -358,13 +364,11 @@ def test_a_fused_head_of_packed_rows() -> None:
         return got.sketches
 
     with pytest.raises(
-        ValueError, match=r"per token: give every prompt a row .* exclude=\['lm_head\.weight'\]"
+        ValueError, match=r"per token: give every prompt a row .* exclude=" + re.escape(str(names))
     ):
         sketched(per_token, [])
-    alone = sketched(per_token, ["lm_head.weight"])
-    torch.testing.assert_close(
-        alone, sketched(step.prompts, ["lm_head.weight"]), rtol=0, atol=1e-5 * float(alone.norm())
-    )
+    alone = sketched(per_token, names)
+    torch.testing.assert_close(alone, sketched(step.prompts, names), rtol=0, atol=1e-5 * float(alone.norm()))
     assert alone.any(dim=1).all()
 
 
