@@ -30,13 +30,14 @@ def size(count: float) -> str:
 def setting(value: Any) -> str:
     """A JSON value: of a table its names and values, without those that are not set (None, NaN).
 
-    >>> setting({"spec": {"dim": 64, "kind": "slab"}, "stage": None, "eos": True, "keep": 1 / 3})
-    'spec (dim 64, kind slab), eos yes, keep 0.333333'
+    >>> setting({"spec": {"vocab_width": 64, "kind": "slab"}, "stage": None, "eos": True, "keep": 1 / 3})
+    'spec (vocab_width 64, kind slab), eos yes, keep 0.333333'
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        parts = [(str(name).replace("_", " "), inner, setting(inner)) for name, inner in value.items()]
+        # Names as they are: one may be that of a user's validation set.
+        parts = [(name, inner, setting(inner)) for name, inner in value.items()]
         return ", ".join(
             f"{name} ({text})" if isinstance(inner, (dict, list)) else f"{name} {text}"
             for name, inner, text in parts

@@ -62,7 +62,7 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     assert len(set(names)) == len(names) > 9
     run = html.unescape(page.split('id="run"')[1].split("<pre>")[0])
     assert not set('{"') & set(re.sub("<[^>]*>", "", run)) and "null" not in run and "None" not in run
-    assert "<bdi>dim 4096, kind slab, width 64, vocab width 8192, keep 1, seed 0, version 1</bdi>" in run
+    assert "<bdi>dim 4096, kind slab, width 64, vocab_width 8192, keep 1, seed 0, version 1</bdi>" in run
     assert "<bdi>name cropi, ratio yes, std yes, eps 0.0001, length response, constant 1</bdi>" in run
 
 
