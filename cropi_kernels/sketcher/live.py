@@ -321,7 +321,7 @@ class LiveSketcher:
     def _note(self, check: LossCheck) -> None:
         """What a batch has shown; one that shows less takes nothing back."""
         self._sorts = check.sorts
-        if not str(self.loss).startswith(SUM):
+        if not str(self.loss).startswith(SUM) or check.verdict == SUM:  # which was perhaps linear before
             self.loss = check.verdict or UNSEEN
 
     def _untested(self, segments: Segments | None = None) -> bool:

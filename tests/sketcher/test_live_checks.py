@@ -162,6 +162,13 @@ def test_a_loss_is_looked_at_again() -> None:
     """A term of several prompts that comes in the second step, beside the second comparison with autograd."""
     model, step = zoo.make("llama"), Step()
     with LiveSketcher(model, SPEC) as live:
+        for more in (0, 1):  # a loss that is linear in the logits, and one that is not
+            with live.batch(step.prompts, shape=step.shape):
+                logits = made.logits_of(model, step)
+                linear = (logits * step.advantages[:, None, None]).sum()
+                (linear + policy_gradient(logits, step, step.rows(None)) if more else linear).backward()
+            assert live.loss == "a sum over prompts" + ("" if more else " (linear in what the model gave)")
+    with LiveSketcher(model, SPEC) as live:
         for loss in (made.cross_entropy, coupled_by_a_norm):
             wrong = pytest.raises(CoupledLossError, match="not a sum over prompts")
             with (
