@@ -124,7 +124,7 @@ def drawn(options: Curriculum, pool: int) -> int:
 
 def _check_quotas(dataset: Any, options: Curriculum) -> None:
     """Check what is known of quotas before prompts are recorded: the first choice comes after a stage's training."""
-    if options.train is not None or options.recording is None:
+    if not options.quota or options.train is not None or options.recording is None:
         return
     quotas = read_quotas(options.quota)
     if options.count is not None:
