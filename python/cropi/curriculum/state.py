@@ -147,15 +147,18 @@ class State:
 
     def latest(self, step: str, before: int) -> dict[str, Any] | None:
         """The newest result of ``step`` in the stages below ``before``."""
-        entries = [e for e in self.data["done"] if e["step"] == step and e["stage"] < before]
+        entries = self._below(step, before)
         return dict(entries[-1]) if entries else None
 
     def seconds(self, step: str, before: int) -> float:
         """Seconds of ``step`` in the newest stage below ``before`` in which one attempt did all of it, else in the
         newest one: of a training that was cut short, ``seconds`` are those of what was left."""
-        entries = [e for e in self.data["done"] if e["step"] == step and e["stage"] < before]
+        entries = self._below(step, before)
         whole = [e for e in entries if e["attempts"] == 1] or entries
         return float(whole[-1]["seconds"]) if whole else 0.0
+
+    def _below(self, step: str, before: int) -> list[dict[str, Any]]:
+        return [e for e in self.data["done"] if e["step"] == step and e["stage"] < before]
 
     def checkpoint(self, model: str) -> str | None:
         """The checkpoint (:attr:`cropi.Policy.checkpoint`) of a model, when a finished step used or made it last."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cropi.checked import fits
 from cropi.data.rows_out import write_jsonl
 from cropi.errors import CropiError
 from cropi.ranking.given import given_stores
@@ -237,7 +238,7 @@ def neighbours(
     >>> neighbours(train, valid, 1)["v"]
     ([Neighbour(id='a', cosine=1.0)], [Neighbour(id='b', cosine=-1.0)])
     """
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+    if not fits(k, int) or k < 1:
         raise CropiError(f"k must be an integer of at least 1, got {k!r}")
     if isinstance(ids, str):
         raise CropiError(f"ids must be a list of prompt ids, got {ids!r}; for one, write [{ids!r}]")

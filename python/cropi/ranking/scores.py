@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cropi.checked import fits
 from cropi.errors import CropiError, article, optional
 from cropi.files import is_file
 from cropi.ranking.table_rows import values_of
@@ -197,7 +198,7 @@ class Scores:
         if set not in self.sets:
             number = f"; n={set} is how many" if isinstance(set, int) else ""
             raise CropiError(f"set is {set!r}: give one of {', '.join(map(repr, self.sets))}{number}")
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        if not fits(n, int) or n < 1:
             raise CropiError(f"n must be an integer of at least 1, got {n!r}")
         column = self.table[:, self.sets.index(set)]
         order = sorted(

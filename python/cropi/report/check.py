@@ -19,9 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from cropi.checked import fits
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.estimators import ESTIMATORS, Estimator
@@ -253,7 +253,7 @@ def check_job(
     Raises:
         CropiError: ``n`` below 4, bad records, or fewer than four prompts with a gradient.
     """
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+    if not fits(n, int):
         raise CropiError(f"n must be an integer, got {n!r}")
     if n < 4:
         raise CropiError(f"n must be at least 4, got {n}")

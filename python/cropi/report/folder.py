@@ -251,7 +251,7 @@ def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:
     lines |= {} if train is None else train.manifest
     names = {"model": "model given as", "trajectories": "files"}
     lines |= {names.get(key, key): value for key, value in _notes(train).items() if key != "command"}
-    names = {
+    titles = {
         "spec": "sketch",
         "tokenizer": "tokenizer's hash",
         "trajectories": "trajectories' hash",
@@ -259,7 +259,7 @@ def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:
     }
     left_out = ("notes", "prompts", "spec_fingerprint")
     texts = [
-        (names.get(key, key.replace("_", " ")), setting(value))
+        (titles.get(key, key.replace("_", " ")), setting(value))
         for key, value in lines.items()
         if key not in left_out
     ]
