@@ -1,11 +1,11 @@
 """Random projections side by side: `cropi_kernels.project` and what people use today, in one run on the CPU.
 
-    python benchmarks/bench_project.py                 # both tables and the plot, a few minutes
-    python benchmarks/bench_project.py --size 1e7      # a smaller first table
+    python -m benchmarks.bench_project                 # prints the tables, a few minutes
+    python -m benchmarks.bench_project --size 1e7      # a smaller first table
 
 First table: CountSketch of [B, P] against the machine's copy bandwidth (bytes read plus bytes written), and the memory
-it takes beyond input and output. Second table and plot: every peer on the same inputs, with the rms error of the
-cosines of its rows beside its time. Each peer's set-up (drawing its matrix or its tables) is outside its timed
+it takes beyond input and output. The others: every peer on the same inputs, with the rms error of the cosines of its
+rows beside its time. Each peer's set-up (drawing its matrix or its tables) is outside its timed
 region and shown apart, except where drawing is part of every call (TRAK, dattri). Peers that are not installed are
 named and left out; `pip install dattri` is needed beside the extra `bench`, because it builds a MIDI library.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import statistics
@@ -58,14 +57,14 @@ def _status(field: str) -> float:
 
 
 # ------------------------------------------------------------------------------------------------- against the floor
-def bandwidth_table(size: int, rounds: int) -> list[dict[str, Any]]:
+def bandwidth_table(size: int, rounds: int) -> None:
     specs = [
         ProjectionSpec(4096),
         ProjectionSpec(32768),
         ProjectionSpec(32768, kind="sjlt", nnz=4),
         ProjectionSpec(32768, keep=0.1),
     ]
-    table = []
+    table: list[dict[str, Any]] = []
     for rows in (1, 8):
         x, block = torch.empty(rows, size), torch.randn(1 << 20)
         for row in x:
@@ -84,7 +83,7 @@ def bandwidth_table(size: int, rounds: int) -> list[dict[str, Any]]:
         for name, run in runs.items():
             taken = times[name][1:]
             factor = 2 if name == "copy" else 1
-            row_of_table = {
+            table.append({
                 "P": size,
                 "rows": rows,
                 "what": name,
@@ -94,11 +93,9 @@ def bandwidth_table(size: int, rounds: int) -> list[dict[str, Any]]:
                     factor * c / (2 * t) for t, c in zip(taken, copied)
                 ),
                 "extra MB": (peak_memory(run, x) or 0.0) / 1e6 if name not in ("copy", "sum") else 0.0,
-            }
-            table.append(row_of_table)
-            print(line(row_of_table), flush=True)
+            })  # fmt: skip
+            show(table)
     print()
-    return table
 
 
 # -------------------------------------------------------------------------------------------------- against the peers
@@ -237,10 +234,10 @@ def time_peers(size: int, dim: int, rounds: int) -> Race:
     return Race(dim, x, runs, table)
 
 
-def with_errors(race: Race, seeds: int) -> list[dict[str, Any]]:
-    """The table with the rms error of the cosines, over several seeds where a call is fast."""
+def show_errors(race: Race, seeds: int) -> None:
+    """Print the table with the rms error of the cosines, over several seeds where a call is fast."""
     makers, x = {peer.name: peer.make for peer in PEERS}, race.x
-    for row in race.table:
+    for number, row in enumerate(race.table, 1):
         name = row["what"]
         row["seeds"] = 1 if row.pop("slow") else seeds
         errors = [
@@ -248,38 +245,20 @@ def with_errors(race: Race, seeds: int) -> list[dict[str, Any]]:
             for s in range(row["seeds"])
         ]
         row["rms cosine error"] = float(np.sqrt(np.mean(np.square(errors))))
-        print(line(row), flush=True)
+        show(race.table[:number])
     unit = torch.nn.functional.normalize(x, dim=1)
     bound = (
         np.mean([countsketch_variance(unit[a], unit[b], race.dim) for a in range(4) for b in range(a)]) ** 0.5
     )
-    print(f"bound of an ideal CountSketch at dim={race.dim}: {bound:.4f}\n")
-    return race.table
+    print(f"\nbound of an ideal CountSketch at dim={race.dim}: {bound:.4f}\n")
 
 
-def plot(table: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    size = min(row["P"] for row in table)
-    for name in dict.fromkeys(row["what"] for row in table):
-        points = [row for row in table if row["what"] == name and row["P"] == size]
-        style = "o-" if name.startswith("project") else "s--"
-        axes.plot([p["ms"] for p in points], [p["rms cosine error"] for p in points], style, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="milliseconds for 8 rows", ylabel="rms cosine error")
-    axes.set_title(
-        f"P = {size}; points of a line: dim = {', '.join(str(d) for d in sorted({r['dim'] for r in table}))}"
-    )
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def line(row: dict[str, Any]) -> str:
-    return "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+def show(table: list[dict[str, Any]]) -> None:
+    """Print the last row of a table, before the first one its head."""
+    if len(table) == 1:
+        print(f"| {' | '.join(table[0])} |\n|{'---|' * len(table[0])}")
+    cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in table[-1].values())
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -289,29 +268,22 @@ def main() -> None:
     parser.add_argument(
         "--size", type=float, default=1e8, help="P of the first table (default 1e8: 6.4 GB); 0: none"
     )
-    parser.add_argument("--peer-size", type=float, default=2**18, help="P of the second table and the plot")
+    parser.add_argument("--peer-size", type=float, default=2**18, help="P of the second table")
     parser.add_argument("--dims", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--large", type=float, default=1e7, help="P of a third table at dim=4096; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--seeds", type=int, default=5, help="for the error of peers that take less than a second"
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads")
     print(cropi_kernels.explain(torch.zeros(1)), "\n", flush=True)
-    result: dict[str, Any] = {"bandwidth": bandwidth_table(int(args.size), args.rounds) if args.size else []}
-    peers = [
-        row
-        for dim in args.dims
-        for row in with_errors(time_peers(int(args.peer_size), dim, args.rounds), args.seeds)
-    ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    plot(peers, args.out / "project.svg")
+    if args.size:
+        bandwidth_table(int(args.size), args.rounds)
+    for dim in args.dims:
+        show_errors(time_peers(int(args.peer_size), dim, args.rounds), args.seeds)
     if args.large:
-        peers += with_errors(time_peers(int(args.large), 4096, args.rounds), 1)
-    result["peers"] = peers
-    (args.out / "project.json").write_text(json.dumps(result, indent=1) + "\n")
+        show_errors(time_peers(int(args.large), 4096, args.rounds), 1)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Fidelity of every sketch against exact gradients: ``python -m benchmarks.fidelity`` (about 40 minutes on 2 cores).
 
-Writes a table, a plot and the raw rows under ``benchmarks/results/``. Interrupted, it goes on where it stopped.
+Writes a table and a plot under ``benchmarks/results/``. Interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
 import platform
 from pathlib import Path
 from typing import Any
@@ -59,14 +57,10 @@ def main() -> None:
     shapes = shapes_of(model)
     rows = table(Collected.read(args.work, chosen, shapes, len(train)), chosen)
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "fidelity.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(r) for r in rows)
     about = f"{args.model}, {len(train)} prompts, {len(valid)} validation sets, {args.seeds} seeds"
     _markdown(rows, args.out / "fidelity.md", about)
     _plot(rows, args.out / "fidelity.png")
-    print(f"wrote {args.out}/fidelity.md, fidelity.csv, fidelity.png")
+    print(f"wrote {args.out}/fidelity.md, fidelity.png")
 
 
 def _tap_difference(model: Any, groups: list[TokenGroup]) -> float:

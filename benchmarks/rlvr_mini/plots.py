@@ -1,4 +1,4 @@
-"""Plots of the finished runs: accuracy over steps and processor time, and what CROPI chose."""
+"""Plots of the finished runs: accuracy over steps and processor time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ FEW = (
 
 
 def write_plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> None:
-    """Of what was tried: ``targeted.png`` (the arms), ``pool.png`` (the larger pool), ``live.png`` (few passes) and
-    ``composition.png``."""
+    """Of what was tried: ``targeted.png`` (the arms), ``pool.png`` (the larger pool) and ``live.png`` (few passes)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +30,6 @@ def write_plots(scale: Scale, by_arm: dict[str, list[Finished]], out: Path) -> N
     ):
         if any(by_arm[name] for name in asked):
             _curves(scale, {name: by_arm[name] for name in names if by_arm[name]}, out / file)
-    _composition(by_arm, out)
 
 
 def _curves(scale: Scale, shown: dict[str, list[Finished]], path: Path) -> None:
@@ -60,27 +58,4 @@ def _curves(scale: Scale, shown: dict[str, list[Finished]], path: Path) -> None:
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _composition(by_arm: dict[str, list[Finished]], out: Path) -> None:
-    """Which families each stage of CROPI chose, first seed."""
-    import matplotlib.pyplot as plt
-
-    if not by_arm["cropi"]:
-        return
-    run = by_arm["cropi"][0]
-    families = sorted({cell.split()[0] for s in run.selections for cell in s["cells"]})
-    figure, axis = plt.subplots(figsize=(6, 4))
-    bottom = [0.0] * len(run.selections)
-    for family in families:
-        counts = [
-            sum(n for cell, n in s["cells"].items() if cell.split()[0] == family) for s in run.selections
-        ]
-        axis.bar([str(s["step"]) for s in run.selections], counts, bottom=bottom, label=family)
-        bottom = [a + b for a, b in zip(bottom, counts)]
-    axis.set(xlabel="chosen at step", ylabel="prompts", title=f"CROPI, sketch, seed {run.seed}")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out / "composition.png", dpi=130)
     plt.close(figure)
