@@ -10,7 +10,6 @@ from torch import nn
 
 from ..names import canonical_name, listed
 from ..plan import VectorPlan
-from ..spec import SketchSpec
 from . import exact
 from .accumulator import Accumulator
 from .coverage import Coverage, uncovered
@@ -29,8 +28,11 @@ UNCOVERED = "uncovered"  # as a pattern of `exclude`: whatever has no tap
 
 @dataclasses.dataclass
 class Attachment:
-    """The taps of a model by module, the parameters that they cover, and the head's own sketches for the fused pass."""
+    """The taps of a ``model`` by module, the sums ``acc`` to which they add, the parameters that they cover, and the
+    head's own sketches for the fused pass."""
 
+    model: nn.Module
+    acc: Accumulator
     taps: dict[nn.Module, Tap]
     parameters: list[nn.Parameter]
     coverage: Coverage
@@ -42,7 +44,7 @@ class Attachment:
     head_adds: tuple[bool, bool] = (True, True)  # whether this rank adds the head's weight, and its bias
     ranks: Ranks | None = None  # of a tensor-parallel group
 
-    def check_places(self, model: nn.Module) -> Places:
+    def check_places(self) -> Places:
         """Check that the sketched parameters are those of the same modules as when the taps were planned.
 
         Returns:
@@ -51,9 +53,9 @@ class Attachment:
         Raises:
             ValueError: names one that is not; or parameters have no values.
         """
-        check_loaded(model)
-        places = _places(model)
-        if units(model):  # FSDP2 puts other tensors in the weights' places
+        check_loaded(self.model)
+        places = _places(self.model)
+        if units(self.model):  # FSDP2 puts other tensors in the weights' places
             return places
         changed = {name for _, name in places.items() ^ self.places.items()}
         if moved := changed.intersection(self.wanted.values()):
@@ -81,20 +83,18 @@ class Attachment:
         handles.clear()
         self.exact.forget()
 
-    def form(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    def form(self, modules: Iterable[nn.Module]) -> None:
         """Form the gradients of these modules' parameters too, instead of what their taps do."""
         formed = {one.chain[0] for one in self.exact.parameters} | set(modules)
-        builder = TapBuilder(model, self.exact.acc.spec, self.exact.acc, self.wanted, formed)
+        builder = TapBuilder(self.model, self.acc, self.wanted, formed)
         assert not builder.missing()
         self.taps = builder.taps
-        self.exact = ExactTaps(self.exact.acc, builder.exact)
+        self.exact = ExactTaps(self.acc, builder.exact)
         self.coverage = dataclasses.replace(self.coverage, by_kind=builder.by_kind)
 
 
-def plan_model(
-    model: nn.Module, spec: SketchSpec, accumulator: Accumulator, exclude: Sequence[str] | str
-) -> Attachment:
-    """Find a tap for every trainable parameter.
+def plan_model(model: nn.Module, acc: Accumulator, exclude: Sequence[str] | str) -> Attachment:
+    """Find a tap for every trainable parameter, which adds to ``acc`` by its spec.
 
     Raises:
         UncoveredParameterError: names each parameter that cannot be covered, its module's class and the remedy.
@@ -113,7 +113,7 @@ def plan_model(
     wanted = {p: name for p, name in trainable.items() if name not in excluded}
     total, left_out = sum(p.numel() for p in model.parameters()), {}
     # Every module that uses a parameter needs its tap: a tied weight has two, and half a gradient is a wrong one.
-    while missing := (builder := TapBuilder(model, spec, accumulator, wanted)).missing():
+    while missing := (builder := TapBuilder(model, acc, wanted)).missing():
         lost = {wanted[p]: p.numel() for p, _ in missing}
         if UNCOVERED not in patterns:
             lines = [_describe(builder, wanted[p], p, m) for p, m in missing]
@@ -138,30 +138,22 @@ def plan_model(
         uncovered=left_out,
         shapes={name: tuple(p.shape) for p, name in wanted.items()},
     )
-    return _attachment(builder, accumulator, coverage, wanted, _places(model))
-
-
-def _attachment(
-    builder: TapBuilder,
-    accumulator: Accumulator,
-    coverage: Coverage,
-    wanted: dict[nn.Parameter, str],
-    places: Places,
-) -> Attachment:
-    """What a builder has made; the head's sketches, if its head is a linear layer."""
+    # The head's sketches, if it is a linear layer.
     head = builder.taps.get(builder.head) if builder.head is not None else None
     linear = head if isinstance(head, LinearTap) else None
     shares = linear.shares if isinstance(linear, PartLinearTap) else {}
     weight, bias = (which not in shares or shares[which].adds for which in ("weight", "bias"))
     return Attachment(
+        model=model,
+        acc=acc,
         taps=builder.taps,
         parameters=list(builder.covered),
         coverage=coverage,
         head_matrix=linear.matrix if linear else None,
         head_bias=linear.bias if linear else None,
-        exact=ExactTaps(accumulator, builder.exact),
+        exact=ExactTaps(acc, builder.exact),
         wanted=wanted,
-        places=places,
+        places=_places(model),
         head_adds=(weight, bias),
         ranks=builder.ranks,
     )
@@ -178,26 +170,26 @@ def _places(model: nn.Module) -> Places:
 
 
 def refused_modules(
-    model: nn.Module, attachment: Attachment, decoder: nn.Module | None, wrong: dict[nn.Module, str]
+    plan: Attachment, decoder: nn.Module | None, wrong: dict[nn.Module, str]
 ) -> dict[nn.Module, tuple[str, str]]:
     """Modules that cannot be sketched, with their names and why.
 
     Their tap is ``wrong`` and the gradient cannot be formed; or, where the ``decoder`` alone runs (in
     `policy_gradient`), it would be formed of a module outside it.
     """
-    names = {module: canonical_name(path + ".")[:-1] for path, module in model.named_modules()}
-    users, refused = owners_of(model), {}
-    formed = {one.chain[0] for one in attachment.exact.parameters}
+    names = {module: canonical_name(path + ".")[:-1] for path, module in plan.model.named_modules()}
+    users, refused = owners_of(plan.model), {}
+    formed = {one.chain[0] for one in plan.exact.parameters}
     for module, why in wrong.items():
-        mine = [p for p in module.parameters(recurse=False) if p in attachment.wanted]
+        mine = [p for p in module.parameters(recurse=False) if p in plan.wanted]
         if module in formed or any(len(users[p]) > 1 or p.numel() > exact.LARGEST for p in mine):
             refused[module] = names[module] or "the model itself", why
     if decoder is not None:
         inside = set(decoder.modules())
-        beyond = {outer for one in attachment.exact.parameters for outer in one.chain} - inside
+        beyond = {outer for one in plan.exact.parameters for outer in one.chain} - inside
         elsewhere = {outer for outer in beyond if decoder not in set(outer.modules())}
         # A part of the decoder may be one of another module, too: the decoder alone shows half of its gradient.
-        shared = {one.chain[0] for one in attachment.exact.parameters if not elsewhere.isdisjoint(one.chain)}
+        shared = {one.chain[0] for one in plan.exact.parameters if not elsewhere.isdisjoint(one.chain)}
         for module in (*wrong, *formed):
             if module not in inside or module in shared:
                 why = "outside the decoder, where no formula is known for its parameters"

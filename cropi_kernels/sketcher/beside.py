@@ -7,23 +7,21 @@ forward that was compiled for the shape of this batch before the taps came) show
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..names import canonical_name, listed
-from .accumulator import Accumulator
 from .attach import Attachment
 from .segments import Segments
 from .selftest import SelfTestError
 from .sharded import units
-from .taps import Tap
 
 
 @contextlib.contextmanager
-def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[list[bool]]:
+def watch_weights(plan: Attachment) -> Iterator[list[bool]]:
     """Refuse uses of covered parameters that no tap sees, in the forward and backward passes inside.
 
     The parameters have ``requires_grad`` inside, except while their own module runs. So a gradient that reaches one of
@@ -37,11 +35,13 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[l
     # A compiled module would run the graph that was made for trainable weights, which has no taps. FSDP2 puts other
     # tensors in the weights' places.
     traced: list[bool] = []
-    if inside_compiled(model) or units(model):
+    if inside_compiled(plan.model) or units(plan.model):
         yield traced
         return
-    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
-    own = {module: [p for p, _ in tap.formed(module) if not p.requires_grad] for module, tap in taps.items()}
+    names = {id(p): canonical_name(n) for n, p in plan.model.named_parameters()}
+    own = {
+        module: [p for p, _ in tap.formed(module) if not p.requires_grad] for module, tap in plan.taps.items()
+    }
     watched = list({id(p): p for parameters in own.values() for p in parameters}.values())
 
     def trainable(flag: bool) -> Callable[..., None]:
@@ -83,19 +83,17 @@ def watch_weights(model: nn.Module, taps: Mapping[nn.Module, Tap]) -> Iterator[l
             p.grad = grad
 
 
-def check_passes(acc: Accumulator) -> None:
+def check_passes(plan: Attachment) -> None:
     """Check that the open batch has the sum of whole backward passes.
 
     Raises:
         SelfTestError: says why not.
     """
-    if (problem := acc.backwards.problem()) is not None:
+    if (problem := plan.acc.backwards.problem()) is not None:
         raise SelfTestError(problem)
 
 
-def check_heard(
-    model: nn.Module, plan: Attachment, heard: frozenset[str], segments: Segments, partly: bool
-) -> None:
+def check_heard(plan: Attachment, heard: frozenset[str], segments: Segments, partly: bool) -> None:
     """Check that every tap that the self-test heard was heard in this batch too.
 
     ``partly``: the caller may have run a part of the model. Then a silent tap is an error only inside a compiled
@@ -110,7 +108,7 @@ def check_heard(
         return
     why = "their graphs were compiled before the taps came"
     if partly:
-        compiled = inside_compiled(model)
+        compiled = inside_compiled(plan.model)
         missing = [(module, source) for module, source in missing if module in compiled]
     else:
         why += ", or the forward goes another way than a few tokens did (in train() some models leave layers out)"

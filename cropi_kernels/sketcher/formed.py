@@ -80,14 +80,12 @@ class FormedSketcher:
                 "the model is sharded, and whole gradients are formed here: give the unsharded model"
             )
         self.change = change
-        plan = plan_model(self.model, self.spec, Accumulator(self.spec), exclude)
+        plan = plan_model(self.model, Accumulator(self.spec), exclude)
         self.coverage: Coverage = plan.coverage
         self._groups = planned(groups, plan)
         names = {id(p): canonical_name(name) for name, p in self.model.named_parameters()}
         self._add = [
-            (names[id(p)], p, add)
-            for p, add in parameters_of(self.model, plan)
-            if only is None or names[id(p)] in only
+            (names[id(p)], p, add) for p, add in parameters_of(plan) if only is None or names[id(p)] in only
         ]
         self._out: torch.Tensor | None = None  # [groups, 1, base_dim]
         self._before: list[tuple[nn.Parameter, bool, torch.Tensor | None]] = []

@@ -16,7 +16,7 @@ from ..names import canonical_name
 from .attach import Attachment
 from .hooks import hooked, unless_none
 from .listener import Source, projected, smallest, unit_roundoff
-from .ranks import Copies, Ranks
+from .ranks import Copies
 from .sharded import hooked_whole, reshard, units
 from .spread import like_spread, settled
 
@@ -35,19 +35,19 @@ class TapGroups:
         names: the canonical names of the parameters of each group.
     """
 
-    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
-        reshard(model)
-        self.model = model
-        names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    def __init__(self, plan: Attachment) -> None:
+        reshard(plan.model)
+        self.plan = plan
+        names = {id(p): canonical_name(n) for n, p in plan.model.named_parameters()}
         self.formed: dict[int, tuple[nn.Parameter, Add]] = {}
         self.taps: dict[int, list[Source]] = {}
         self.group: dict[int, int] = {}
         self.members: dict[int, list[int]] = {}
         sources: list[tuple[Source, list[tuple[nn.Parameter, Add]]]] = [
             (tap, tap.formed(module) if tap.adds else [(p, _add_nothing) for p, _ in tap.formed(module)])
-            for module, tap in attachment.taps.items()
+            for module, tap in plan.taps.items()
         ]
-        sources += [(one, [(one.parameter, one.add)]) for one in attachment.exact.parameters]
+        sources += [(one, [(one.parameter, one.add)]) for one in plan.exact.parameters]
         for tap, own in sources:
             for p, add in own:
                 self.formed.setdefault(id(p), (p, add))
@@ -67,9 +67,9 @@ class TapGroups:
         return [p for p, _ in self.formed.values()]
 
 
-def parameters_of(model: nn.Module, attachment: Attachment) -> list[tuple[nn.Parameter, Add]]:
+def parameters_of(plan: Attachment) -> list[tuple[nn.Parameter, Add]]:
     """Every sketched parameter, and the function that adds the sketch of its gradient."""
-    return list(TapGroups(model, attachment).formed.values())
+    return list(TapGroups(plan).formed.values())
 
 
 def _add_nothing(gradient: torch.Tensor, out: torch.Tensor) -> None:
@@ -81,9 +81,7 @@ class FormedSums:
 
     Args:
         groups: the parameters and their groups.
-        dim: numbers of a sketch.
         device: where sketches are made.
-        ranks: the tensor-parallel group, if the model is spread over one.
         leave: whether the gradients stay in the parameters, for an optimizer.
 
     Attributes:
@@ -93,17 +91,11 @@ class FormedSums:
         copies: whether ranks that have the same parameter have the same gradient of it.
     """
 
-    def __init__(
-        self,
-        groups: TapGroups,
-        dim: int,
-        device: torch.device,
-        ranks: Ranks | None = None,
-        leave: bool = False,
-    ) -> None:
-        self.groups, self.dim, self.device, self.leave = groups, dim, device, leave
-        self.units = units(groups.model)
-        self.copies = Copies(ranks, groups.parameters)
+    def __init__(self, groups: TapGroups, device: torch.device, leave: bool = False) -> None:
+        self.groups, self.device, self.leave = groups, device, leave
+        self.model, acc = groups.plan.model, groups.plan.acc
+        self.dim, self.units = acc.spec.base_dim, units(self.model)
+        self.copies = Copies(acc.ranks, groups.parameters)
         self.sums: dict[int, torch.Tensor] = {}
         self.floor: dict[int, float] = {}
         self.unit: dict[int, float] = {}
@@ -113,7 +105,7 @@ class FormedSums:
         """Sketch the gradients of the backward passes that run inside."""
         takers = [(p, unless_none(self._taker(p, add))) for p, add in self.groups.formed.values()]
         if self.units:
-            with hooked_whole(self.groups.model, {id(p): taker for p, taker in takers}):
+            with hooked_whole(self.model, {id(p): taker for p, taker in takers}):
                 yield
             return
         # Hooks run in the order in which they were registered: ours see what those of the model's owner have made.

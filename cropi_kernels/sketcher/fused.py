@@ -168,20 +168,20 @@ class _FusedGate(_Fused):
         return module.down_proj(h)
 
 
-def find_fusion(model: nn.Module, plan: Attachment, acc: Accumulator, wanted: bool) -> Fusion:
+def find_fusion(model: nn.Module, plan: Attachment, wanted: bool) -> Fusion:
     """What can be fused of a ``model`` as the caller gave it (with its wrappers); nothing unless it is ``wanted``.
 
     Raises:
         ValueError: nothing can be, or the model is compiled, sharded or split over ranks; says why.
     """
     if not wanted:
-        return Fusion(acc)
+        return Fusion(plan.acc)
     remedy = "leave out fused=True"
     if inside_compiled(model):
         raise ValueError(f"fused=True: the model is compiled, and its graphs call no module: {remedy}")
     if plan.ranks is not None or sharded.units(model):
         raise ValueError(f"fused=True: the model is split over ranks, which is not supported: {remedy}")
-    fusion = Fusion(acc)
+    fusion = Fusion(plan.acc)
     for path, module in model.named_modules():
         where = canonical_name(path + ".")[:-1]
         for looks, against, fused in (

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..names import canonical_name
 from ..ops.norm_grad import bias_grad
-from .accumulator import Accumulator
 from .attach import Attachment
 from .decoder import output_embeddings
 from .hooks import unless_none
@@ -40,9 +39,7 @@ class HeadCall:
 
 
 def listen(
-    model: nn.Module,
     plan: Attachment,
-    acc: Accumulator,
     runs: Runs,
     call: HeadCall,
     log_probs: torch.Tensor,
@@ -53,7 +50,7 @@ def listen(
     Raises:
         ValueError: shapes do not fit, or numbers were given per token; says how.
     """
-    head = output_embeddings(model)
+    head = output_embeddings(plan.model)
     tap = None if head is None else plan.taps.get(head)
     if not isinstance(head, nn.Linear) or not isinstance(tap, LinearTap):
         return
@@ -66,7 +63,7 @@ def listen(
         )
     if not runs.rows:
         own = {id(p) for p in head.parameters() if p.requires_grad}  # a bias, too: else its tap asks again
-        names = [canonical_name(name) for name, p in model.named_parameters() if id(p) in own]
+        names = [canonical_name(name) for name, p in plan.model.named_parameters() if id(p) in own]
         raise ValueError(
             "a fused head is followed where segments are given per row [batch], and these are per token: give every "
             "prompt a row of its own and its number per row (in TRL packing=False, padding_free=False), let the head's "
@@ -74,7 +71,7 @@ def listen(
         )
     if n and (int(call.rows.min()) < 0 or int(call.rows.max()) >= runs.segments.batch):
         raise ValueError(f"rows run to {int(call.rows.max())} in a batch of {runs.segments.batch}")
-    sink = _Sink(head, tap, acc, runs, call)
+    sink = _Sink(head, tap, runs, call)
     if log_probs.requires_grad:
         log_probs.register_hook(unless_none(lambda g: sink.add(g, of_entropy=False)))
     if entropy is not None and entropy.requires_grad:
@@ -84,8 +81,8 @@ def listen(
 class _Sink:
     """Adds the head's gradient to the open batch, when a gradient of one of the function's outputs arrives."""
 
-    def __init__(self, head: nn.Linear, tap: LinearTap, acc: Accumulator, runs: Runs, call: HeadCall) -> None:
-        self.head, self.tap, self.acc, self.call = head, tap, acc, call
+    def __init__(self, head: nn.Linear, tap: LinearTap, runs: Runs, call: HeadCall) -> None:
+        self.head, self.tap, self.acc, self.call = head, tap, tap.acc, call
         self.segments, self.hidden = runs.segments, call.hidden.detach()
         row_ends = torch.arange(1, runs.segments.batch + 1, device=call.rows.device)
         firsts = torch.searchsorted(

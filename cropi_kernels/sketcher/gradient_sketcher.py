@@ -213,7 +213,7 @@ class GradientSketcher:
         """
         self._active("batch")
         self._no_batch()
-        self._tapped.plan.check_places(self.model)
+        self._tapped.plan.check_places()
         check_tensors(segments=segments)
         batch, length = sizes(segments, shape)
         where = Segments.of(segments, batch, length, num_segments)
@@ -225,7 +225,7 @@ class GradientSketcher:
                 self._tests.before_batches()
             # What the caller runs may change, or do something else with another batch: ever fewer are watched.
             if self._watches and self._batches & (self._batches - 1) == 0:
-                traced = watching.enter_context(watch_weights(self.model, self._tapped.plan.taps))
+                traced = watching.enter_context(watch_weights(self._tapped.plan))
             if self._watches and self._tests.untested("batch"):
                 watching.enter_context(recorded.of(self.model))
             apart = self._apart.next(segments) if self._verify else None
@@ -235,7 +235,7 @@ class GradientSketcher:
             result = BatchSketch()
             try:
                 yield result
-                check_passes(self._tapped.acc)
+                check_passes(self._tapped.plan)
                 sketches = self._tapped.acc.end()
             except BaseException:
                 sharded.start_over(self.model)
@@ -356,8 +356,7 @@ class GradientSketcher:
                 with split.whole_head():
                     logprobs, grad, used = head_pass(
                         split,
-                        plan,
-                        acc,
+                        [plan, *more.plans],
                         hidden,
                         positions,
                         targets,
@@ -365,7 +364,6 @@ class GradientSketcher:
                         temperature,
                         scales,
                         whole,
-                        more.sums,
                     )
                 middle = mark()
                 if hidden.requires_grad:  # else nothing of the decoder is tapped
@@ -439,8 +437,8 @@ class GradientSketcher:
                     self._tapped.mend(split.hidden, ids, called, split.decoder)
                 if self._verify:
                     self.probe = probe_policy(self.model, split)
-                    plan, acc = self._tapped.plan, self._tapped.acc
-                    self._tests.note("policy_gradient", policy_self_test(self.model, split, plan, acc))
+                    plan = self._tapped.plan
+                    self._tests.note("policy_gradient", policy_self_test(split, plan))
                     uncalled = (tap.where for module, tap in plan.taps.items() if module is self._head)
                     self._tests.leave("policy_gradient", frozenset(uncalled))
             self._split = split

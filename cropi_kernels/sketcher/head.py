@@ -13,9 +13,7 @@ import torch
 from ..adding import add_rows
 from ..ops.linear_logprob.contract import Dlogits, Weigh
 from ..ops.norm_grad import bias_grad
-from .accumulator import Accumulator
 from .attach import Attachment
-from .more import Sums
 from .scale import SegmentScales
 from .segments import Segments
 from .split import SplitModel
@@ -58,8 +56,7 @@ class PolicyGradient:
 
 def head_pass(
     split: SplitModel,
-    plan: Attachment,
-    acc: Accumulator,
+    plans: Sequence[Attachment],
     hidden: torch.Tensor,
     positions: torch.Tensor,
     targets: torch.Tensor,
@@ -67,22 +64,21 @@ def head_pass(
     temperature: float,
     scales: SegmentScales,
     whole: bool = False,
-    more: Sequence[Sums] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs, gradient of the hidden states, weights; the head's own sketch is added chunk by chunk.
+    """Log-probs, gradient of the hidden states, weights; the head's own sketch is added to the sums of ``plans``, chunk
+    by chunk.
 
     ``scales``: made before the forward pass: a copy to a device makes the host wait for all that it has launched.
     ``whole``: ``weigh`` is asked once for all tokens, whose log-probs cost one more product with the head.
-    ``more``: other sums that the head's sketch is added to.
     The gradient and the sketches are those of scaled segments: `SegmentScales.restore` comes after the backward pass.
     """
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     picked = split.head_input(flat[positions])
-    sums = Sums(plan, acc), *more
 
     def sketch_head(begin: int, end: int, gradient: Dlogits) -> None:
         dz, factor = gradient
-        for plan, acc in sums:
+        for plan in plans:
+            acc = plan.acc
             with acc.timed():
                 offsets = scales.offsets.clamp(begin, end) - begin
                 if plan.head_matrix is not None and plan.head_adds[0]:
@@ -100,16 +96,17 @@ def head_pass(
     with torch.no_grad():
         if whole:
             weigh = _asked_once(weigh, split.logprobs(picked, targets, temperature))
+        own = plans[0]
         matrix, bias = (
             one is not None and adds
-            for one, adds in zip((plan.head_matrix, plan.head_bias), plan.head_adds, strict=True)
+            for one, adds in zip((own.head_matrix, own.head_bias), own.head_adds, strict=True)
         )
         hook = sketch_head if matrix or bias or split.adapters else None
         logprobs, grad_picked, weights = split.logprob_and_grad(
             picked, targets, scales.weigh(weigh), temperature, hook, whole=bias
         )
         weights = scales.unscaled(weights)
-        grad_picked = scales.normalise(grad_picked, *(out for one in sums for out in one.acc.outs))
+        grad_picked = scales.normalise(grad_picked, *(out for plan in plans for out in plan.acc.outs))
         grad = add_rows(torch.zeros_like(flat), positions, grad_picked.to(flat.dtype))
     return logprobs, grad.view_as(hidden), weights
 

@@ -27,10 +27,9 @@ from .untouched import thawed, untouched
 PANEL = 8192  # rows of the head that are float64 at one time
 
 
-def policy_self_test(
-    model: nn.Module, split: SplitModel, attachment: Attachment, acc: Accumulator
-) -> SelfTest:
+def policy_self_test(split: SplitModel, plan: Attachment) -> SelfTest:
     """The self-test of `GradientSketcher.policy_gradient`: decoder and head run apart, as it runs them."""
+    model = plan.model
     device = device_of(model)
     ids = few_rows(model, split.head.weight.shape[0], device)
     segments = two_segments(ids.shape[0], ids.shape[1], causal=True)
@@ -40,21 +39,19 @@ def policy_self_test(
     positions = torch.cat(scored).to(device)
     targets = ids.flatten().flip(0)[positions]
     with split.whole_head():
-        comparisons, grad = _compare_head(model, split, attachment, acc, hidden, segments, positions, targets)
+        comparisons, grad = _compare_head(split, plan, hidden, segments, positions, targets)
     cotangents = []
     for mine in scored:
         one = torch.zeros_like(grad)
         one[mine.to(device)] = grad[mine.to(device)]
         cotangents.append(one.view_as(hidden))
     trial = Trial(lambda: split.hidden(ids), segments, tuple(cotangents))
-    return self_test(model, attachment, acc, trial, comparisons)
+    return self_test(plan, trial, comparisons)
 
 
 def _compare_head(
-    model: nn.Module,
     split: SplitModel,
-    attachment: Attachment,
-    acc: Accumulator,
+    plan: Attachment,
     hidden: torch.Tensor,
     segments: Segments,
     positions: torch.Tensor,
@@ -65,14 +62,14 @@ def _compare_head(
     Returns:
         The comparisons, and the gradient of the hidden states [tokens, n] by `head_pass`.
     """
-    head, device = split.head, hidden.device
+    acc, head, device = plan.acc, split.head, hidden.device
     weights = weights_of(len(positions), device)
     offsets, owner = scored_segments(segments, positions)
     acc.begin(segments, device)
     try:
         scales = SegmentScales(*on_device(device, offsets, owner))
         logprobs, grad, _ = head_pass(
-            split, attachment, acc, hidden, positions, targets, lambda _, a, b: weights[a:b], 1.0, scales
+            split, [plan], hidden, positions, targets, lambda _, a, b: weights[a:b], 1.0, scales
         )
         scales.restore(acc.out)
         took = _summed(acc, projected(acc.out))
@@ -88,7 +85,7 @@ def _compare_head(
         unit = unit_roundoff(h) if h.is_cuda else 2.0**-24
         off_z = 4 * max(unit, h.shape[1] ** 0.5 * 2.0**-24) * float(h.float().norm(dim=1).max()) * widest
         off_dz = 2 * abs(split.scale) * float(weights.abs().sum()) * off_z
-        covered = _add_formed(model, split, attachment, acc, h, z, dz, low_rank, offsets)
+        covered = _add_formed(split, plan, h, z, dz, low_rank, offsets)
         want = _summed(acc, projected(acc.out))
     finally:
         acc.close()
@@ -100,7 +97,7 @@ def _compare_head(
     if covered:
         what = "the head's sketch is not that of its gradient"
         comparisons.append(Comparison(covered, what, norm(took - want), allowed, norm(want)))
-        comparisons += _hooked(head, dz, h, attachment, covered, unit)
+        comparisons += _hooked(head, dz, h, plan, covered, unit)
     flat = grad.reshape(-1, grad.shape[-1])
     exact = torch.zeros(flat.shape, dtype=torch.float64, device=device)
     powers = torch.ldexp(torch.ones_like(dz[:, :1]), -scales.exponent[scales.segment][:, None])
@@ -122,10 +119,8 @@ def _compare_head(
 
 
 def _add_formed(
-    model: nn.Module,
     split: SplitModel,
-    attachment: Attachment,
-    acc: Accumulator,
+    plan: Attachment,
     h: torch.Tensor,
     z: torch.Tensor,
     dz: torch.Tensor,
@@ -137,18 +132,18 @@ def _add_formed(
     Returns:
         The names of the parameters whose gradients were added.
     """
-    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
-    matrix, bias = attachment.head_matrix, attachment.head_bias
+    names = {id(p): canonical_name(n) for n, p in plan.model.named_parameters()}
+    acc, matrix, bias = plan.acc, plan.head_matrix, plan.head_bias
     own = (split.head.weight, matrix), (split.head.bias, bias)
-    covered = [names.get(id(p), "lm_head") for p, plan in own if plan is not None]
+    covered = [names.get(id(p), "lm_head") for p, sketch in own if sketch is not None]
     starts = offsets.to(h.device)
-    if matrix is not None and attachment.head_adds[0]:
+    if matrix is not None and plan.head_adds[0]:
         matrix.add(dz.float(), matrix.fold(h), starts, acc.out)
     if bias is not None and (acc.ranks is None or acc.ranks.rank == 0):
         acc.engine.add_vector(bias_grad(dz.float(), starts), bias)
     bounds = list(zip(offsets[:-1].tolist(), offsets[1:].tolist()))
     for module in (m for one in split.adapters for m in (one.a, one.b)):
-        tap = attachment.taps.get(module)
+        tap = plan.taps.get(module)
         for p, add in [] if tap is None else tap.formed(module):
             covered.append(names.get(id(p), "lm_head's adapter"))
             for s, (begin, end) in enumerate(bounds):
@@ -218,13 +213,13 @@ def _hooked(
     head: nn.Linear,
     dz: torch.Tensor,
     h: torch.Tensor,
-    attachment: Attachment,
+    plan: Attachment,
     names: tuple[str, ...],
     unit: float,
 ) -> list[Comparison]:
     """Whether hooks on the head's parameters change their gradients, which the head's pass never forms."""
     changed = []
-    covered = attachment.head_matrix is not None, attachment.head_bias is not None
+    covered = plan.head_matrix is not None, plan.head_bias is not None
     for p, mine, formed in zip(
         (head.weight, head.bias), covered, (lambda: dz.T @ h.double(), lambda: dz.sum(0))
     ):

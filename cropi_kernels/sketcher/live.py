@@ -213,7 +213,7 @@ class LiveSketcher:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(one_sequence_a_row(self.model, runs))
-                audit = Audit(self.model, self._plan, self._acc) if due else None
+                audit = Audit(self._plan) if due else None
                 if audit is not None:
                     stack.enter_context(audit.listening())
                 if check is not None:
@@ -223,7 +223,7 @@ class LiveSketcher:
                 if self._untested():
                     stack.enter_context(recorded.of(self.model))
                 yield result
-            check_passes(self._acc)
+            check_passes(self._plan)
             if audit is not None:
                 audit.verdict(runs.segments, self._audits)
             if check is not None:  # a backward pass has run: `check_passes`
@@ -233,7 +233,7 @@ class LiveSketcher:
                     raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
                 self._apart.done = True
             if self._audits.heard is not None:
-                check_heard(self.model, self._plan, self._audits.heard, runs.segments, partly=True)
+                check_heard(self._plan, self._audits.heard, runs.segments, partly=True)
             clock, sketches = self._acc.clock, self._acc.end()
         finally:
             self._acc.close()
@@ -281,7 +281,7 @@ class LiveSketcher:
         call = HeadCall(
             hidden, targets, rows, float(temperature), softcap, float(scale), dtype or hidden.dtype
         )
-        listen(self.model, self._plan, self._acc, self._runs, call, log_probs, entropy)
+        listen(self._plan, self._runs, call, log_probs, entropy)
 
     def _check_state(self) -> None:
         if not self._handles:
@@ -294,7 +294,7 @@ class LiveSketcher:
             raise RuntimeError(
                 "batch under torch.inference_mode(), where nothing can be differentiated: leave it"
             )
-        places = self._plan.check_places(self.model)
+        places = self._plan.check_places()
         known = {*self._plan.coverage.names, *self._plan.coverage.excluded, *self._plan.coverage.uncovered}
         now = {
             name

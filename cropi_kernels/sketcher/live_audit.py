@@ -15,7 +15,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from .accumulator import Accumulator
 from .attach import Attachment
@@ -83,10 +82,10 @@ class Schedule:
 class Audit:
     """What the taps and autograd gave in one open batch."""
 
-    def __init__(self, model: nn.Module, attachment: Attachment, acc: Accumulator) -> None:
-        self._acc, self._groups = acc, TapGroups(model, attachment)
-        self._listener = _Both(acc)
-        self._formed = FormedSums(self._groups, acc.spec.base_dim, acc.out.device, leave=True)
+    def __init__(self, plan: Attachment) -> None:
+        self._acc, self._groups = plan.acc, TapGroups(plan)
+        self._listener = _Both(plan.acc)
+        self._formed = FormedSums(self._groups, plan.acc.out.device, leave=True)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

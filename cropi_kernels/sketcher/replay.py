@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from . import sharded
-from .accumulator import Accumulator
 from .attach import Attachment
 from .inputs import embedded
 from .probe import Run, is_causal
@@ -27,17 +26,10 @@ from .untouched import untouched
 RunOfBatch = Callable[[], torch.Tensor | None]
 
 
-def model_self_test(
-    model: nn.Module,
-    attachment: Attachment,
-    acc: Accumulator,
-    run: Run,
-    ids: torch.Tensor,
-    plain: torch.Tensor,
-) -> SelfTest:
+def model_self_test(plan: Attachment, run: Run, ids: torch.Tensor, plain: torch.Tensor) -> SelfTest:
     """The self-test through the model's own forward; ``run``, ``ids`` and ``plain`` come from `takes_ids`."""
-    with untouched(model), torch.no_grad():
-        model.eval()  # dropout would make two forwards differ
+    with untouched(plan.model), torch.no_grad():
+        plan.model.eval()  # dropout would make two forwards differ
         causal = is_causal(run, ids, run(ids))
     segments = two_segments(ids.shape[0], ids.shape[1], causal=causal)
     pattern = weights_of(plain.numel(), plain.device).view(plain.shape).flatten(0, 1)
@@ -46,7 +38,7 @@ def model_self_test(
         one = torch.zeros_like(pattern)
         one[mine.to(one.device)] = pattern[mine.to(one.device)]
         cotangents.append(one.view(plain.shape))
-    return self_test(model, attachment, acc, Trial(lambda: run(ids), segments, tuple(cotangents)))
+    return self_test(plan, Trial(lambda: run(ids), segments, tuple(cotangents)))
 
 
 def takes_ids(model: nn.Module) -> tuple[Run, torch.Tensor, torch.Tensor] | None:
@@ -132,22 +124,15 @@ def _copied(x: Any) -> Any:
     return type(x)(_copied(item) for item in x) if type(x) in (tuple, list) else x
 
 
-def replayed_self_test(
-    model: nn.Module,
-    attachment: Attachment,
-    acc: Accumulator,
-    run: RunOfBatch,
-    segments: Segments,
-    apart: bool = True,
-) -> SelfTest | None:
+def replayed_self_test(plan: Attachment, run: RunOfBatch, segments: Segments, apart: bool) -> SelfTest | None:
     """The self-test on what ``run`` gives of the batch's own inputs; None: it gives nothing.
 
     Whatever tokens a tap takes for another segment's, two of its tests tell the two segments apart. Not ``apart``:
     segments in one row may depend on each other, and only their sum is tested.
     """
-    with untouched(model), torch.no_grad():
+    with untouched(plan.model), torch.no_grad():
         out = run()
-    sharded.reshard(model)
+    sharded.reshard(plan.model)
     if out is None:
         return None
 
@@ -166,7 +151,7 @@ def replayed_self_test(
     every = range(segments.count)
     told = out.shape[: owner.ndim] == owner.shape and (apart or whole_rows)
     # The ranks of a sharded model run the same passes, however many segments each one has.
-    (bits,) = sharded.largest(model, (segments.count - 1).bit_length() if told else 0)
+    (bits,) = sharded.largest(plan.model, (segments.count - 1).bit_length() if told else 0)
     halves = [(bit, side) for bit in range(bits) for side in (0, 1)]
     cotangents, owners = [pattern.new_ones(())] * max(1, len(halves)), [tuple(every)] * max(1, len(halves))
     if told and halves:
@@ -174,4 +159,4 @@ def replayed_self_test(
         cotangents = [(owner >> bit & 1 == side).to(pattern.dtype) for bit, side in halves]
         owners = [tuple(s for s in every if s >> bit & 1 == side) for bit, side in halves]
     trial = Trial(again, segments, tuple(cotangents), tuple(owners), pattern=pattern)
-    return self_test(model, attachment, acc, trial)
+    return self_test(plan, trial)

@@ -23,9 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
-from .accumulator import Accumulator
 from .attach import Attachment
 from .coverage import UncoveredParameterError
 from .exact import nodes_behind
@@ -130,13 +128,7 @@ class Trial:
 
 
 # --------------------------------------------------------------------------------------------------- runs
-def self_test(
-    model: nn.Module,
-    attachment: Attachment,
-    acc: Accumulator,
-    trial: Trial,
-    others: Sequence[Comparison] = (),
-) -> SelfTest:
+def self_test(plan: Attachment, trial: Trial, others: Sequence[Comparison] = ()) -> SelfTest:
     """Compare the taps with autograd, inside the ``with`` block of a `GradientSketcher`. The model stays as it is.
 
     ``others`` were made elsewhere, and are reported with these.
@@ -148,9 +140,8 @@ def self_test(
             where taps are.
         ValueError: the model cannot be differentiated by ordinary autograd; says why.
     """
-    started = time.perf_counter()
-    groups = TapGroups(model, attachment)
-    runs = _Runs(model, acc, groups, trial)
+    started, model, groups = time.perf_counter(), plan.model, TapGroups(plan)
+    runs = _Runs(groups, trial)
     with untouched(model), starting_over(model):
         try:
             comparisons, tested, frozen = runs.compare()
@@ -184,11 +175,12 @@ def self_test(
 class _Runs:
     """The runs of one self-test."""
 
-    def __init__(self, model: nn.Module, acc: Accumulator, groups: TapGroups, trial: Trial) -> None:
-        self.acc, self.groups, self.trial, self.ranks = acc, groups, trial, acc.ranks
+    def __init__(self, groups: TapGroups, trial: Trial) -> None:
+        self.acc, self.groups, self.trial = groups.plan.acc, groups, trial
+        self.ranks = self.acc.ranks
         self.device = trial.cotangents[0].device
         self.reentry = False  # the model checkpoints by use_reentrant=True
-        self.devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+        self.devices = list({p.device for p in groups.plan.model.parameters() if p.device.type == "cuda"})
 
     def again(self) -> contextlib.AbstractContextManager[None]:
         """Every run draws the same random numbers (for dropout) and uses no weights that autocast keeps from before."""
@@ -229,10 +221,7 @@ class _Runs:
 
     def held(self, s: int) -> tuple[Listener, FormedSums]:
         """The run over trainable weights with the s-th cotangent: what the taps gave, and what autograd formed."""
-        listener, exact = (
-            Listener(self.acc),
-            FormedSums(self.groups, self.acc.spec.base_dim, self.device, self.ranks),
-        )
+        listener, exact = Listener(self.acc), FormedSums(self.groups, self.device)
         parameters = self.groups.parameters
         with thawed(parameters), listener.batch(self.trial.segments, self.device), exact.hooked():
             with torch.enable_grad():

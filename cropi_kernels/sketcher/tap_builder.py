@@ -8,7 +8,6 @@ from torch import nn
 
 from ..names import canonical_name
 from ..plan import Role, plan_vector
-from ..spec import SketchSpec
 from . import exact
 from .accumulator import Accumulator
 from .decoder import output_embeddings
@@ -38,12 +37,11 @@ class TapBuilder:
     def __init__(
         self,
         model: nn.Module,
-        spec: SketchSpec,
         acc: Accumulator,
         wanted: dict[nn.Parameter, str],
         formed: Collection[nn.Module] = (),
     ) -> None:
-        self.spec, self.acc, self.wanted = spec, acc, wanted
+        self.spec, self.acc, self.wanted = acc.spec, acc, wanted
         self.owners, self.head = owners_of(model), base_of(output_embeddings(model))
         self.ranks = ranks_of(model)
         self.taps: dict[nn.Module, Tap] = {}

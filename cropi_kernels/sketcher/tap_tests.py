@@ -50,15 +50,14 @@ class TapTests:
                 with calls(tapped.plan.taps) as called, torch.no_grad():
                     run(ids)
                 tapped.mend(run, ids, called)
-        self.note("batch", model_self_test(tapped.model, tapped.plan, tapped.acc, run, ids, plain))
+        self.note("batch", model_self_test(tapped.plan, run, ids, plain))
 
     def again(self, method: str, runs: Iterable[RunOfBatch], where: Segments, apart: bool = True) -> None:
         """Run the batch ``where`` again as tests of the taps, until none was heard in it that no test has heard."""
-        tapped = self._tapped
         for run in runs:
             if not self.untested(method, where):
                 return
-            self.note(method, replayed_self_test(tapped.model, tapped.plan, tapped.acc, run, where, apart))
+            self.note(method, replayed_self_test(self._tapped.plan, run, where, apart))
         self.give_up(method, where)
 
     def note(self, method: str, test: SelfTest | None) -> None:
@@ -71,7 +70,7 @@ class TapTests:
     def check(self, method: str, segments: Segments) -> None:
         """See `check_heard`."""
         if (heard := self._always.get(method)) is not None:
-            check_heard(self._tapped.model, self._tapped.plan, heard, segments, partly=method == "batch")
+            check_heard(self._tapped.plan, heard, segments, partly=method == "batch")
 
     def untested(self, method: str, segments: Segments | None = None) -> frozenset[str]:
         """The taps that no test has heard; those that were heard in the batch ``segments``, if it is given.

@@ -65,10 +65,10 @@ class TappedModel:
         sharded.check_parallel(self.model)
         self._exclude = exclude
         self.acc = Accumulator(spec)
-        self.plan = plan_model(self.model, spec, self.acc, exclude)
+        self.plan = plan_model(self.model, self.acc, exclude)
         self.more = More(self.model, more, exclude)
         self.more.check(self.plan)
-        self.fusion = find_fusion(model, self.plan, self.acc, fused)
+        self.fusion = find_fusion(model, self.plan, fused)
         self.groups = planned(groups, self.plan)
         self.ranks = self.acc.ranks = self.plan.ranks
         if self.ranks is not None:
@@ -89,11 +89,11 @@ class TappedModel:
 
     def fuse_again(self) -> None:
         """Look again which modules may be fused: the model's code has changed."""
-        self.fusion = find_fusion(self.model, self.plan, self.acc, bool(self.fusion.counts))
+        self.fusion = find_fusion(self.model, self.plan, bool(self.fusion.counts))
 
     def tap(self) -> None:
         """Freeze all parameters, and hook the taps to their modules."""
-        self.plan.check_places(self.model)
+        self.plan.check_places()
         keep_gradients(self.model)
         # The model's own code runs before anything is changed: if it fails, nothing has to be undone.
         first = embeddings(self.model)
@@ -118,7 +118,7 @@ class TappedModel:
     def _hook(self) -> None:
         if self._embeddings is not None:
             self._handles.append(self._embeddings.register_forward_hook(start_graph))
-        for plan in (self.plan, *(one.plan for one in self.more.sums)):
+        for plan in (self.plan, *self.more.plans):
             self._handles.extend(plan.hook())
         self._handles += self.fusion.hook(self.plan)
 
@@ -138,11 +138,11 @@ class TappedModel:
             UncoveredParameterError: names all that cannot be sketched.
         """
         while True:
-            wrong = seen_wrong(self.model, run, ids, self.plan, called, self.acc)
-            refused = refused_modules(self.model, self.plan, decoder, wrong)
+            wrong = seen_wrong(self.plan, run, ids, called)
+            refused = refused_modules(self.plan, decoder, wrong)
             if formed := [module for module in wrong if module not in refused]:
                 self.plan.unhook(self._handles)
-                self.plan.form(self.model, formed)
+                self.plan.form(formed)
                 self.more.check(self.plan)
                 self._hook()
             elif not refused:
@@ -172,9 +172,9 @@ class TappedModel:
         self.plan.unhook(self._handles)
         for p in self._thawed:
             p.requires_grad_(True)
-        self.plan = plan_model(self.model, self.spec, self.acc, [*self._patterns, *names])
-        self.more = More(self.model, [one.acc.spec for one in self.more.sums], [*self._patterns, *names])
-        self.plan.form(self.model, [one.chain[0] for one in before.exact.parameters])
+        self.plan = plan_model(self.model, self.acc, [*self._patterns, *names])
+        self.more = More(self.model, [plan.acc.spec for plan in self.more.plans], [*self._patterns, *names])
+        self.plan.form([one.chain[0] for one in before.exact.parameters])
         self.plan.coverage = dataclasses.replace(
             self.plan.coverage,
             excluded=before.coverage.excluded,

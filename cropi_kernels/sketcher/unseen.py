@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ..names import canonical_name, listed
-from .accumulator import Accumulator
 from .attach import Attachment
 from .decoder import evaluating
 from .hooks import hooked
@@ -70,10 +69,9 @@ def _cut(model: nn.Module) -> Iterator[list[nn.Module]]:
         yield cut
 
 
-def _tried(
-    model: nn.Module, run: Run, ids: torch.Tensor, acc: Accumulator
-) -> tuple[dict[str, str], Segments]:
+def _tried(plan: Attachment, run: Run, ids: torch.Tensor) -> tuple[dict[str, str], Segments]:
     """Run a few rows of two segments: what taps refuse, by the taps' names, and the segments."""
+    model, acc = plan.model, plan.acc
     batch, length = ids.shape
     rows = torch.arange(batch, device="cpu").clamp_min(1) - 1  # the first two rows are one segment
     segments = Segments.of(rows, batch, length, None)
@@ -103,12 +101,7 @@ def _without_numbers(name: str) -> str:
 
 
 def seen_wrong(
-    model: nn.Module,
-    run: Run,
-    ids: torch.Tensor,
-    attachment: Attachment,
-    called: Mapping[nn.Module, int],
-    acc: Accumulator,
+    plan: Attachment, run: Run, ids: torch.Tensor, called: Mapping[nn.Module, int]
 ) -> dict[nn.Module, str]:
     """Modules whose parameters do more than their tap sees, or whose gradient cannot be formed, and why.
 
@@ -119,7 +112,7 @@ def seen_wrong(
             numbers that ``run`` draws: in train() some models leave layers out by chance, others modules on purpose. A
             parameter that is not used has no gradient, and its tap is right.
     """
-    taps = attachment.taps
+    taps = plan.taps
     seen = {id(p) for module in called for p in module.parameters(recurse=False)}
     silent = [
         (module, p)
@@ -129,7 +122,7 @@ def seen_wrong(
     ]
     bypassed = _bypassed(run, ids, silent)
     wrong = dict.fromkeys(bypassed, "used without calling the module, so that no tap sees it")
-    refusals, segments = _tried(model, run, ids, acc)
+    refusals, segments = _tried(plan, run, ids)
     for module, tap in taps.items():
         if tap.where in refusals and called.get(module, 0) > 1:
             wrong[module] = "called with a second tensor (for example a gate)"
@@ -140,15 +133,13 @@ def seen_wrong(
     for module, tap in taps.items():
         if tap.heard is not segments and module not in wrong and _without_numbers(tap.where) in alike:
             wrong[module] = "not called on a few tokens, and others of its name are on something else"
-    unheard = [
-        (one.chain[0], one.parameter) for one in attachment.exact.parameters if one.heard is not segments
-    ]
-    with evaluating(model):
+    unheard = [(one.chain[0], one.parameter) for one in plan.exact.parameters if one.heard is not segments]
+    with evaluating(plan.model):
         unseen = _bypassed(run, ids, unheard)
     wrong |= dict.fromkeys(
         unseen, "no output of it, or of a module around it, holds every token of the batch once"
     )
-    for one in attachment.exact.parameters:
+    for one in plan.exact.parameters:
         if one.name in refusals:
             wrong[one.chain[0]] = refusals[one.name]
     return wrong

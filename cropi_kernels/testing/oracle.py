@@ -59,7 +59,7 @@ def sketch_gradients(
 
     Computed on the CPU; the result is on the gradients' device.
     """
-    plan = plan_model(model, spec, Accumulator(spec), exclude)
+    plan = plan_model(model, Accumulator(spec), exclude)
     matrices: dict[str, tuple[MatrixSketch, Callable[[torch.Tensor], torch.Tensor]]] = {}
     for module, tap in plan.taps.items():
         if isinstance(tap, ExpertsTap):
