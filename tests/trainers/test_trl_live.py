@@ -15,16 +15,17 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
 
 import trl
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer
-from support.trl_runs import SPEC, staged, stored
+from support.trl_runs import SPEC, dataset, digits, staged, stored
 from support.versions import needs
 
 import cropi
 from cropi.agreement import Alone
 from cropi.errors import CropiError
 from cropi.ranking.alike import prompt_features
+from cropi.ranking.table import read_scores
 from cropi.trainers.trl import Curriculum, Live
 from cropi.trainers.trl.live import PLACES, STATE, LiveRun, features_of
 from cropi.trainers.trl.mixins import RecorderHooks
@@ -421,19 +422,61 @@ def test_a_second_run_of_one_trainer_is_an_error(tmp_path: Path, valid: Path) ->
     assert trainer._cropi.live.selector.step == 2
 
 
-def test_a_validation_set_whose_gradients_are_all_zero_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_set_whose_gradients_are_all_zero_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Rewards differ, and no token of a response is trained on, say: the set had left the means without a word."""
     options = Curriculum(stage_steps=2, spec=SPEC, live=Live(dim=1024))
     run = LiveRun(make_model(), options, ["a", "b"], seed=0, tokenizer=make_tokenizer())
     rows = torch.ones(2, SPEC.dim, dtype=torch.float32, device="cpu")
-    sketched = [(["x"], rows[:1], ["x", "y"]), (["x", "y"], rows, ["x", "y"]), (["x"], rows[:1], ["x", "y"])]
+    lost = [("y", "zero gradient")] * 2
+    sketched = [
+        (["x"], rows[:1], lost),
+        (["x", "y"], rows, []),
+        (["x"], rows[:1], lost),
+        ([], rows[:0], lost),
+    ]
     monkeypatch.setattr(cropi.pipeline, "sketch_validation", lambda *_, **__: sketched.pop(0))
-    refresh = partial(run.refresh, run.sketcher.model, make_tokenizer(), None, 0, 0, Alone())
-    with pytest.raises(CropiError, match="validation set 'y' has no row with a gradient"):
-        refresh()
-    refresh()
-    with pytest.warns(
-        UserWarning, match="'y' has no row with a gradient .* the validation means of step 0 are kept"
+    refresh = partial(run.refresh, run.sketcher.model, make_tokenizer(), None, 3, 0, Alone())
+    with pytest.raises(
+        CropiError, match=r"stage 3: no prompt of the validation set 'y' has a usable gradient \(2 with zero"
     ):
         refresh()
-    assert len(run.selector._valid) == 2
+    for sets, said in ((2, ""), (1, "does not count until"), (1, "validation means before are kept")):
+        caplog.clear()
+        refresh(later=True)
+        assert said in caplog.text and ("(2 with zero gradient)" in caplog.text) == bool(said)
+        assert len(run.selector._valid) == sets
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("live", [True, False], ids=["live", "scored"])
+def test_a_training_goes_on_without_validation_sets_that_are_solved(
+    live: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One set from the second stage on, all from the third: each was an error, which ended the training."""
+
+    def rewards(completions: list[str], **columns: Any) -> list[float]:
+        solved = {0: "", 1: "y"}.get(columns["trainer_state"].global_step, "xy")
+        return [
+            0.0 if name in solved else reward for reward, name in zip(digits(completions), columns["set"])
+        ]
+
+    held_out = concatenate_datasets([dataset(2, seed=1, set="x"), dataset(2, seed=2, set="y")])
+    source = {"live": Live(dim=1024)} if live else {"train": stored(tmp_path / "t.jsonl", seed=0, count=8)}
+    trainer = staged(
+        tmp_path / "out", {"stage_steps": 1, "valid_sets": ["x", "y"], **source}, max_steps=3, reward_funcs=rewards,
+        train_dataset=dataset(20, set="train"), eval_dataset=held_out, eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=16,
+    )  # fmt: skip
+    trainer.train()
+    words = "none of the 2 prompts of the validation set 'y' has a gradient (2 with equal rewards); the"
+    assert f"stage 1: {words} set does not count until it has one again" in caplog.text
+    kept = "validation means before are kept" if live else "prompts of the stage before are kept"
+    assert f"stage 2: {words} {kept}" in caplog.text and trainer.state.global_step == 3
+    notes = json_lines(tmp_path / "out" / "cropi" / "stages.jsonl")
+    if live:
+        assert len(trainer._cropi.live.selector._valid) == 1 and notes[2]["selected"] == 10
+    else:
+        assert [note.get("kept") for note in notes] == [None, None, True]
+        assert read_scores(tmp_path / "out" / "cropi" / "stage-0001" / "scores.parquet").sets == ["x"]

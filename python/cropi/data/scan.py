@@ -120,7 +120,7 @@ class NothingToSelect(CropiError):
     def __init__(self, prompts: int, reasons: Counter[str], *, before: str, otherwise: str = "") -> None:
         super().__init__(
             f"{before}there is nothing to select: none of the {prompts} training prompts has a gradient "
-            f"({_listed(reasons)}). Prompts teach only where some responses fail and some succeed: take more responses "
+            f"({listed(reasons)}). Prompts teach only where some responses fail and some succeed: take more responses "
             "per prompt, easier or harder prompts, or a higher temperature, and check the reward function"
             + otherwise
         )
@@ -180,6 +180,18 @@ def warn_lossy(counts: Scan, name: str, eos: bool = True) -> None:
     )
 
 
+def by_set(scans: Mapping[str, Scan]) -> dict[str, Counter[str]]:
+    """Prompts of every validation set, by why they have no gradient ("" for those that have one).
+
+    ``scans`` as for :func:`check_covered`.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for default, part in scans.items():
+        for name, reasons in part.by_set.items():
+            counts.setdefault(name or default, Counter()).update(reasons)
+    return counts
+
+
 def check_covered(
     scans: Mapping[str, Scan], wanted: Sequence[str], *, option: str, before: str = ""
 ) -> dict[str, int]:
@@ -194,10 +206,7 @@ def check_covered(
     Raises:
         CropiError: a wanted set has no trajectory, or one has only prompts without a gradient.
     """
-    counts: dict[str, Counter[str]] = {}
-    for default, part in scans.items():
-        for name, reasons in part.by_set.items():
-            counts.setdefault(name or default, Counter()).update(reasons)
+    counts = by_set(scans)
     for name in wanted:
         if name not in counts:
             raise CropiError(
@@ -209,7 +218,7 @@ def check_covered(
         if not usable[name]:
             raise CropiError(
                 f"{before}no trajectory covers the validation set {name!r} usefully: none of its {reasons.total()} "
-                f"prompts has a gradient ({_listed(reasons)}); give it prompts that are solved sometimes, or more "
+                f"prompts has a gradient ({listed(reasons)}); give it prompts that are solved sometimes, or more "
                 "responses per prompt, or leave the set out"
             )
     return usable
@@ -238,6 +247,7 @@ def check_pool(pool: Scan, names: str, *, known: bool = False, before: str = "",
         raise NothingToSelect(pool.prompts, pool.without_gradient, before=start, otherwise=otherwise)
 
 
-def _listed(reasons: Counter[str]) -> str:
-    listed = ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
-    return f"{listed}; {IDS_OF_RESPONSES}" if set(reasons) == {ONE_RESPONSE} else listed
+def listed(reasons: Counter[str]) -> str:
+    """Why prompts have no gradient, in words."""
+    made = ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
+    return f"{made}; {IDS_OF_RESPONSES}" if set(reasons) == {ONE_RESPONSE} else made

@@ -21,6 +21,7 @@ from cropi.sketching.job import SketchJob, with_date
 from cropi.sketching.noise import sketch_noise
 from cropi.sketching.run import check_tokens, sketch
 from cropi.sketching.summary import Summary
+from cropi.store.rows import OK
 from cropi.store.store import SketchStore
 
 
@@ -157,9 +158,9 @@ def sketch_validation(
     sets: Sequence[str] = (),
     before: str = "",
     option: str = "--valid",
-) -> tuple[list[str], torch.Tensor, list[str]]:
-    """This rank's sketches of validation prompts, in memory: the set of each row, float32 rows ``[n, dim]``, and the
-    sets that have a prompt with a gradient by its rewards. A gradient that is zero all the same has no row.
+) -> tuple[list[str], torch.Tensor, list[tuple[str, str]]]:
+    """This rank's sketches of validation prompts, in memory: the set of each row, float32 rows ``[n, dim]``, and of
+    every prompt without a row its set and the reason.
 
     Args:
         policy, valid, ranks, sets, before, option: as for :func:`check`.
@@ -170,17 +171,18 @@ def sketch_validation(
     """
     who = ranks or Alone()
 
-    def checked() -> tuple[list[Part], list[str]]:
+    def checked() -> list[Part]:
         parts, scans = [], {}
         for name, source in validation_sources(valid).items():
             known = None if who.world == 1 else (lambda _: True)
             part, scans[name], _ = part_of(policy, source, job, f"valid-{name}", name, known, who)
             check_tokens(policy, job, part.groups, part.scan)
             parts.append(part)
-        return parts, list(check_covered(scans, sets, option=option, before=before))
+        check_covered(scans, sets, option=option, before=before)
+        return parts
 
-    names, rows = list[str](), []
-    parts, covered = who.agree(checked)
+    names, rows, lost = list[str](), [], list[tuple[str, str]]()
+    parts = who.agree(checked)
     job = one_date(policy, job, parts, [None] * len(parts))
     for part in parts:
         if part.scan.prompts:
@@ -189,5 +191,6 @@ def sketch_validation(
             for kept, sketches in store.shards():
                 names += [row.set or DEFAULT_SET for row in kept]
                 rows.append(sketches.float())
+            lost += [(row.set or DEFAULT_SET, row.reason) for row in store.rows() if row.status != OK]
     empty = torch.zeros(0, job.row_size, dtype=torch.float32, device="cpu")
-    return names, torch.cat(rows) if rows else empty, covered
+    return names, torch.cat(rows) if rows else empty, lost

@@ -186,9 +186,11 @@ class Selector:
             self._add(places, torch.cat([part[3] for part in parts]))
 
     def refresh(self, sketches: Any, sets: Sequence[str] | None = None) -> None:
-        """Take new sketches of validation prompts: their means, one a set, replace the ones before. Where a set has no
-        usable row and there are means before, these are kept, with a warning: by chance the rewards of a few prompts
-        are all equal now and then, and a training should not end there.
+        """Take new sketches of validation prompts: their means, one a set, replace the ones before.
+
+        A set without a gradient (solved by now, or by chance the rewards of its few prompts are all equal) does not end
+        a training: where there are means before, a warning names it, and it is left out until the next `refresh`.
+        Where no set has one, the means before are kept.
 
         Args:
             sketches: as for `update`; rows that are not finite, or zero, are left out.
@@ -201,28 +203,27 @@ class Selector:
         if sets is not None and (isinstance(sets, str) or len(sets) != len(rows)):
             raise CropiError(f"sets must be a list of {len(rows)} names, one for each row, got {sets!r:.200}")
         names = ["valid"] * len(rows) if sets is None else [str(name) for name in sets]
-        usable = rows.isfinite().all(dim=1) & (rows != 0).any(dim=1)
-        means = []
+        means, problems = [], []
         for name in sorted(set(names)) or ["valid"]:
-            mine = torch.tensor([other == name for other in names], dtype=torch.bool, device="cpu") & usable
-            mean = (
-                rows[mine].double().mean(dim=0)
-                if bool(mine.any())
-                else torch.zeros(self.dim, dtype=torch.float32, device="cpu").double()
+            mine = rows[torch.tensor([other == name for other in names], dtype=torch.bool, device="cpu")]
+            mean, problem = _mean(mine)
+            if problem:
+                problems.append(f"validation set {name!r} has no gradient ({problem})")
+            else:
+                means.append((mean / mean.norm()).float())
+        if problems:
+            if not len(self._valid):
+                raise CropiError(
+                    f"{problems[0]}: give sketches of prompts whose rewards differ, or leave the set out"
+                )
+            kept = f"the validation means of step {self._refreshed} are kept"
+            warn(
+                f"{'; '.join(problems)}: {'left out until the next refresh' if means else kept}; give more prompts "
+                "whose rewards differ",
+                stacklevel=2,
             )
-            if not bool(mine.any()) or not float(mean.norm()) > 0:
-                problem = (
-                    f"validation set {name!r} has no row with a gradient ({names.count(name)} were given)"
-                )
-                if not len(self._valid):
-                    raise CropiError(f"{problem}: give sketches of prompts whose rewards differ")
-                warn(
-                    f"{problem}: the validation means of step {self._refreshed} are kept; give more prompts whose "
-                    "rewards differ",
-                    stacklevel=2,
-                )
-                return
-            means.append((mean / mean.norm()).float())
+        if not means:
+            return
         self._valid, self._refreshed, self._opposed = torch.stack(means), self.step, None
         self._origin = merged(self._origin, origin)
         self._rescore(np.flatnonzero(self._last >= 0))
@@ -461,6 +462,17 @@ def _along(rows: torch.Tensor, valid: torch.Tensor) -> Values:
     """The mean product of each of ``rows`` with the rows of ``valid``."""
     products: Values = (rows @ valid.T).mean(dim=1).double().numpy()
     return products
+
+
+def _mean(rows: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """The mean of the rows that are finite and not zero, float64, and in words why it has no direction, or nothing."""
+    finite = rows.isfinite().all(dim=1)
+    usable = finite & (rows != 0).any(dim=1)
+    mean = rows[usable].double().sum(dim=0) / max(int(usable.sum()), 1)
+    if not bool(usable.any()):
+        broken = len(rows) - int(finite.sum())
+        return mean, f"of {len(rows)} rows {broken} are not finite, and the others zero"
+    return mean, "" if float(mean.norm()) > 0 else f"its {int(usable.sum())} rows add up to zero"
 
 
 def _gathered(value: Any) -> list[Any]:

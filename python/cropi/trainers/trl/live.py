@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 PLACES = "cropi_places"  # of a generation batch: the place of each row's prompt in the dataset
 STATE = "cropi_selector.pt"
+# What becomes of a validation set without a gradient, where a training has begun.
+LEFT_OUT = "the set does not count until it has one again"
+KEPT = "the validation means before are kept"
 
 
 def features_of(dataset: Any, processing_class: Any) -> Any:
@@ -191,20 +195,55 @@ class LiveRun:
         self.selector.update(ids, rows, step, gather=True)
 
     @as_keywords(KEYWORDS)
-    def refresh(self, model: Any, tokenizer: Any, valid: Any, stage: int, seed: int, ranks: Ranks) -> None:
-        """Sketch the validation prompts under the current policy; the ranks share them."""
+    def refresh(
+        self,
+        model: Any,
+        tokenizer: Any,
+        valid: Any,
+        stage: int,
+        seed: int,
+        ranks: Ranks,
+        *,
+        sets: Sequence[str] = (),
+        later: bool = False,
+    ) -> None:
+        """Sketch the validation prompts under the current policy; the ranks share them.
+
+        Args:
+            model, tokenizer: of the policy.
+            valid: trajectories.
+            stage, seed: of the job.
+            ranks: the processes.
+            sets: validation sets that have to be there.
+            later: a set whose gradients are all zero or not finite is left out, with a warning, until the next time;
+                where no set is left, the means before are kept.
+
+        Raises:
+            CropiError: no trajectory covers a set; unless ``later``, one whose gradients are all zero or not finite.
+        """
         job = setup_of(self.options, stage, seed).job
         with _evaluating(model):
-            names, rows, covered = pipeline.sketch_validation(
-                Policy(model, tokenizer), valid, job, ranks, sets=self.options.valid_sets or (),
-                before=f"stage {stage}: ", option="valid_sets",
+            mine = pipeline.sketch_validation(
+                Policy(model, tokenizer), valid, job, ranks, sets=sets, before=f"stage {stage}: ", option="valid_sets",
             )  # fmt: skip
-        parts = ranks.gather((names, rows))
+        parts = ranks.gather(mine)
         names = [name for part in parts for name in part[0]]
-        # A set whose gradients are all zero: a row of zeros, so that the selector says so and not that it forgets it.
-        gone = [name for name in covered if name not in names]
-        zeros = torch.zeros(len(gone), rows.shape[1], dtype=torch.float32, device="cpu")
-        self.selector.refresh(torch.cat([*(part[1] for part in parts), zeros]), names + gone)
+        without = Counter(pair for part in parts for pair in part[2])
+        for gone in sorted({name for name, _ in without} - set(names)):
+            reasons = ", ".join(
+                f"{n} with {why}" for (name, why), n in sorted(without.items()) if name == gone
+            )
+            problem = (
+                f"stage {stage}: no prompt of the validation set {gone!r} has a usable gradient ({reasons})"
+            )
+            if not later:
+                raise CropiError(
+                    f"{problem}, though rewards differ: see whether any of its tokens are trained on (loss_mask), "
+                    "whether the estimator clips all of them, or leave the set out"
+                )
+            logger.warning("%s; %s", problem, LEFT_OUT if names else KEPT)
+        if names:
+            self.selector.refresh(torch.cat([part[1] for part in parts]), names)
 
     def choose(self, n: int, step: int) -> tuple[list[str], dict[str, Any]]:
         """The prompts of the next stage, and figures for the log."""

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from cropi import pipeline
-from cropi.data.scan import NothingToSelect, Scan, check_covered, check_pool, scan
+from cropi.data.readers import PromptGroups
+from cropi.data.scan import NothingToSelect, Scan, by_set, check_covered, check_pool, listed, scan
+from cropi.data.share import without
 from cropi.errors import CropiError, as_keywords
 from cropi.files import entries, is_folder
 from cropi.gradient.behaviour import behaviour_source
@@ -196,6 +198,23 @@ def check_files(
             f"each other; set behaviour='current'{'' if stored else ', or Recording(logprobs=False)'}"
         )
     return scans
+
+
+def usable_sets(groups: PromptGroups) -> tuple[PromptGroups | None, dict[str, str]]:
+    """Validation prompts without the sets of which none has a gradient by its rewards, and of these what is wrong, by
+    name; None: no set is left."""
+    counts = scan(groups)
+    sets = by_set({DEFAULT_SET: counts})
+    lost = {
+        name: f"none of the {reasons.total()} prompts of the validation set {name!r} has a gradient ({listed(reasons)})"
+        for name, reasons in sorted(sets.items())
+        if not reasons.pop("", 0)
+    }
+    if len(lost) == len(sets):
+        return None, lost
+    if lost:
+        groups = without(groups, counts, {group.id for group in groups if (group.set or DEFAULT_SET) in lost})
+    return groups, lost
 
 
 def folder_of(stage: int) -> str:

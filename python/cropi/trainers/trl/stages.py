@@ -41,7 +41,7 @@ from cropi.trainers.trl.checks import (
     recorded_first,
     with_template_values,
 )
-from cropi.trainers.trl.live import LiveRun, features_of
+from cropi.trainers.trl.live import KEPT, LEFT_OUT, LiveRun, features_of
 from cropi.trainers.trl.losses import REMEDY, check_own_loss, estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
@@ -54,6 +54,7 @@ from cropi.trainers.trl.scoring import (
     forget_sketches,
     own_randomness,
     setup_of,
+    usable_sets,
 )
 
 STATE = "cropi_state.json"
@@ -285,9 +286,13 @@ class Stages(Recorder):
     def _refresh(self, live: LiveRun, stage: int, folder: Path) -> Chosen:
         """The next prompts of a live run, by the validation gradient under the present policy."""
         begun = time.monotonic()
-        valid = self._sources("valid", folder)
         self._check_recorded(stage, ("valid",))
-        live.refresh(self.model, self.trainer._tokenizer, valid, stage, self.seed, self.ranks)
+        valid, sets = self._valid(stage, folder)
+        if valid is not None:
+            live.refresh(
+                self.model, self.trainer._tokenizer, valid, stage, self.seed, self.ranks, sets=sets,
+                later=self._chosen is not None,
+            )  # fmt: skip
         chosen = self._draw(live)
         chosen.figures["seconds"] = time.monotonic() - begun
         return chosen
@@ -297,12 +302,15 @@ class Stages(Recorder):
         options = self.options
         try:
             self._check_recorded(stage)
+            valid, sets = self._valid(stage, folder)
+            if valid is None:
+                return Chosen(self._chosen or [], {"kept": True})
             return choose_prompts(
-                self.model, self.trainer._tokenizer, options, stage=stage,
+                self.model, self.trainer._tokenizer, replace(options, valid_sets=sets), stage=stage,
                 # In stage 0 too small a fraction raises an error; later, an error would lose work.
                 least=self.prompts if stage else 0, others=others,
                 folder=folder, train=self._sources("train", folder),
-                valid=self._sources("valid", folder), known=self.ids.__contains__, ranks=self.ranks,
+                valid=valid, known=self.ids.__contains__, ranks=self.ranks,
                 seed=self.seed, progress=not self.trainer.args.disable_tqdm,
             )  # fmt: skip
         except NothingToSelect as error:
@@ -349,6 +357,22 @@ class Stages(Recorder):
                 f"stage {stage}: nothing was recorded of eval_dataset: none of its {lost} prompts has two responses "
                 "that a reward function scored with a finite number; check the reward functions"
             )
+
+    def _valid(self, stage: int, folder: Path) -> tuple[Any, list[str]]:
+        """The validation trajectories, and the sets that they must cover.
+
+        Evaluations may show that a set is solved or hopeless by now, and a training does not end there: after the first
+        choice, sets of which no prompt has a gradient by its rewards are left out, with a warning. None: none is left.
+        """
+        source, wanted = self._sources("valid", folder), list(self.options.valid_sets or ())
+        if self.options.valid is not None or self._chosen is None:
+            return source, wanted
+        job = setup_of(self.options, stage, self.seed).job
+        groups, lost = self.ranks.agree(lambda: usable_sets(job.read(source, "valid")))
+        kept = KEPT if self.live is not None else "the prompts of the stage before are kept"
+        for words in lost.values():
+            logger.warning("stage %d: %s; %s", stage, words, kept if groups is None else LEFT_OUT)
+        return groups, [name for name in wanted if name not in lost]
 
     def _sources(self, kind: str, folder: Path) -> Any:
         files = self.opened[kind]
