@@ -105,34 +105,6 @@ def test_what_is_not_finite_marks_its_prompt_alone() -> None:
     assert selector.scores(["p0"])[0] == pytest.approx(before[0] / 2)
 
 
-def test_a_validation_set_without_a_gradient_is_left_out_or_the_means_before_are_kept() -> None:
-    selector, x = made(), rows(3)
-    with pytest.raises(
-        CropiError, match="'valid' has no gradient .of 2 rows 2 are not finite, and the others z"
-    ):
-        selector.refresh(torch.full((2, 256), float("nan")))
-    with pytest.raises(
-        CropiError, match="'b' has no gradient .its 2 rows add up to zero.: give .* leave the"
-    ):
-        selector.refresh(torch.stack([x[0], x[1], -x[1]]), ["a", "b", "b"])
-    with pytest.raises(CropiError, match="sketch's 256, got 1024 .the default.: give dim=N"):
-        Selector(["p0"], SketchSpec(256))
-    selector.refresh(x[:2], ["a", "b"])
-    selector.update(["p0", "p1"], x[1:], step=3)
-    before = selector.scores(["p0", "p1"]).tolist()
-    with pytest.warns(UserWarning, match="'a' .*'b' .*: the validation means of step 0 are kept; give more"):
-        selector.refresh(x * float("nan"), ["a", "b", "b"])
-    assert selector.scores(["p0", "p1"]).tolist() == before
-    with pytest.warns(
-        UserWarning, match="'b' has no gradient .of 2 rows 0 .*: left out until the next refresh"
-    ):
-        selector.refresh(torch.stack([x[2], 0 * x[2], 0 * x[2]]), ["a", "b", "b"])
-    alone = made()
-    alone.refresh(x[2:])
-    alone.update(["p0", "p1"], x[1:], step=3)
-    assert selector.scores(["p0", "p1"]).tolist() == alone.scores(["p0", "p1"]).tolist()
-
-
 # ------------------------------------------------------------------------------------------------ the rule
 @pytest.mark.long
 def test_regret_on_a_stream() -> None:
@@ -275,6 +247,8 @@ def test_states_that_do_not_fit_are_refused() -> None:
 
 # ---------------------------------------------------------------------------------------------- bad input
 def test_refused_in_words() -> None:
+    with pytest.raises(CropiError, match="sketch's 256, got 1024 .the default.: give dim=N"):
+        Selector(["p0"], SketchSpec(256))
     selector = made()
     selector.update(["p0"], rows(1), step=3)
     for ids, sketches, step, message in (

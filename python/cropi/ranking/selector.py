@@ -23,6 +23,7 @@ from cropi.ranking.failing import Failing
 from cropi.ranking.origin import Origin, differs, merged, origin_of
 from cropi.ranking.packed_rows import PackedRows
 from cropi.ranking.selector_state import check_state
+from cropi.ranking.validation_means import directions
 from cropi_kernels import BatchSketch, SketchSpec, reduce_sketch
 
 CHUNK = 65536  # rows that are float32 at one time
@@ -203,14 +204,7 @@ class Selector:
         if sets is not None and (isinstance(sets, str) or len(sets) != len(rows)):
             raise CropiError(f"sets must be a list of {len(rows)} names, one for each row, got {sets!r:.200}")
         names = ["valid"] * len(rows) if sets is None else [str(name) for name in sets]
-        means, problems = [], []
-        for name in sorted(set(names)) or ["valid"]:
-            mine = rows[torch.tensor([other == name for other in names], dtype=torch.bool, device="cpu")]
-            mean, problem = _mean(mine)
-            if problem:
-                problems.append(f"validation set {name!r} has no gradient ({problem})")
-            else:
-                means.append((mean / mean.norm()).float())
+        means, problems = directions(rows, names)
         if problems:
             if not len(self._valid):
                 raise CropiError(
@@ -462,17 +456,6 @@ def _along(rows: torch.Tensor, valid: torch.Tensor) -> Values:
     """The mean product of each of ``rows`` with the rows of ``valid``."""
     products: Values = (rows @ valid.T).mean(dim=1).double().numpy()
     return products
-
-
-def _mean(rows: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """The mean of the rows that are finite and not zero, float64, and in words why it has no direction, or nothing."""
-    finite = rows.isfinite().all(dim=1)
-    usable = finite & (rows != 0).any(dim=1)
-    mean = rows[usable].double().sum(dim=0) / max(int(usable.sum()), 1)
-    if not bool(usable.any()):
-        broken = len(rows) - int(finite.sum())
-        return mean, f"of {len(rows)} rows {broken} are not finite, and the others zero"
-    return mean, "" if float(mean.norm()) > 0 else f"its {int(usable.sum())} rows add up to zero"
 
 
 def _gathered(value: Any) -> list[Any]:
