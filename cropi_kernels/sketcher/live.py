@@ -27,7 +27,7 @@ from .replay import Recorded
 from .row_segments import Runs
 from .segments import Segments
 from .selftest import SelfTest
-from .split_loss import LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck
+from .split_loss import COUPLED, LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck
 from .tap_tests import TapTests
 from .tapped import TappedModel
 from .untouched import code_shape
@@ -73,7 +73,7 @@ class LiveSketcher:
         verify: before the first step, compare the taps with autograd on a few tokens (taps that these do not reach, on
             the first batch that does); in the first steps with a gradient, and in ever fewer later ones, compare their
             sum with it; in the first with two prompts that have one, and beside those comparisons, check that the loss
-            is a sum over prompts (in every batch, where what carries a gradient is sorted). False: no checks.
+            is a sum over prompts (in every batch, where values of the batch are sorted). False: no checks.
         coupled: take losses that are not a sum over prompts: ``g_s`` is then the part of the gradient that passes
             through the tokens of s. The parts add up to the gradient all the same.
 
@@ -230,12 +230,15 @@ class LiveSketcher:
                 self._note(check)
             if apart is not None and (mixed := apart.mixed()) is not None:
                 if mixed:
+                    self.loss = COUPLED
                     raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
                 self._apart.done = True
             if self._audits.heard is not None:
                 check_heard(self._plan, self._audits.heard, runs.segments, partly=True)
             clock, sketches = self._acc.clock, self._acc.end()
         finally:
+            if check is not None and check.verdict == COUPLED:
+                self.loss = COUPLED
             self._acc.close()
             self._runs = None
         if self._untested(runs.segments):
@@ -311,7 +314,7 @@ class LiveSketcher:
         """Whether this batch can say more of the loss than those before."""
         if not self._verify or self.coupled:
             return False
-        if self.loss in (None, UNSEEN):
+        if self.loss in (None, UNSEEN, COUPLED):
             return True
         # What was not checked for another reason is not asked again: where the model is compiled from outside, a hook
         # has its graph compiled anew.
@@ -321,6 +324,8 @@ class LiveSketcher:
     def _note(self, check: LossCheck) -> None:
         """What a batch has shown; one that shows less takes nothing back."""
         self._sorts = check.sorts
+        if self.loss == COUPLED and not str(check.verdict).startswith(SUM):
+            return
         if not str(self.loss).startswith(SUM) or check.verdict == SUM:  # which was perhaps linear before
             self.loss = check.verdict or UNSEEN
 

@@ -12,7 +12,7 @@ things are looked for before the first backward pass runs:
 
 Both hold of the batch that is looked at. A loss that pairs values by their rank in the batch (TRL's `aot_unpaired`) is
 a sum while policy and reference agree, and none later: so some later batches are looked at too, and all of them where
-something that carries a gradient is sorted.
+something that carries a gradient is sorted, or numbers are along the first axis (`_sorts`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .row_segments import Runs
 
 LARGEST = 1 << 26  # numbers that a model gave; the test needs a few copies
 SUM = "a sum over prompts"
+COUPLED = "not a sum over prompts"
 LATER = "not checked yet for terms of several prompts: no batch so far had two prompts with a gradient"
 UNSEEN = (
     "not checked: no backward pass was seen to begin at a loss of one number; begin it by loss.backward() or "
@@ -55,14 +56,30 @@ _BEGINS: dict[Any, str] = {
 }  # fmt: skip
 
 
-# What puts values in order, or says in which.
-_SORTS = frozenset(
-    getattr(place, name) for place in (torch, torch.Tensor) for name in ("sort", "argsort", "msort")
-)
+# What puts values in order, or says in which, and the place of its ``dim`` (-1 where none is given; msort: always 0).
+_SORTS = {
+    getattr(place, name): at
+    for place in (torch, torch.Tensor)
+    for name, at in (("sort", 1), ("argsort", 1), ("msort", 0), ("topk", 2))
+}
+_OF_TOKENS = frozenset({torch.topk, torch.Tensor.topk})  # routers choose experts by it, for each token
+
+
+def _sorts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what a function puts in order may stand for several prompts: it carries a gradient, or its numbers are
+    ordered along the first axis, whose order then may say who is paired with whom."""
+    given = args[0] if args else kwargs.get("input")
+    if func not in _SORTS or not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        return False
+    if given.requires_grad and func not in _OF_TOKENS:
+        return True
+    at = _SORTS[func]
+    dim = kwargs.get("dim", args[at] if len(args) > at else -1) if at else 0
+    return isinstance(dim, int) and given.ndim > 0 and dim in (0, -given.ndim) and given.shape[0] > 1
 
 
 class _Backward(TorchFunctionMode):
-    """Calls ``check(losses)`` before a backward pass; ``sorts``: whether a tensor with a gradient was put in order."""
+    """Calls ``check(losses)`` before a backward pass; ``sorts``: whether something was put in order (`_sorts`)."""
 
     def __init__(self, check: Callable[[Sequence[torch.Tensor]], None]) -> None:
         super().__init__()
@@ -72,9 +89,7 @@ class _Backward(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _SORTS:
-            sorted_ = args[0] if args else kwargs.get("input")
-            self.sorts |= isinstance(sorted_, torch.Tensor) and sorted_.requires_grad
+        self.sorts = self.sorts or _sorts(func, args, kwargs)
         if func in _BEGINS:
             losses = args[0] if args else kwargs[_BEGINS[func]]
             self.check([losses] if isinstance(losses, torch.Tensor) else losses)
@@ -85,8 +100,8 @@ class LossCheck:
     """Checks the losses of one batch: of every backward pass in it.
 
     ``verdict`` is the result as a sentence, of several losses the first that is not `SUM`; None: there was no backward
-    pass; `LATER`: another batch may say more. ``sorts``: the loss may depend on the order of what carries a gradient,
-    which other batches change.
+    pass; `LATER`: another batch may say more; `COUPLED` where an error said so. ``sorts``: the loss may depend on an
+    order of prompts, which other batches change.
 
     Args:
         model: its outputs are examined.
@@ -126,7 +141,11 @@ class LossCheck:
             self._check(torch.stack([loss.reshape(()) for loss in losses]).sum() if losses[1:] else losses[0])
 
     def _check(self, loss: torch.Tensor) -> None:
-        verdict = self._verdict_of(loss)
+        try:
+            verdict = self._verdict_of(loss)
+        except CoupledLossError:
+            self.verdict = COUPLED
+            raise
         if self.verdict is None or self.verdict.startswith(SUM):
             self.verdict = verdict
 
