@@ -142,6 +142,7 @@ def test_prompts_that_have_nothing_of_their_own_have_no_features() -> None:
 def test_bad_features_are_refused() -> None:
     with pytest.raises(CropiError, match="dim is 0"):
         prompt_features([[1]], dim=0)
+    assert prompt_features([[1]], dim=np.int64(4)).shape == (1, 4)
     for bad in ("ab", [[1], [2]], [0.5]):
         with pytest.raises(CropiError, match="prompt 1 is .*token ids"):
             prompt_features([[1], bad])  # type: ignore[list-item]

@@ -136,7 +136,7 @@ def test_an_estimator_gives_the_sketches_of_the_same_records(name: str) -> None:
 def test_how_rows_are_cut_and_padded_changes_nothing_but_rounding() -> None:
     model, data = make_model(), made()
     whole = cropi.score_batch(model, **data, rewards=REWARD_ROWS, spec=SPEC)
-    parts = cropi.score_batch(model, **data, rewards=REWARD_ROWS, spec=SPEC, tokens_per_batch=20)
+    parts = cropi.score_batch(model, **data, rewards=REWARD_ROWS, spec=SPEC, tokens_per_batch=np.int64(20))
     ids, mask = data["input_ids"], data["attention_mask"]
     right = {key: torch.zeros_like(value) for key, value in data.items() if key != "prompt_ids"}
     for i in range(len(ORDER)):

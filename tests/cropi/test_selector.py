@@ -215,7 +215,14 @@ def test_a_run_goes_on_where_it_was_saved(bits: int) -> None:
             chosen.append(ids)
         return chosen
 
-    selector = made(20, explore=1.0, bits=bits)
+    # Numbers of numpy: a state that held them could not be loaded.
+    numbers = {
+        "dim": np.int64(64),
+        "bits": np.int64(bits),
+        "seed": np.int32(0),
+        "half_life": np.float32(200.0),
+    }
+    selector = made(20, explore=np.float64(1.0), **numbers)
     selector.refresh(rows(3, 9))
     for step in range(4):
         selector.update([f"p{step}", "p7"], rows(2, step), step)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from cropi.checked import fits
 from cropi.errors import CropiError, article
 from cropi.files import is_there
 from cropi.model.adapting import check_packing
@@ -381,7 +382,7 @@ def check_dropout(model: Any, name: str) -> None:
         dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
         for key, rate in vars(module).items() if module.training else ():
             named = "drop" in key or "jitter" in key or (dropout and key == "p")
-            if named and isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0:
+            if named and fits(rate, float) and rate > 0:
                 raise CropiError(
                     f"{name} is in training mode, and {path or type(module).__name__} has {key} = {rate}: every pass "
                     "would drop other activations, so that gradients would be random; call model.eval(), or set "

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cropi.checked import fits
 from cropi.errors import CropiError
 from cropi.ranking.exploring import FIRST, Noise, Values
 
@@ -129,7 +130,7 @@ def prompt_features(prompts: Sequence[Sequence[int]], dim: int = 256) -> npt.NDA
     >>> prompt_features([[1, 2, 3], [1, 2]], dim=16).shape
     (2, 16)
     """
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+    if not fits(dim, int) or dim < 1:
         raise CropiError(f"dim is {dim!r}: give a number of at least 1")
     counts = np.zeros((len(prompts), dim), dtype=np.float32)
     for number, prompt in enumerate(prompts):

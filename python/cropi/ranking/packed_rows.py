@@ -30,7 +30,7 @@ class PackedRows:
             raise CropiError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
         if bits == 4 and dim % BLOCK:
             raise CropiError(f"dim is {dim}: in 4 bits it must be a multiple of {BLOCK}")
-        self.count, self.dim, self.bits = count, dim, bits
+        self.count, self.dim, self.bits = count, dim, int(bits)
         self._draws = torch.Generator().manual_seed(seed)
         self.exponent = torch.zeros(count, dtype=torch.int16, device="cpu")
         if bits == 16:

@@ -196,7 +196,7 @@ class Scores:
         if set is None and len(self.sets) == 1:
             set = self.sets[0]
         if set not in self.sets:
-            number = f"; n={set} is how many" if isinstance(set, int) else ""
+            number = f"; n={set} is how many" if fits(set, int) else ""
             raise CropiError(f"set is {set!r}: give one of {', '.join(map(repr, self.sets))}{number}")
         if not fits(n, int) or n < 1:
             raise CropiError(f"n must be an integer of at least 1, got {n!r}")

@@ -96,27 +96,29 @@ class Selector:
                 "many numbers of a sketch are kept"
             )
         for name, value, least in (("half_life", half_life, 1e-9), ("explore", explore, 0.0)):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not least <= value < float("inf")
-            ):
+            if not fits(value, float) or value < least:
                 raise CropiError(f"{name} must be a number of at least {least:g}, got {value!r}")
         if within is not None and (not fits(within, int) or within < 1):
             raise CropiError(f"within must be None or a number of steps of at least 1, got {within!r}")
         if not fits(seed, int) or not 0 <= seed < 1 << 63:
             raise CropiError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
-        self.within, self._refreshed = within, 0
-        self.dim, self.half_life, self.explore, self.seed = dim, float(half_life), float(explore), int(seed)
+        # Plain numbers in the place of numpy's, which torch.load(weights_only=True) does not take of a state.
+        self.within, self._refreshed = None if within is None else int(within), 0
+        self.dim, self.half_life, self.explore, self.seed = (
+            int(dim),
+            float(half_life),
+            float(explore),
+            int(seed),
+        )
         self._features = None if features is None else _features(features, len(self.ids))
         self._place = {name: i for i, name in enumerate(self.ids)}
         n = len(self.ids)
-        self._rows = PackedRows(n if within is None else 0, dim, bits, seed)
+        self._rows = PackedRows(n if within is None else 0, self.dim, bits, self.seed)
         self._weight = np.zeros(n)  # of visits, at the step `_last`
         self._last = np.full(n, -1, dtype=np.int64)
         self._failed = np.zeros(n, dtype=np.int32)
         self._failing = Failing()
-        self._valid = torch.zeros(0, dim, dtype=torch.float32, device="cpu")
+        self._valid = torch.zeros(0, self.dim, dtype=torch.float32, device="cpu")
         self._noise = Noise()
         self._shown = np.zeros(n)  # usefulness, on average over visits
         self._origin: Origin = {}  # of the sketches

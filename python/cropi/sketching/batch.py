@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cropi.checked import fits
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, article
 from cropi.gradient.estimators import ESTIMATORS, Estimator, make_estimator
@@ -237,7 +238,7 @@ def _sketched(
     budget: int,
 ) -> SketchedBatch:
     """Rows sorted by prompt go through the model, as many at a time as the budget holds; parts of a prompt add up."""
-    if not isinstance(budget, int) or budget < 1:
+    if not fits(budget, int) or budget < 1:
         raise CropiError(f"tokens_per_batch must be an integer of at least 1, got {budget!r}")
     sketches = torch.zeros(len(names), spec.dim, device=rows.device, dtype=torch.float32)
     logprobs, weights = (
