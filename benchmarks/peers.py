@@ -39,8 +39,10 @@ from typing import Any
 import torch
 
 from benchmarks.cost.timing import Cost, rotated, timed
+from benchmarks.lib import memory
 from benchmarks.lib.bergson_collector import collector, rows_of
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import options, publish
 from cropi_kernels import GradientSketcher
 
 TIMED = 4  # numbers at which a dense projection is timed
@@ -269,11 +271,9 @@ def made(kind: str, args: argparse.Namespace) -> Job:
 
 
 def peak(job: Job) -> int:
-    """KiB resident at the peak of a run after the first."""
+    """Bytes resident at the peak of a run after the first."""
     job()
-    Path("/proc/self/clear_refs").write_text("5")
-    job()
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return memory.peak(job)
 
 
 def pairs(products: torch.Tensor) -> torch.Tensor:
@@ -301,9 +301,7 @@ def installed(kind: str) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
@@ -350,7 +348,7 @@ def write(
         name, what = KINDS[kind][0].split(", ", 1)
         lines.append(
             f"| {' '.join([name, installed(kind) or '']).strip()}, {what} | {seconds:.2f} | "
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {peaks[kind] / 1024:.0f} | "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {peaks[kind] / 2**20:.0f} | "
             f"{agree[kind] if '|' in agree[kind] else agree[kind] + ' |'} |"
         )  # fmt: skip
     lines += [f"| {KINDS[kind][0]} | did not run: {why} | | | | |" for kind, why in failed.items()]
@@ -374,8 +372,7 @@ of their difference. "Scaled": a dense projection on a CPU draws its matrix in e
 numbers, to which its time is proportional; products of so few numbers say nothing. Memory is that of a process of its
 own, with the model and Python's libraries in it. LESS is not a package, so it was not run.
 """
-    args.out.write_text(text)
-    print(text)
+    publish(args.out, text.splitlines())
 
 
 if __name__ == "__main__":

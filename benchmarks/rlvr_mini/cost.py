@@ -7,7 +7,6 @@ it finds; and the training steps that lie between two selections.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -20,12 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import publish
 from benchmarks.rlvr_mini.arms import ARMS, choose
-from benchmarks.rlvr_mini.config import SCALES, Scale
+from benchmarks.rlvr_mini.config import SCALES, Scale, options_of_finished
 from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data
 from benchmarks.rlvr_mini.grpo import ESTIMATOR, layout_of, logprobs
 from benchmarks.rlvr_mini.rollouts import to_tokens
-from cropi.atomic import write_atomic
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
@@ -36,15 +35,10 @@ VARIANTS = ((64, 1), (64, 2), (64, 4), (16, 1), (16, 2), (16, 4))  # width, one 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu", help="default: cpu")
-    parser.add_argument("--work", type=Path, default=Path("out/rlvr_mini"), help="the experiment's folder")
+    parser = options_of_finished(__doc__)
     parser.add_argument(
         "--repeats", type=int, default=3, help="of everything; the median counts (default: 3)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
     args = parser.parse_args(arguments)
     scale = SCALES[args.scale]
     folder = args.work / scale.name / "seed0"
@@ -76,8 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = _median(select, args.repeats)
         name = f"sketches of width {width}, {'all' if thin == 1 else f'1 in {thin}'} of the responses"
         lines.append(_line(name, seconds, train, f"{len(wanted & found) / len(wanted):.2f}"))
-    write_atomic(args.out, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish(args.out, lines)
 
 
 def _counts(groups: Sequence[PromptGroup]) -> str:

@@ -7,7 +7,6 @@ without taps. All ways of a policy take the same prompts and draw the same numbe
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
@@ -15,18 +14,17 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.lib.environment import describe
+from benchmarks.lib.script import publish
 from benchmarks.rlvr_mini.arms import CUT, LEVERS
-from benchmarks.rlvr_mini.config import SCALES, Scale
+from benchmarks.rlvr_mini.config import SCALES, Scale, options_of_finished
 from benchmarks.rlvr_mini.data import SeedData, base_model, seed_data
 from benchmarks.rlvr_mini.grpo import Trainer
 from benchmarks.rlvr_mini.live import Live
-from cropi.atomic import write_atomic
 from cropi.errors import CropiError
 
 VISITED = {"full_pool3": "full data", "then_long_pool3": "live, visits at their time"}
@@ -39,14 +37,9 @@ HEAD = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu", help="default: cpu")
-    parser.add_argument("--work", type=Path, default=Path("out/rlvr_mini"), help="the experiment's folder")
+    parser = options_of_finished(__doc__)
     parser.add_argument("--steps", type=int, default=8, help="of each way, a turn (default: 8)")
     parser.add_argument("--turns", type=int, default=3, help="the median counts (default: 3)")
-    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
     args = parser.parse_args(arguments)
     scale = SCALES[args.scale]
     folder = args.work / scale.name / "seed0"
@@ -78,8 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
                     *(f"{1e3 * means[part]:.0f}" for part in PARTS),
                 ]  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
-    write_atomic(args.out, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish(args.out, lines)
 
 
 def _order(names: Sequence[str], count: int) -> list[str]:
