@@ -38,8 +38,12 @@ def wrong_form(value: Any, form: Any, place: str = "it") -> str:
     if form is None:
         return "" if value is None else f"{place} is {shown(value)} and must be null"
     if isinstance(form, tuple):
-        wrongs = [wrong_form(value, one, place) for one in form]
-        return "" if "" in wrongs else wrongs[0]
+        first = ""
+        for one in form:
+            if not (wrong := wrong_form(value, one, place)):
+                return ""
+            first = first or wrong
+        return first
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{place} is {shown(value)} and must be a list"
@@ -48,9 +52,10 @@ def wrong_form(value: Any, form: Any, place: str = "it") -> str:
         if not isinstance(value, dict):
             return f"{place} is {shown(value)} and must be a table of keys and values"
         return _first(_wrong_part(value, name, part, place) for name, part in form.items())
-    right = _is_plain(value) and (form(value) if isfunction(form) else fits(value, form))
+    if _is_plain(value) and (form(value) if isfunction(form) else fits(value, form)):
+        return ""
     must = "" if isfunction(form) else f" and must be {in_words(form)}"
-    return "" if right else f"{place} is {shown(value)}{must}"
+    return f"{place} is {shown(value)}{must}"
 
 
 def _wrong_part(value: dict[str, Any], name: Any, form: Any, place: str) -> str:

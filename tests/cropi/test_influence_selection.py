@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from support.made_data import write_lines
 
 from cropi.errors import CropiError
 from cropi.options import Influence
+from cropi.ranking import selection_files
 from cropi.ranking.influence import influence, score_rows, validation_means
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.report import best_and_worst, prompt_texts
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection import select
+from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import CopiedPrompts, write_selected_records, write_selection
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.values import fuse_ranks
@@ -272,6 +274,41 @@ def test_learnability_draws_between_mirrored_pass_rates() -> None:
     chosen = select(scores, fraction=0.5, method="learnability").chosen
     easy = sum(i < 100 for i in chosen)
     assert 25 < easy < 75, "of 100 drawn from 100 and 100: mean 50, standard deviation 3.5"
+
+
+@pytest.mark.parametrize("part", [2, 4096])
+def test_lines_of_a_selection_are_what_json_writes_of_each(
+    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts with what forms and lines are made of, and numbers that only Python has; checksums of sorted keys."""
+    monkeypatch.setattr(selection_files, "_PART", part)
+    names = ["%s", "a\nb", '"{0}"\\', "é\u2028", "100 %d"]
+    sets = ["z %", "a{1}", "Ω"]
+    table = np.array(
+        [[0.1, 1e-9, 3.0], [1e300, math.inf, -0.0], [math.nan, 0.25, 1 / 3], [1, 2, 3], [0, 0, 1e16]]
+    )
+    model = {"weights": {"b": "%s", "a": ["{}", None]}}
+    scores = Scores(
+        [RowInfo(name, pass_rate=0.5) for name in names],
+        sets,
+        table,
+        {"train": {"stage": "%", "model": model}},
+    )
+    chosen = Selection(
+        [4, 1, 0, 2, 3], [4, 1, 0, 2, 3], np.array([0.5, 2, math.nan, 1e-7, 9]), "100 %", scores, {}
+    )
+    write_selection(tmp_path / "selected.jsonl", scores, chosen)
+    lines = (tmp_path / "selected.jsonl").read_bytes().decode().split("\n")
+    assert lines.pop() == "" and len(lines) == 5
+    for rank, (i, line) in enumerate(zip(chosen.chosen, lines, strict=True), 1):
+        row = {
+            "id": names[i], "rank": rank, "fused": float(chosen.fused[i]), "method": "100 %",
+            "scores": dict(zip(sets, table[i].tolist(), strict=True)), "stage": "%", "model": model["weights"],
+        }  # fmt: skip
+        check = f"{zlib.crc32(json.dumps(row, sort_keys=True).encode()):08x}"
+        assert line == json.dumps(row | {"check": check}, ensure_ascii=False)
+    write_selection(tmp_path / "none.jsonl", scores, replace(chosen, chosen=[]))
+    assert (tmp_path / "none.jsonl").read_bytes() == b""
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ Pages and encodings: https://parquet.apache.org/docs/file-format/data-pages/.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from struct import Struct, error
 from typing import IO, Any
 
 from cropi.data.parquet_codecs import unpacked
@@ -20,6 +21,7 @@ COUNT, ENCODING, ENCODING_V2, LEVELS, IS_PACKED = 1, 2, 4, (5, 6), 7
 BY_DICTIONARY = (2, 8)
 BY_DELTAS = 7
 LARGEST_HEADER = 2**24
+_size_at = Struct("<I").unpack_from
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,14 @@ class Dictionary:
         except ValueError:
             return most  # pyarrow will say so when it reads the page
         found = at = 0
-        for _ in range(self.count):
-            size = int.from_bytes(data[at : at + 4], "little")
-            at += 4 + size
-            found = max(found, size)
+        try:
+            for _ in range(self.count):
+                (size,) = _size_at(data, at)
+                at += 4 + size
+                if size > found:  # max() takes twice as long as all of this
+                    found = size
+        except (error, OverflowError):
+            pass  # the page ends before its last entry
         return min(found, most)
 
 

@@ -40,7 +40,7 @@ class TableRows(Sequence[RowInfo]):
     def add(self, batch: Any) -> None:
         """Take the next rows, from an Arrow record batch."""
         ids = batch.column(self._names["id"]).to_pylist()
-        if not all(type(one) is str for one in ids):
+        if not set(map(type, ids)) <= {str}:
             raise TypeError("an id is not a string")
         for key, column in self._columns.items():
             column.fill(len(self.ids), batch.column(self._names[key]))
