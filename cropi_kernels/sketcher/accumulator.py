@@ -16,7 +16,7 @@ from ..spec import SketchSpec
 from .backward_passes import BackwardPasses
 from .clock import Clock
 from .engine import Operators, engine_for
-from .groups import Grouped, Groups
+from .groups import Groups
 from .ranks import Ranks
 from .segments import Segments
 
@@ -56,7 +56,8 @@ class Accumulator:
         self.spec = spec
         self.ranks: Ranks | None = None  # that share the model, and whose sketches add up
         self.segments: Segments | None = None  # of the open batch
-        self._engine: Operators | None = None
+        self._engines: list[Operators] = []  # of the open batch, one for each group of parameters
+        self._groups: Groups | None = None
         self.listener: Listener | None = None
         self._needed: dict[type[Operators], int] = {}  # by the last batch of each engine
         self._deaf = self._absent = False
@@ -78,10 +79,15 @@ class Accumulator:
 
     @property
     def engine(self) -> Operators:
-        """The engine of the open batch."""
-        if self._engine is None:
+        """The engine of the open batch, for what adds to no sketch; where groups of parameters have one each, the
+        first, so that folded inputs lie in one block of memory."""
+        if not self._engines:
             raise RuntimeError("no batch is open in this GradientSketcher")
-        return self._engine
+        return self._engines[0]
+
+    def engine_of(self, name: str) -> Operators:
+        """The engine that adds the gradient of the parameter ``name``: that of its group."""
+        return self.engine if self._groups is None else self._engines[self._groups.place[name]]
 
     @property
     def out(self) -> torch.Tensor:
@@ -92,7 +98,7 @@ class Accumulator:
     @property
     def outs(self) -> list[torch.Tensor]:
         """The sketches [segments, base_dim] of the open batch, of each group of parameters; without groups, of all."""
-        return self.engine.settled()
+        return [engine.settle() for engine in self._engines]
 
     def begin(
         self,
@@ -104,13 +110,10 @@ class Accumulator:
         """Open a batch; ``trained``: as for `BackwardPasses`."""
         shape = 1 if groups is None else len(groups.names), segments.count, self.spec.base_dim
         outs = torch.zeros(shape, dtype=torch.float32, device=device).unbind()
-        if groups is None:
-            engine = engine_for(segments, outs[0], self._needed)
-        else:
-            engine = Grouped(segments, outs, groups, self._needed.get(Grouped, 0))
+        engines = [engine_for(segments, out, self._needed) for out in outs]
         self._device, self._stream = device, _gpu.stream(device)
         # Nothing above may have left a batch open: memory can run out, a backend refuse.
-        self.segments, self._engine = segments, engine
+        self.segments, self._engines, self._groups = segments, engines, groups
         self._passes += 1
         self.backwards = BackwardPasses(trained)
         self._set_clock(Clock(device, self._passes))
@@ -124,9 +127,9 @@ class Accumulator:
 
     def close(self) -> None:
         """Free the batch, whether it has finished or failed: nothing of it stays in memory."""
-        if self._engine is not None:
-            self._needed[type(self._engine)] = self._engine.needed
-        self.segments = self._engine = None
+        if self._engines:
+            self._needed[type(self._engines[0])] = max(engine.needed for engine in self._engines)
+        self.segments, self._engines, self._groups = None, [], None
         self.backwards = BackwardPasses()
         self._folds.clear()
 

@@ -65,14 +65,6 @@ class Operators:
         """``out``, after the sums that an engine has not added yet are added to it."""
         return self.out
 
-    def settled(self) -> list[torch.Tensor]:
-        """What `settle` gives, for each group of parameters."""
-        return [self.settle()]
-
-    def sums(self, name: str) -> torch.Tensor:
-        """What `settle` gives, for the group of the parameter ``name``."""
-        return self.settle()
-
     def rows(self, x: torch.Tensor, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
         """``x`` as [tokens * repeats, n], and its offsets.
 

@@ -362,7 +362,7 @@ class ExactTaps:
         for exact, gradient in zip(edges, gradients, strict=True):
             exact.heard = segments
             if gradient is not None:
-                exact.add(gradient, self.acc.engine.sums(exact.name)[rows])
+                exact.add(gradient, self.acc.engine_of(exact.name).settle()[rows])
                 if self.acc.listener is not None:
                     self.acc.listener.added(exact, gradient, None, unit, rows)
 
@@ -395,7 +395,7 @@ class ExactTaps:
                 dy, offsets = segments.tokens_first(grads[0], exact.name)
                 if 0 <= padding < matrix.rows:  # torch gives the padding row no gradient
                     dy = dy * (ids != padding).unsqueeze(-1)
-                matrix.add_rows(dy, ids, offsets, acc.engine.sums(exact.name))
+                matrix.add_rows(dy, ids, offsets, acc.engine_of(exact.name).settle())
             exact.heard = segments
             if acc.listener is not None:
                 acc.listener.added(exact, dy, None)

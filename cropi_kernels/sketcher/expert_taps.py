@@ -94,9 +94,9 @@ class ExpertsTap(Tap):
             def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
                 if matrix is not None and kept is not None:
                     rows = kept.index_select(0, token) if shared else kept
-                    self.acc.engine.add_grouped(dy, rows, ranges, matrix)
+                    self.acc.engine_of(matrix.name).add_grouped(dy, rows, ranges, matrix)
                 if bias is not None:
-                    self.acc.engine.add_grouped_bias(dy, ranges, bias)
+                    self.acc.engine_of(bias.name).add_grouped_bias(dy, ranges, bias)
 
             if matrix is None:
                 return capture(y, self.within(add))

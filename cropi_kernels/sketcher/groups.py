@@ -11,15 +11,8 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..names import listed
-from ..plan import VectorPlan
 from ..spec import SketchSpec
-from .engine import CpuEngine, Norm, Operators, Site, engine_for
-from .gpu_engine import GpuEngine
-from .segments import Segments
-from .slab import MatrixSketch
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -115,96 +108,3 @@ def planned(patterns: Mapping[str, Sequence[str]] | None, plan: Attachment) -> G
 def width(spec: SketchSpec, groups: Groups | None) -> int:
     """The sums of a segment, of all groups."""
     return spec.base_dim * (1 if groups is None else len(groups.names))
-
-
-class Grouped(Operators):
-    """An engine for each group: a gradient goes to the engine of its parameter's.
-
-    Args:
-        outs: the groups' sums, float32 [segments, base_dim] each.
-        expected: what an earlier batch `needed`.
-    """
-
-    def __init__(
-        self, segments: Segments, outs: Sequence[torch.Tensor], groups: Groups, expected: int = 0
-    ) -> None:
-        super().__init__(segments, outs[0][:, :0])  # nothing can be added to it
-        needed = dict.fromkeys((CpuEngine, GpuEngine), expected)
-        self.engines = [engine_for(segments, out, needed) for out in outs]
-        self._place = groups.place
-
-    def _of(self, name: str) -> Operators:
-        return self.engines[self._place[name]]
-
-    @property
-    def needed(self) -> int:
-        return max(engine.needed for engine in self.engines)
-
-    @needed.setter
-    def needed(self, value: int) -> None:
-        """The engines count it."""
-
-    def settled(self) -> list[torch.Tensor]:
-        return [engine.settle() for engine in self.engines]
-
-    def sums(self, name: str) -> torch.Tensor:
-        return self._of(name).settle()
-
-    def fold(self, x: torch.Tensor, matrix: MatrixSketch, site: Site) -> torch.Tensor:
-        return self.engines[0].fold(x, matrix, site)  # one block of memory for all groups
-
-    def add_linear(self, dy: torch.Tensor, kept: torch.Tensor, matrix: MatrixSketch, site: Site) -> None:
-        self._of(matrix.name).add_linear(dy, kept, matrix, site)
-
-    def add_rows(self, dy: torch.Tensor, ids: torch.Tensor, matrix: MatrixSketch, site: Site) -> None:
-        self._of(matrix.name).add_rows(dy, ids, matrix, site)
-
-    def add_bias(self, dy: torch.Tensor, plan: VectorPlan, site: Site) -> None:
-        self._of(plan.name).add_bias(dy, plan, site)
-
-    def add_norm(self, dy: torch.Tensor, x: torch.Tensor, norm: Norm, site: Site) -> None:
-        owners = {self._of(plan.name) for plan in (norm.weight, norm.bias) if plan is not None}
-        if len(owners) == 1:
-            owners.pop().add_norm(dy, x, norm, site)
-            return
-        assert norm.weight is not None and norm.bias is not None
-        self._of(norm.weight.name).add_norm(dy, x, dataclasses.replace(norm, bias=None), site)
-        self._of(norm.bias.name).add_bias(dy, norm.bias, site)
-
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.engines[0].rms_norm(x, weight, eps)
-
-    def add_rms_norm(
-        self,
-        dy: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        norm: Norm,
-        site: Site,
-    ) -> torch.Tensor:
-        assert norm.weight is not None
-        return self._of(norm.weight.name).add_rms_norm(dy, x, weight, scale, norm, site)
-
-    def swiglu(
-        self, gate: torch.Tensor, up: torch.Tensor, matrix: MatrixSketch | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.engines[0].swiglu(gate, up, matrix)
-
-    def swiglu_backward(
-        self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.engines[0].swiglu_backward(dh, gate, up)
-
-    def add_vector(self, gradients: torch.Tensor, plan: VectorPlan) -> None:
-        self._of(plan.name).add_vector(gradients, plan)
-
-    def add_grouped(
-        self, dy: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, matrix: MatrixSketch
-    ) -> None:
-        self._of(matrix.name).add_grouped(dy, kept, ranges, matrix)
-
-    def add_grouped_bias(self, dy: torch.Tensor, ranges: torch.Tensor, plan: VectorPlan) -> None:
-        self._of(plan.name).add_grouped_bias(dy, ranges, plan)

@@ -87,9 +87,10 @@ def head_pass(
                     if factor is not None:
                         # A sketch is linear in its inputs, which have fewer numbers than dz.
                         inputs = (inputs * factor[:, None]).to(inputs.dtype)
-                    matrix.add(dz, inputs, offsets, acc.engine.sums(matrix.name))
+                    matrix.add(dz, inputs, offsets, acc.engine_of(matrix.name).settle())
                 if plan.head_bias is not None and plan.head_adds[1]:
-                    acc.engine.add_vector(_placed(plan, split, bias_grad(dz, offsets)), plan.head_bias)
+                    gradient_of_bias = _placed(plan, split, bias_grad(dz, offsets))
+                    acc.engine_of(plan.head_bias.name).add_vector(gradient_of_bias, plan.head_bias)
                 for one in split.adapters:
                     one.sketch(plan.taps, acc, picked[begin:end], dz, offsets)
 

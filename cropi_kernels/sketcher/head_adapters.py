@@ -60,13 +60,13 @@ class HeadAdapter(NamedTuple):
         a, b, h = a.to(dz.dtype), b.to(dz.dtype), h.to(dz.dtype)
         of_a, of_b = taps.get(self.a), taps.get(self.b)
         if isinstance(of_a, LinearTap) and of_a.matrix is not None:
-            out = acc.engine.sums(of_a.matrix.name)
+            out = acc.engine_of(of_a.matrix.name).settle()
             of_a.matrix.add((dz @ b).mul_(scale), of_a.matrix.fold(h), offsets, out)
         if isinstance(of_b, LinearTap) and of_b.matrix is not None:
-            out = acc.engine.sums(of_b.matrix.name)
+            out = acc.engine_of(of_b.matrix.name).settle()
             of_b.matrix.add(dz, of_b.matrix.fold((h @ a.T).mul_(scale)), offsets, out)
         if isinstance(of_b, LinearTap) and of_b.bias is not None:
-            acc.engine.add_vector(bias_grad(dz, offsets).mul_(scale), of_b.bias)
+            acc.engine_of(of_b.bias.name).add_vector(bias_grad(dz, offsets).mul_(scale), of_b.bias)
 
 
 def base_of(head: nn.Module | None) -> nn.Module | None:

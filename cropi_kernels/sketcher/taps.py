@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -178,9 +179,9 @@ class LinearTap(Tap):
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
         if self.matrix is not None and kept is not None:
-            self.acc.engine.add_linear(dy, kept, self.matrix, site)
+            self.acc.engine_of(self.matrix.name).add_linear(dy, kept, self.matrix, site)
         if self.bias is not None:
-            self.acc.engine.add_bias(dy, self.bias, site)
+            self.acc.engine_of(self.bias.name).add_bias(dy, self.bias, site)
 
 
 class EmbeddingTap(Tap):
@@ -222,7 +223,7 @@ class EmbeddingTap(Tap):
             dy = dy * (ids != self.padding_idx).view(*dy.shape[:-1], 1)
         if self.scale != 1.0:
             dy = dy * self.scale
-        self.acc.engine.add_rows(dy, ids, self.matrix, site)
+        self.acc.engine_of(self.matrix.name).add_rows(dy, ids, self.matrix, site)
 
 
 class NormTap(Tap):
@@ -244,10 +245,14 @@ class NormTap(Tap):
         return vector_adders(weight=self.norm.weight, bias=self.norm.bias)
 
     def backward(self, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-        if kept is not None:
-            self.acc.engine.add_norm(dy, kept, self.norm, site)
-        elif self.norm.bias is not None:
-            self.acc.engine.add_bias(dy, self.norm.bias, site)
+        weight, bias, engine_of = self.norm.weight, self.norm.bias, self.acc.engine_of
+        # The bias goes alone where the weight is not sketched, or is in another group of parameters.
+        alone = bias is not None and (weight is None or engine_of(bias.name) is not engine_of(weight.name))
+        if weight is not None and kept is not None:
+            norm = dataclasses.replace(self.norm, bias=None) if alone else self.norm
+            engine_of(weight.name).add_norm(dy, kept, norm, site)
+        if bias is not None and alone:
+            engine_of(bias.name).add_bias(dy, bias, site)
 
     def ride(
         self,
@@ -261,11 +266,12 @@ class NormTap(Tap):
 
         ``scale`` is that of `rms_norm`. None: nothing is to be added in this backward pass.
         """
-        made: list[torch.Tensor] = []
-        site = self._sites[segments.heads_first(x)]
+        made, plan = list[torch.Tensor](), self.norm.weight
+        assert plan is not None
+        engine, site = self.acc.engine_of(plan.name), self._sites[segments.heads_first(x)]
 
         def add(dy: torch.Tensor, x: torch.Tensor) -> None:
-            made.append(self.acc.engine.add_rms_norm(dy, x, weight, scale, self.norm, site))
+            made.append(engine.add_rms_norm(dy, x, weight, scale, self.norm, site))
 
         self.within(add, segments)(dy, x)
         return made[0] if made else None
