@@ -45,19 +45,13 @@ class PartMatrix(MatrixSketch):
         return self.matrix.fold(self.share.placed(here, 1))
 
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        plan = self.matrix.plan
         if not self.splits_rows:
-            folded = self.matrix.fold_key is not None
-            self.matrix.add(d, kept if folded else self.share.placed(kept, 1), offsets, out)
-            return
-        d, plan = self._here(d, "output"), self.matrix.plan
-        if plan is None or plan.row_fold is not None:
-            self.matrix.add(self.share.placed(d, 1), kept, offsets, out)
-            return
-        at = 0
-        for begin, end in self.share.ranges:
-            columns = d[:, at : at + end - begin]
-            sketch_grouped(columns, kept, offsets, plan, out, first_row=begin)
-            at += end - begin
+            self.matrix.add(d, self._inputs(kept), offsets, out)
+        elif plan is None or plan.row_fold is not None:
+            self.matrix.add(self.share.placed(self._here(d, "output"), 1), kept, offsets, out)
+        else:  # a stack of one matrix
+            self.add_grouped(d, kept, offsets, out)
 
     def add_grouped(
         self, d: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, out: torch.Tensor
@@ -66,8 +60,7 @@ class PartMatrix(MatrixSketch):
         plan = self.matrix.plan
         assert plan is not None
         if not self.splits_rows:
-            folded = self.matrix.fold_key is not None
-            sketch_grouped(d, kept if folded else self.share.placed(kept, 1), ranges, plan, out)
+            sketch_grouped(d, self._inputs(kept), ranges, plan, out)
             return
         d, at = self._here(d, "output"), 0
         rows = self.share.shape[self.share.axis or 0]
@@ -89,6 +82,10 @@ class PartMatrix(MatrixSketch):
     def add_formed(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         # The gradient has the shape of the whole parameter (`Tap.whole`).
         self.matrix.add_formed(gradient, out)
+
+    def _inputs(self, kept: torch.Tensor) -> torch.Tensor:
+        """What `fold` kept of inputs that are split, at its place in the whole."""
+        return kept if self.matrix.fold_key is not None else self.share.placed(kept, 1)
 
     def _here(self, x: torch.Tensor, what: str) -> torch.Tensor:
         part = self.share.part(x, 1)

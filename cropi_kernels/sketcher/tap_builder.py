@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import nn
 
 from ..names import canonical_name
-from ..plan import Role, plan_vector
+from ..plan import Role, VectorPlan, plan_vector
 from . import exact
 from .accumulator import Accumulator
 from .decoder import output_embeddings
@@ -84,14 +84,7 @@ class TapBuilder:
     def _linear(self, path: str, module: nn.Module, own: dict[str, nn.Parameter], transposed: bool) -> None:
         if not own.keys() <= {"weight", "bias"}:
             return
-        matrix = bias = None
-        kind = "head" if module is self.head else "linear"
-        if (weight := own.get("weight")) is not None:
-            matrix = self._matrix(weight, transposed)
-            self._cover(weight, kind)
-        if (b := own.get("bias")) is not None:
-            bias = plan_vector(self.spec, self.wanted[b], b.numel())
-            self._cover(b, "bias")
+        matrix, bias = self._weight_and_bias(own, "head" if module is self.head else "linear", transposed)
         if self.ranks is None:
             self.taps[module] = LinearTap(self.acc, path, matrix, bias, transposed)
             return
@@ -173,15 +166,22 @@ class TapBuilder:
         if (share := self._whole_share(own)).axis is not None:
             self.reasons[module] = "split over ranks, and no plain linear layer"
             return
+        matrix, bias = self._weight_and_bias(own, "router")
+        tap = self.taps[module] = RouterTap(self.acc, path, matrix, bias)
+        tap.adds = share.adds
+
+    def _weight_and_bias(
+        self, own: dict[str, nn.Parameter], kind: str, transposed: bool = False
+    ) -> tuple[MatrixSketch | None, VectorPlan | None]:
+        """The sketches of a linear layer's parameters, as far as they are wanted."""
         matrix = bias = None
         if (weight := own.get("weight")) is not None:
-            matrix = self._matrix(weight)
-            self._cover(weight, "router")
+            matrix = self._matrix(weight, transposed)
+            self._cover(weight, kind)
         if (b := own.get("bias")) is not None:
             bias = plan_vector(self.spec, self.wanted[b], b.numel())
             self._cover(b, "bias")
-        tap = self.taps[module] = RouterTap(self.acc, path, matrix, bias)
-        tap.adds = share.adds
+        return matrix, bias
 
     def _is_split(self, own: dict[str, nn.Parameter]) -> bool:
         return self._whole_share(own).axis is not None
