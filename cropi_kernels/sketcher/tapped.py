@@ -18,7 +18,6 @@ from .fused import find_fusion
 from .groups import planned
 from .hooks import checkpointed, start_graph
 from .inputs import embeddings
-from .more import More
 from .packed import keep_gradients
 from .precision import check_adapters, unwrapped
 from .taps import Hook
@@ -36,7 +35,7 @@ class TappedModel:
         model: the model without its wrappers.
         acc: the sums to which the taps add.
         plan: the taps.
-        more: the taps and sums of other specs.
+        more: the taps of other specs, each with folded inputs and sums of its own.
         fusion: the modules that fused kernels compute.
         groups: the groups of parameters whose sketches are kept apart; None without groups.
         ranks: the tensor-parallel group that shares the model, if any.
@@ -66,8 +65,8 @@ class TappedModel:
         self._exclude = exclude
         self.acc = Accumulator(spec)
         self.plan = plan_model(self.model, self.acc, exclude)
-        self.more = More(self.model, more, exclude)
-        self.more.check(self.plan)
+        self.more = [plan_model(self.model, Accumulator(other), exclude) for other in more]
+        self._check_more()
         self.fusion = find_fusion(model, self.plan, fused)
         self.groups = planned(groups, self.plan)
         self.ranks = self.acc.ranks = self.plan.ranks
@@ -81,6 +80,21 @@ class TappedModel:
     def active(self) -> bool:
         """Whether the modules are tapped now."""
         return bool(self._handles)
+
+    @property
+    def plans(self) -> list[Attachment]:
+        """The taps of all specs, the sketcher's own first."""
+        return [self.plan, *self.more]
+
+    def _check_more(self) -> None:
+        """Raises ValueError: other specs cannot be sketched in the same pass."""
+        if any(plan.ranks is not None for plan in self.more):
+            raise ValueError("more: the model is spread over ranks, which add up one sketch: give no more")
+        if self.more and self.plan.exact.parameters:
+            name = self.plan.exact.parameters[0].name
+            raise ValueError(
+                f"more: the gradient of {name} is formed, for one sketch: give no more, or exclude it"
+            )
 
     @property
     def coverage(self) -> Coverage:
@@ -118,7 +132,7 @@ class TappedModel:
     def _hook(self) -> None:
         if self._embeddings is not None:
             self._handles.append(self._embeddings.register_forward_hook(start_graph))
-        for plan in (self.plan, *self.more.plans):
+        for plan in self.plans:
             self._handles.extend(plan.hook())
         self._handles += self.fusion.hook(self.plan)
 
@@ -143,7 +157,7 @@ class TappedModel:
             if formed := [module for module in wrong if module not in refused]:
                 self.plan.unhook(self._handles)
                 self.plan.form(formed)
-                self.more.check(self.plan)
+                self._check_more()
                 self._hook()
             elif not refused:
                 return
@@ -173,7 +187,8 @@ class TappedModel:
         for p in self._thawed:
             p.requires_grad_(True)
         self.plan = plan_model(self.model, self.acc, [*self._patterns, *names])
-        self.more = More(self.model, [plan.acc.spec for plan in self.more.plans], [*self._patterns, *names])
+        others = [Accumulator(plan.acc.spec) for plan in self.more]
+        self.more = [plan_model(self.model, acc, [*self._patterns, *names]) for acc in others]
         self.plan.form([one.chain[0] for one in before.exact.parameters])
         self.plan.coverage = dataclasses.replace(
             self.plan.coverage,

@@ -10,7 +10,6 @@ from support import zoo
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
-from cropi_kernels.sketcher.more import More
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 OTHERS = [
@@ -75,4 +74,3 @@ def test_gradients_that_are_formed_are_those_of_one_sketch() -> None:
         ValueError, match="more: the gradient of 1.weight is formed, for one sketch: give no more"
     ):
         GradientSketcher(model, SPEC, more=OTHERS[:1])
-    assert More(model, [], ()).end() == ()
