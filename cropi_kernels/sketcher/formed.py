@@ -136,7 +136,7 @@ class FormedSketcher:
         check_tensors(input_ids=input_ids, segments=segments, positions=positions, targets=targets)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
-        here = Batch.of(input_ids, segments, None, positions, targets, attention_mask, position_ids).on_host()
+        here = Batch(input_ids, segments, None, positions, targets, attention_mask, position_ids).on_host()
         segments = here.segments
         assert here.positions is not None
         check_positions(input_ids, here.positions, targets)

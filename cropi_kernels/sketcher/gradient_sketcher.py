@@ -311,7 +311,7 @@ class GradientSketcher:
         check_tensors(input_ids=input_ids, segments=segments)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
-        given = Batch.of(input_ids, segments, labels, positions, targets, attention_mask, position_ids)
+        given = Batch(input_ids, segments, labels, positions, targets, attention_mask, position_ids)
         # What is checked by its values is copied to the host once, and what the pass needs of that to the device.
         here, positions, targets, weighing = scored_tokens(given, weights, weigh)
         if self._tapped.ranks is not None:

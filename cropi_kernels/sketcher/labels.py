@@ -25,25 +25,11 @@ class Batch(NamedTuple):
     labels: torch.Tensor | None
     positions: torch.Tensor | None
     targets: torch.Tensor | None
-    attention_mask: torch.Tensor | None  # [batch, length]
+    attention_mask: torch.Tensor | None  # on the host [batch, length] alone
     position_ids: torch.Tensor | None
-    pairs: torch.Tensor | None = None  # an attention_mask of four axes, which is not copied to the host
-
-    @classmethod
-    def of(
-        cls,
-        input_ids: torch.Tensor,
-        segments: torch.Tensor,
-        labels: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        targets: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> Batch:
-        """The batch of tensors as they were given."""
-        given, mask = (input_ids, segments, labels, positions, targets), attention_mask
-        pairs = mask is not None and mask.ndim == 4
-        return cls(*given, None if pairs else mask, position_ids, mask if pairs else None)
+    pairs: torch.Tensor | None = (
+        None  # on the host: an attention_mask of four axes, which is not copied there
+    )
 
     def on_host(self) -> Batch:
         """The batch in the host's memory.
@@ -52,8 +38,9 @@ class Batch(NamedTuple):
             ValueError: a mask of pairs that attention adds holds ones. One on a device is looked at where the host
                 waits for the batch all the same: not in a job, which makes its masks itself.
         """
-        *given, pairs = self
-        ones = None
+        mask, ones = self.attention_mask, None
+        pairs = mask if mask is not None and mask.ndim == 4 else None
+        *given, _ = self if pairs is None else self._replace(attention_mask=None)
         if pairs is not None and pairs.is_floating_point() and (on_this_host(pairs) or waits(*given)):
             ones = (pairs.diagonal(dim1=2, dim2=3) > 0).any().view(1)
         *here, ones = on_host(*given, ones)

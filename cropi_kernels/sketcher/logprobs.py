@@ -68,7 +68,7 @@ def token_logprobs(
     check_tensors(input_ids=input_ids, positions=positions, targets=targets)
     check_rows(input_ids, attention_mask, position_ids)
     rows = torch.arange(len(input_ids), device="cpu")
-    here = Batch.of(input_ids, rows, None, positions, targets, attention_mask, position_ids).on_host()
+    here = Batch(input_ids, rows, None, positions, targets, attention_mask, position_ids).on_host()
     assert here.positions is not None and here.targets is not None
     check_positions(here.input_ids, here.positions, here.targets)
     model = unwrapped(model)

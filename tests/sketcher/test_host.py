@@ -203,7 +203,7 @@ def test_a_mask_that_is_added_is_not_waited_for(away: None, monkeypatch: pytest.
     batch, mask = zoo.packed(), torch.zeros(1, 1, 2, 2)
     for send in (lambda x: x.clone(), lambda x: host.sent(torch.device("cpu"), x)):
         given = [send(x) for x in (batch.input_ids, batch.segments, batch.positions, batch.targets)]
-        labels.Batch.of(*given[:2], None, *given[2:], mask, None).on_host()
+        labels.Batch(*given[:2], None, *given[2:], mask, None).on_host()
         assert waited == [1]
 
 
