@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import glob
 import io
 import os
 import re
@@ -246,8 +247,13 @@ def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
 
 
 def meant(path: str | Path) -> str:
-    """``"did you mean 'x'? "`` with the name in the folder of a path that is nearest to a misspelt one, or nothing."""
+    """Why a path may not be there: it is a link to nothing, or a pattern, or ``"did you mean 'x'? "`` with the name
+    in its folder that is nearest to a misspelt one. With a blank behind; or nothing."""
     path = Path(path)
+    if os.path.islink(path):
+        return f"it is a link to {shown(os.readlink(path))}, which is not there; "
+    if glob.has_magic(str(path)):
+        return "a pattern is for the shell, which replaces it outside of quotes, or glob.glob in Python; "
     return (
         did_you_mean(path.name, (other.name for other in entries(path.parent)))
         if len(path.name) < 256

@@ -187,6 +187,8 @@ def other_formats(folder: Path) -> dict[str, str]:
         "i.jpg": b"\xff\xd8\xff\xe0....",
         "s.db": b"SQLite format 3\x00",
         "u.jsonl": '{"id": 1}'.encode("utf-16"),
+        "little.jsonl": '{"id": 1}'.encode("utf-16-le"),
+        "big.json": '[{"id": 1}]'.encode("utf-16-be"),
         "w.jsonl": b"<!DOCTYPE html><html>",
         "l.jsonl": b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
         "g.gguf": b"GGUF\x03\x00\x00\x00",
@@ -198,7 +200,8 @@ def other_formats(folder: Path) -> dict[str, str]:
     return {
         "t.pt": "zip archive, as torch.save", "m.safetensors": "safetensors file", "a.npy": "a numpy array",
         "z.zip": "a zip archive", "t.tar": "a tar archive", "p.pkl": "a pickle", "i.png": "a PNG picture",
-        "i.jpg": "a JPEG picture", "s.db": "SQLite", "u.jsonl": "text in UTF-16", "w.jsonl": "a web page",
+        "i.jpg": "a JPEG picture", "s.db": "SQLite", "u.jsonl": "text in UTF-16", "little.jsonl": "text in UTF-16",
+        "big.json": "text in UTF-16", "w.jsonl": "a web page",
         "l.jsonl": "a pointer of Git LFS", "g.gguf": "model weights", "b.bin": "a binary file (it begins with 61 62",
         "d.pdf": "a PDF document", "r.csv": "is a table of text (.csv or .tsv); write it as parquet",
     }  # fmt: skip
@@ -254,6 +257,13 @@ def test_a_file_that_was_cut_is_called_damaged(tmp_path: Path, name: str) -> Non
             list(read(tmp_path / name))
 
 
+def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
+    """The misspelt name that is nearest to it is its own."""
+    (tmp_path / "a.jsonl").symlink_to("b.jsonl")
+    with pytest.raises(CropiError, match="a.jsonl: .* it is a link to 'b.jsonl', which is not there"):
+        list(read(tmp_path / "a.jsonl"))
+
+
 def test_folders_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_list(records())}).save_to_disk(tmp_path / "d")
     with pytest.raises(
@@ -278,6 +288,7 @@ def test_folders_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:
         ([{"id": 1}, "t.jsonl"], "paths and records are mixed"),
         ((row for row in records()), "is a generator, which can be read once"),
         ("none.jsonl", "there is no such trajectory file"),
+        ("parts/*.jsonl", "a pattern is for the shell, which replaces it outside of quotes"),
         ("x" * 5000, "there is no such trajectory file"),
     ],
 )

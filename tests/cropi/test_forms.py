@@ -121,6 +121,14 @@ def test_columns_that_vary_between_the_responses_of_a_prompt_are_not_the_prompts
         ({"question": "p", "answer": "a"}, "these are prompts without responses"),
         ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "1"}}, "`cropi rollout`"),
         ({"prompt": "p", "completion": "c"}, "a row a response needs 'reward', and has none"),
+        (
+            {"prompt": "p", "made": {"responses": ["c"], "scores": [1]}},
+            "--columns responses=made.responses,rewards=made.scores",
+        ),
+        (
+            {"prompt": "p", "made": [{"response": "c", "reward": 1}]},
+            "frame.explode('made')), and name --columns response=made.response,reward=made.reward",
+        ),
         ({"prompt": "p", "response": "c", "score": 1}, "did you mean --columns reward=score?"),
         ({"prompt": "p", "output": "c", "reward": 1}, "did you mean --columns response=output?"),
         ({"q": "p", "outs": ["c"], "score": [1]}, "'rewards' is missing; did you mean --columns rewards=score?"),

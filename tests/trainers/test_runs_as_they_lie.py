@@ -407,6 +407,7 @@ def test_a_folder_of_folders_stands_for_the_files_in_them(
     for name in ("a", "eval-rollout"):
         (records / name).mkdir(parents=True)
         shutil.copy(out, records / name / "1.jsonl")
+    (records / "a" / "_SUCCESS").touch()  # as Spark leaves it
     assert main(["info", str(records)]) == 0
     assert "2 prompts, 4 responses, 2 prompts usable" in capsys.readouterr().out
     # Two runs beside each other are not one.

@@ -14,7 +14,7 @@ from typing import Any
 
 from cropi.cli.parser import Parser
 from cropi.errors import CropiError, did_you_mean, optional, printable, shown
-from cropi.files import check_home, reading
+from cropi.files import check_home, meant, reading
 
 # Options that make no sense inside a config file.
 UNUSABLE = ("config", "help", "dry_run", "json", "quiet", "verbose", "debug")
@@ -164,7 +164,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     if not os.path.isfile(path):
         check_home(path)
-        raise CropiError(f"there is no config file {path}")
+        raise CropiError(f"there is no config file {path}; {meant(path)}give the path of one")
     try:
         with reading(path, missing=True):
             if os.path.getsize(path) > LARGEST:

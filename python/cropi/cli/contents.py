@@ -146,9 +146,12 @@ def describe_rows(path: str | Path) -> dict[str, Any] | None:
 
 
 def _prompts(path: Any, row: Mapping[str, Any], what: str, rows: Iterable[Any]) -> dict[str, Any]:
+    from cropi.data.forms import nested
+
     count = sum(1 for _ in rows)
+    remedy = f"`cropi rollout` samples and scores them{nested(row)}"
     return told(
-        [f"prompts       {path}: {count} {what}, without responses; `cropi rollout` samples and scores them",
+        [f"prompts       {path}: {count} {what}, without responses; {remedy}",
          f"columns       {', '.join(map(str, row))}"],
         "prompts", prompts=count, columns=list(map(str, row)),
     )  # fmt: skip

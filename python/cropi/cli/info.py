@@ -100,13 +100,13 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def _is_scores(path: Path) -> bool:
-    """Whether a table was written by ``cropi influence``; one that is not there is called so in its message."""
+    """Whether a table was written by ``cropi influence``."""
     from cropi.errors import optional
 
     try:
         schema = optional("pyarrow.parquet").read_schema(path)
     except (OSError, ValueError):
-        return not is_there(path)
+        return False
     return b"cropi" in (schema.metadata or {}) or any(name.startswith("score[") for name in schema.names)
 
 

@@ -43,6 +43,8 @@ _REFUSED = [
     (b"\x7fELF", "a program", _SAVE),
     (b"\xff\xfe", "text in UTF-16", "save it as UTF-8"),
     (b"\xfe\xff", "text in UTF-16", "save it as UTF-8"),
+    # Without a byte order mark; of JSON, which begins with a bracket.
+    *((start, "text in UTF-16", "save it as UTF-8") for start in (b"{\0", b"[\0", b"\0{", b"\0[")),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch it: git lfs pull"),
 ]
 

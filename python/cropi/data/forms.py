@@ -107,7 +107,8 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> d
                     where,
                     f"there is no column {column!r} for {name!r}",
                     f"{did_you_mean(column, map(str, row))}its columns are {', '.join(map(str, row)):.300}; columns "
-                    "are named for all files together: where they differ, make records of each by `cropi convert`",
+                    f"are named for all files together: where they differ, make records of each by `cropi convert`"
+                    f"{nested(row) if '.' in column else ''}",
                 )
             value = value[part] if column else None
         if value is not None:
@@ -139,12 +140,36 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
     if not any(key in _PROMPTS for key in keys) and not (answered or scored):
         return RECORD  # which says what is missing
     if not answered and not scored:
-        raise CropiError(f"{where}: {ROLL_OUT} ({_held(keys)})")
+        raise CropiError(f"{where}: {ROLL_OUT} ({_held(keys)}){nested(row)}")
     if not has_reward:
         _missing("reward", _SCORES, row, keys, where)
     if not (holds or talks):
         _missing("response", _ANSWERS, row, keys, where)
     return RECORD
+
+
+def nested(row: Mapping[str, Any]) -> str:
+    """Where a column holds columns of responses or rewards, how these are named; else nothing.
+
+    >>> nested({"prompt": "1+1=", "rollouts": {"responses": ["2", "3"], "scores": [1, 0]}})
+    '; nested columns are named with dots: --columns responses=rollouts.responses,rewards=rollouts.scores'
+    """
+    for key, value in row.items():
+        several = isinstance(value, (list, tuple)) and bool(value)
+        inner = value[0] if several else value
+        names: dict[str, str] = {}
+        for name, held in inner.items() if isinstance(inner, Mapping) else ():
+            if name in (*_ANSWERS, *_SCORES):
+                wanted = "reward" if name in _SCORES else "response"
+                names.setdefault(f"{wanted}s" if isinstance(held, (list, tuple)) else wanted, f"{key}.{name}")
+        if names:
+            rows = (
+                f"{key!r} is a list of rows: make a row of each (pandas: frame.explode({key!r})), and name "
+                if several
+                else "nested columns are named with dots: "
+            )
+            return f"; {rows}--columns {','.join(f'{name}={column}' for name, column in names.items())}"
+    return ""
 
 
 def is_conversation(row: Mapping[str, Any]) -> bool:

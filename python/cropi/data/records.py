@@ -14,6 +14,7 @@ from typing import Any
 
 from cropi.bulk import check_bulk
 from cropi.data.checks import ID_REMEDY, REWARDS_REMEDY, check_depth, check_group, check_id
+from cropi.data.forms import nested
 from cropi.data.keys import FIELDS, named
 from cropi.data.rewards import no_gradient_reason
 from cropi.data.values import json_value
@@ -207,7 +208,7 @@ def make_group(
     held = f"the record has {', '.join(map(repr, list(record)[:40])) or 'no key'}"
     for name in ("id", "rewards"):
         if values[name] is None:
-            remedy = [ID_REMEDY] if name == "id" else _near(name, extra) or [REWARDS_REMEDY]
+            remedy = [ID_REMEDY] if name == "id" else _near(name, extra) or [REWARDS_REMEDY + nested(extra)]
             raise RecordError(where, f"the key {name!r} is missing: {held}", *remedy)
     for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
         if values[text_key] is None and values[ids_key] is None:

@@ -57,7 +57,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     if is_there(path):
         raise ValueError(f"model {name!r} is a file; give a model folder, a .gguf file or a hub id")
     if not HUB_ID.fullmatch(name):
-        near = meant(path).rstrip()
+        near = meant(path).rstrip("; ")
         raise FileNotFoundError(
             f"model {name!r}: there is no such folder (looked at {path.absolute()}){near and f'; {near}'}"
         )

@@ -44,6 +44,8 @@ BESIDE = (
 DEPTH = 3
 # What they call the folder of a step.
 STEP = re.compile(r"^\d+$|(step|version|iter|iteration|epoch)[_-]?\d")
+# Files without an ending that Spark, Dask and pyarrow write beside the parts of a table.
+MARK = re.compile(r"_[A-Za-z0-9_]+")
 
 # What of a Reading the readers of some sources alone look at.
 DUMPS = tuple(source for source in SOURCES if source != RECORDS)
@@ -294,14 +296,14 @@ def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = No
 
 
 def files_of(folder: str | Path, depth: int = DEPTH) -> list[Path]:
-    """The files of a folder but hidden ones, checksums and a README; where there is none, those of the folders in it,
-    down to ``depth``.
+    """The files of a folder but hidden ones, checksums, a README, and the marks of Spark and Dask (``_SUCCESS``,
+    ``_metadata``); where there is none, those of the folders in it, down to ``depth``.
 
     Raises:
         CropiError: it holds folders that are not the steps of one run.
     """
     held = [path for path in entries(folder) if not path.name.startswith((".", "README."))]
-    files = [path for path in held if is_file(path) and path.suffix != SUMS]
+    files = [path for path in held if is_file(path) and path.suffix != SUMS and not MARK.fullmatch(path.name)]
     if files or depth == 0:
         return files
     folders = [path for path in held if is_folder(path)]
