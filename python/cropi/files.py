@@ -294,9 +294,26 @@ def tree(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
             yield Path(root), sorted(path for path in files if os.path.isfile(path))
 
 
-def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequence[str | None]]) -> None:
-    """Check that no file is to be written that is read, or written twice, and before the work that each can be written;
-    both are by option, None where not given. What ``--export`` writes may be a folder.
+# Endings by which readers tell a format, or a packing.
+TOLD = {
+    ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".xlsx",
+    ".html", ".yaml", ".yml", ".toml", ".pt", ".safetensors", ".png", ".pdf", ".svg", ".gz", ".zst", ".bz2", ".xz",
+}  # fmt: skip
+LINES = (".jsonl", ".ndjson", ".json")
+
+
+def check_outputs(
+    outputs: Mapping[str, str | None],
+    inputs: Mapping[str, Sequence[str | None]],
+    endings: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Check that no file is to be written that is read, or written twice, that is part of a store, or that ends as
+    another format does; and before the work that each can be written.
+
+    Args:
+        outputs: the paths by option, None where not given. What ``--export`` writes may be a folder.
+        inputs: the files that are read, by option.
+        endings: how a file of an option ends, which may also have none, or one that tells no format.
 
     Raises:
         CropiError: names the path and the options; or as :func:`check_home`.
@@ -309,6 +326,18 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Sequen
             check_home(path)
             if (other := taken.setdefault(os.path.realpath(path), f"{name} writes")) != f"{name} writes":
                 raise CropiError(f"{name}: {path} is the file that {other}; give another path")
+            own = (endings or {}).get(name)
+            if own and (ending := Path(path).suffix.lower()) in TOLD and ending not in own:
+                raise CropiError(
+                    f"{name}: {path}: what is written is no {ending}; give a path that ends in {own[0]}"
+                )
+            # Not MANIFEST of cropi.store, which imports torch.
+            if is_file(Path(path).with_name("manifest.json")) and re.match(
+                r"manifest\.json|shard-\d", Path(path).name
+            ):
+                raise CropiError(
+                    f"{name}: {path} is a file of the store {Path(path).parent}; give another path"
+                )
             if name != "--export" and is_folder(path):
                 raise CropiError(f"{name}: {path} is a folder; give the path of a file")
             _check_writable(name, Path(path).parent)

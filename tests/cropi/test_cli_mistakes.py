@@ -194,6 +194,25 @@ def test_no_command_writes_over_what_it_reads(
     assert {path.read_text() for path in tmp_path.glob("*.*")} == {"precious"}
 
 
+@pytest.mark.parametrize("line, said", [
+    ("influence --train s --valid s --out a.csv", "what is written is no .csv; give a path that ends in .parquet"),
+    ("select --scores a --out a.jsonl.gz", "what is written is no .gz; give a path that ends in .jsonl"),
+    ("influence --train s --valid s --out s/manifest.json", "what is written is no .json"),
+    ("influence --train s --valid s --out s/shard-00000.parquet", "is a file of the store s; give another path"),
+    ("convert a --out s/manifest.json", "--out: s/manifest.json is a file of the store s; give another path"),
+    ("report s --out s/manifest.json", "what is written is no .json; give a path that ends in .html"),
+])  # fmt: skip
+def test_an_output_is_no_file_of_a_store_and_ends_as_what_is_written(
+    line: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/manifest.json").write_text("{}")
+    assert cropi(*line.split()) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["s", "manifest.json"]
+
+
 def test_a_name_that_is_not_utf_8_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rounds < 1:
         args.parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    check_outputs({"--out": args.out}, {"--compare": [args.compare] if args.compare else []})
+    check_outputs(
+        {"--out": args.out}, {"--compare": [args.compare] if args.compare else []}, {"--out": (".json",)}
+    )
     before = None
     if args.compare:
         try:

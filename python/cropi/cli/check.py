@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from cropi.sealed import sealed
     from cropi.sketching.job import make_job
 
-    check_outputs({"--out": args.out}, {"--trajectories": args.trajectories})
+    check_outputs({"--out": args.out}, {"--trajectories": args.trajectories}, {"--out": (".json",)})
     policy, behaviour_model = sketch.policies(args)
     trajectories = options.opened(args, args.trajectories, policy)
     job = make_job(options.made(Sketching, args), trajectories, None, behaviour_model=behaviour_model)

@@ -98,14 +98,14 @@ def add_options(command: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
     from cropi.errors import printable
-    from cropi.files import check_outputs
+    from cropi.files import LINES, check_outputs
     from cropi.trainers.dumps.auto import groups_of
     from cropi.trainers.dumps.fields import Left
     from cropi.trainers.dumps.rollout import write_groups
 
     if args.trust_remote_code and not args.model:
         args.parser.error("--trust-remote-code is for --model, which is not given; leave it out")
-    check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]})
+    check_outputs({"--out": args.out}, {"FILE": args.files, "--dataset": [args.dataset]}, {"--out": LINES})
     source = _source(args)
     reading = _reading(args, source)
     if args.allow_pickle:

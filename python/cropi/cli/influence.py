@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise CropiError(f"-k {args.k} is for --neighbours FILE.jsonl; give that too, or leave it out")
     if args.neighbours is not None and not args.neighbours.endswith(".jsonl"):
         raise CropiError(f"neighbours: {args.neighbours}: give the path of JSON lines, which ends in .jsonl")
-    check_outputs({"--out": args.out, "--neighbours": args.neighbours}, {})
+    check_outputs({"--out": args.out, "--neighbours": args.neighbours}, {}, {"--out": (".parquet",)})
     stores = [SketchStore.open(path) for path in args.train]
     train = stores[0] if len(stores) == 1 else SketchStore.join(stores)
     valid = [SketchStore.open(path) for path in args.valid]

@@ -26,8 +26,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, and say where it is."""
+    from cropi.files import check_outputs
     from cropi.report.folder import report_folder
 
+    check_outputs({"--out": args.out}, {"--check": [args.check]}, {"--out": (".html",)})
     made = report_folder(args.folder, args.out, check=args.check, records=_records)
     print(f"report        {made}")
     tell(args, report=made)

@@ -59,7 +59,7 @@ def add_table(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
-    from cropi.files import check_outputs
+    from cropi.files import LINES, check_outputs
     from cropi.ranking.selection import select
     from cropi.ranking.selection_files import write_selection
     from cropi.ranking.table import read_scores
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             "--trajectories": args.trajectories or [],
             "--dataset": [args.dataset],
         },
+        {"--out": LINES, "--out-trajectories": LINES},
     )
     groups = _groups(args)
     exporting.check(args, groups)
