@@ -12,6 +12,7 @@ from cropi.data.forms import parse_columns
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, article, as_keywords, shown
+from cropi.files import path_of
 from cropi.model.policy import Policy
 from cropi.option_fields import keywords_of, names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
@@ -302,6 +303,7 @@ def write_report(
         raise CropiError(f"check is {article(type(check).__name__)}: give the CheckReport of cropi.check")
     from cropi.trainers.dumps import auto
 
+    path = path_of(path, "path", "a file that ends in .html")
     scores = chosen.scores
     groups: Iterable[PromptGroup] = ()
     if train is not None:

@@ -52,6 +52,18 @@ def beyond_paths(path: object) -> CropiError:
     )
 
 
+def path_of(value: Any, name: str, wanted: str) -> Path:
+    """A path that was given in Python.
+
+    Raises:
+        CropiError: it is none; names the argument and what is wanted.
+    """
+    if isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str) and str(value):
+        return Path(value)
+    got = "empty" if value == "" else f"of type {type(value).__name__}"
+    raise CropiError(f"{name} is {got}: give {wanted}")
+
+
 def check_characters(path: str | Path) -> None:
     """Check that this process can name a path at all; one that it cannot, others take for a file that is not there.
 

@@ -149,6 +149,14 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "influence: objects": (lambda: cropi.influence(np.array([[None]]), store()), r"train is object \[1, 1\]: give f"),
     "influence: one number": (lambda: cropi.influence(torch.tensor(1.0), store()), r"train is torch.float32 \[\]"),
     "influence: sparse": (lambda: cropi.influence(torch.eye(2).to_sparse(), store()), r"\[2, 2\], sparse: give f"),
+    "influence: zeros": (
+        lambda: cropi.influence(torch.zeros(2, 2), torch.eye(2)),
+        r"train: no training prompt .*: 2 were left out \(zero gradient\); give others, finite and not zero$",
+    ),
+    "influence: zeros of a set": (
+        lambda: cropi.influence(torch.eye(2), {"a": torch.zeros(2, 2)}), "give others, finite and not zero, or leave",
+    ),
+    "neighbours: zeros": (lambda: cropi.neighbours(torch.zeros(2, 2), torch.eye(2)), "train: no training prompt has"),
     "influence: a set's name": (lambda: cropi.influence(store(), {1: torch.eye(2)}), "valid names a set 1: give"),
     "influence: other specs": (
         lambda: cropi.influence(store(), cropi.sketch(model(), VALID, dim=2048, progress=False)), "dim = 1024",
@@ -189,6 +197,15 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "Scores: n for the set": (lambda: scores().top(3), "set is 3: give one of 'valid'; n=3 is how many"),  # type: ignore[arg-type]
     "Scores: n": (lambda: scores().top(n=-1), "n must be an integer of at least 1, got -1"),
     "Scores: path": (lambda: cropi.Scores.open(3), "path is of type int: give a scores.parquet"),  # type: ignore[arg-type]
+    "Scores: save": (lambda: scores().save(None), "path is of type NoneType: give a file that ends in .parquet"),  # type: ignore[arg-type]
+    "Selection: save": (lambda: scores().select(0.5).save(3), "path is of type int: give a file, or a folder for"),  # type: ignore[arg-type]
+    "Selection: save empty": (lambda: scores().select(0.5).save(""), "path is empty: give a file"),
+    "write_report: path": (lambda: cropi.write_report(scores().select(0.5), b"a"), "path is of type bytes: give"),  # type: ignore[arg-type]
+    "rollout: out": (
+        lambda: cropi.rollout(model(), TRAIN, "exact", None),  # type: ignore[arg-type]
+        "out is of type NoneType: give a file",
+    ),
+    "SketchStore: create": (lambda: cropi.SketchStore.create(None, {}), "path is of type NoneType: give the folder"),  # type: ignore[arg-type]
     "Scores: folder": (lambda: scores().plot("nowhere/at/all/x.png"), "fraction 0.1|nowhere"),
     "SketchStore: path": (lambda: cropi.SketchStore.open(3), "path is of type int"),  # type: ignore[arg-type]
     "SketchStore: none there": (lambda: cropi.SketchStore.open("nowhere"), "nowhere: there is no sketch store"),
@@ -256,11 +273,11 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "quantize_rows: a list": (lambda: kernels.quantize_rows([1.0], torch.int8), "is of type list"),  # type: ignore[arg-type]
     "row_products: a list": (lambda: kernels.row_products([1.0], T), "is of type list"),  # type: ignore[arg-type]
 }  # fmt: skip
-# What is returned or raised and not called by users; `rollout` and `projection_of` have tests of their own arguments.
+# What is returned or raised and not called by users; `projection_of` has tests of its own arguments.
 GIVEN = {
     "BatchSketch", "CheckReport", "CoupledLossError", "Coverage", "CropiError", "CsrRows", "LiveSketch", "MatrixPlan",
-    "PolicyGradient", "QuantizedRows", "RecordError", "RolloutReport", "Selection", "SketchedBatch",
-    "UncoveredParameterError", "VectorPlan", "__version__", "projection_of", "rollout",
+    "PolicyGradient", "QuantizedRows", "RecordError", "RolloutReport", "SketchedBatch",
+    "UncoveredParameterError", "VectorPlan", "__version__", "projection_of",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ PASS_REWARD = 0.5
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
 # Beyond it, squares and float32 weights would overflow.
 LARGEST_REWARD = 1e30
-ONE_RESPONSE = "one response"
+ONE_RESPONSE, EQUAL_REWARDS = "one response", "equal rewards"
 # What is said where no prompt has more than one.
 IDS_OF_RESPONSES = (
     "where the ids are those of responses, give the prompts': records leave them out with --columns id=, and of a "
@@ -38,7 +38,7 @@ def no_gradient_reason(rewards: Sequence[float]) -> str | None:
     if len(rewards) < 2:
         return ONE_RESPONSE
     low, high = min(rewards), max(rewards)
-    return "equal rewards" if high - low <= ROUNDING * max(abs(low), abs(high)) else None
+    return EQUAL_REWARDS if high - low <= ROUNDING * max(abs(low), abs(high)) else None
 
 
 def pass_rate(rewards: Sequence[float]) -> float:

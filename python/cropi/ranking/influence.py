@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cropi.data.rewards import EQUAL_REWARDS
 from cropi.errors import CropiError, article, warn
 from cropi.option_fields import one_of
 from cropi.options import Influence
@@ -124,7 +125,8 @@ def influence(
     table = np.ascontiguousarray(streamed[:, :count])
     if not np.isfinite(table).all(axis=1).any():
         raise CropiError(
-            f"{train.path}: no training prompt has a usable sketch; see `cropi info {train.path}`"
+            f"{train.path}: no training prompt has a usable sketch: "
+            f"{left_out([row.reason for row in rows if row.status != OK])}"
         )
     meta: dict[str, Any] = {
         "metric": given.metric, "mean": given.mean, "max_valid": given.max_valid, "seed": given.valid_seed,
@@ -318,10 +320,8 @@ def choose_members(
         )
     for name, candidates in members.items():
         if not candidates:
-            why = ", ".join(sorted(set(reasons[name])))
             raise CropiError(
-                f"validation set {name!r} has no usable prompt: {len(reasons[name])} were left out ({why}); give it "
-                "prompts that are solved sometimes, or leave the set out"
+                f"validation set {name!r} has no usable prompt: {left_out(reasons[name])}, or leave the set out"
             )
     chosen = {}
     for name in sorted(members):
@@ -331,6 +331,13 @@ def choose_members(
             candidates = [candidates[i] for i in picked]
         chosen[name] = set(candidates)
     return chosen
+
+
+def left_out(reasons: Sequence[str]) -> str:
+    """How many prompts were left out and why, and what to give in their place."""
+    # Gradients that vanish or overflow do so whatever the rewards, and an array's rows have none.
+    other = "prompts that are solved sometimes" if EQUAL_REWARDS in reasons else "others, finite and not zero"
+    return f"{len(reasons)} were left out ({', '.join(sorted(set(reasons)))}); give {other}"
 
 
 def _origin(store: SketchStore) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cropi.checked import fits
 from cropi.data.rows_out import write_jsonl
 from cropi.errors import CropiError
 from cropi.ranking.given import given_stores
-from cropi.ranking.influence import SAME_LENGTH, check_stores, choose_members
+from cropi.ranking.influence import SAME_LENGTH, check_stores, choose_members, left_out
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sealed import summed
@@ -225,8 +225,8 @@ def neighbours(
         ``{validation id: (helpful, harmful)}``, best and worst first.
 
     Raises:
-        CropiError: ``k`` below 1, ``ids`` that are one string, an id that no validation store holds, or what
-            :func:`pairwise` raises.
+        CropiError: ``k`` below 1, ``ids`` that are one string, an id that no validation store holds, no training prompt
+            with a usable sketch, or what :func:`pairwise` raises.
 
     >>> from cropi.store.memory import MemoryStore
     >>> train, valid = (MemoryStore({"spec": {"dim": 64}}) for _ in range(2))
@@ -270,6 +270,10 @@ def neighbours(
                     for i in (sign * values >= cut).nonzero().flatten().tolist()
                 ]
                 heap[column] = heapq.nsmallest(k, heap[column] + pairs)
+    if rows and not best[0]:
+        raise CropiError(
+            f"{train.path}: no training prompt has a usable sketch: {left_out([row.reason for row in train.rows()])}"
+        )
     return {
         row.id: (
             [Neighbour(name, -value) for value, name in best[i]],

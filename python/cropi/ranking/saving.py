@@ -12,6 +12,7 @@ from cropi.data.prompt_ids import column_values
 from cropi.data.rows_out import table_of, write_jsonl, write_parquet
 from cropi.data.saved import check_hub_name, dataset_of, push, save_folder
 from cropi.errors import CropiError
+from cropi.files import path_of
 from cropi.ranking.values import SCORE_AGAIN
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def save(
     data_source: str | None,
 ) -> int:
     """See :meth:`cropi.ranking.selection.Selection.save`."""
-    path = Path(path)
+    path = path_of(path, "path", "a file, or a folder for save_to_disk")
     form = format or ENDINGS.get(path.suffix)
     if form is None or form not in FORMATS:
         raise CropiError(

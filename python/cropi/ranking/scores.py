@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cropi.checked import fits
 from cropi.errors import CropiError, article, optional
-from cropi.files import is_file
+from cropi.files import is_file, path_of
 from cropi.ranking.table_rows import values_of
 from cropi.store.rows import RowInfo
 
@@ -109,11 +109,8 @@ class Scores:
         """
         from cropi.ranking.table import SCORES, read_scores
 
-        if not isinstance(path, (str, Path)):
-            raise CropiError(
-                f"path is of type {type(path).__name__}: give a scores.parquet or the folder of a run"
-            )
-        inside = Path(path) / SCORES
+        path = path_of(path, "path", "a scores.parquet or the folder of a run")
+        inside = path / SCORES
         return read_scores(inside if is_file(inside) else path)
 
     def save(self, path: str | Path) -> None:
@@ -124,7 +121,7 @@ class Scores:
         """
         from cropi.ranking.table import write_scores
 
-        write_scores(path, self)
+        write_scores(path_of(path, "path", "a file that ends in .parquet"), self)
 
     @classmethod
     def summed(cls, several: Sequence[Scores], weights: Sequence[float] | None = None) -> Scores:
@@ -216,6 +213,7 @@ class Scores:
         """Write a plot (.png, .pdf or .svg) of the scores, with the prompts that would be selected."""
         from cropi.ranking.plot import plot_scores
 
+        path = path_of(path, "path", "a file that ends in .png, .pdf or .svg")
         plot_scores(path, self, self.select(fraction, method=method))
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cropi.checked import check_fields
 from cropi.errors import CropiError, RecordError, as_keywords, optional
+from cropi.files import path_of
 from cropi.gradient.template import prints_date
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
@@ -79,11 +80,12 @@ def rollout(
     >>> report.prompts, report.responses
     (2, 8)
     """
+    path = path_of(out, "out", "a file that ends in .jsonl")
     loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
     split(loading, Loading)
     (given,) = split(options, Rollout)
     job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given, loading)
-    return run(job, out, say=say or (print if progress else _silent), progress=progress)
+    return run(job, path, say=say or (print if progress else _silent), progress=progress)
 
 
 def make_job(

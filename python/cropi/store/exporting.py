@@ -12,7 +12,7 @@ import torch
 
 from cropi.atomic import forget, replacing, sync, write_parts
 from cropi.errors import CropiError, optional
-from cropi.files import writing
+from cropi.files import path_of, writing
 from cropi.sealed import summed
 from cropi.store.rows import RowInfo, placed, rows_to_json
 from cropi.store.store import SketchStore
@@ -42,7 +42,7 @@ def export(
     Raises:
         CropiError: an unknown format, a store that is unfinished or has no sketch, or the disk is full.
     """
-    path = Path(path)
+    path = path_of(path, "path", "a file that ends in .npy or .parquet")
     form = to or path.suffix.lstrip(".")
     if form not in FORMATS:
         known = ", ".join(FORMATS)

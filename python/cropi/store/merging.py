@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, shown
-from cropi.files import is_there
+from cropi.files import is_there, path_of
 from cropi.store.compact import SHARD_BYTES, filled, join_blocks
 from cropi.store.differences import ALIKE, UnlikeStores, first_difference
 from cropi.store.manifest import MANIFEST, MERGED, NOTES, get_field
@@ -45,7 +45,7 @@ def merge(
     with warnings.catch_warnings():  # what is a warning to a reader is an error below
         warnings.simplefilter("ignore", UnlikeStores)
         whole = SketchStore.join(parts)
-    folder = Path(out)
+    folder = path_of(out, "out", "a new folder")
     for part in parts:
         if os.path.realpath(folder) == os.path.realpath(part.path):
             raise CropiError(f"{out} is one of the stores that are merged; give a new folder")

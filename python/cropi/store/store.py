@@ -19,7 +19,7 @@ import torch
 
 from cropi.atomic import make_folder, write_atomic
 from cropi.errors import CropiError
-from cropi.files import is_folder, is_there, reason, writing
+from cropi.files import is_folder, is_there, path_of, reason, writing
 from cropi.locks import LOCK, is_at, lock_folder
 from cropi.store.codec import check_dtype, encode
 from cropi.store.compact import SHARD_BYTES, due, groups, join_blocks, tail
@@ -94,7 +94,7 @@ class SketchStore(StoredSketches):
             CropiError: the folder cannot be written, another process writes to it, it was made with other settings
                 (the first differing field is named with both values), or it is damaged.
         """
-        path, wanted = Path(path), new_manifest(manifest)
+        path, wanted = path_of(path, "path", "the folder of a store"), new_manifest(manifest)
         check_dtype(wanted.get("dtype", "float32"), int(wanted["spec"]["dim"]))
         _check_folder(path)
         store = cls(path, wanted, shard_rows=shard_rows, shard_bytes=shard_bytes)
@@ -132,7 +132,8 @@ class SketchStore(StoredSketches):
         Raises:
             CropiError: there is no store at ``path``, or what :meth:`create` raises.
         """
-        return cls.create(path, read_manifest(Path(path)), shard_bytes=shard_bytes)
+        path = path_of(path, "path", "the folder of a store")
+        return cls.create(path, read_manifest(path), shard_bytes=shard_bytes)
 
     @classmethod
     def open(cls, path: str | Path) -> SketchStore:
@@ -141,9 +142,8 @@ class SketchStore(StoredSketches):
         Raises:
             CropiError: there is no store at ``path``, its format is newer, or a shard's header is damaged.
         """
-        if not isinstance(path, (str, Path)):
-            raise CropiError(f"path is of type {type(path).__name__}: give the folder of a store")
-        store = cls(Path(path), read_manifest(Path(path)))
+        path = path_of(path, "path", "the folder of a store")
+        store = cls(path, read_manifest(path))
         store._shards, store._rows = load_steady(store.path, job_fingerprint(store.manifest))
         # Again, after the rows: a job that goes on meanwhile raises the number of prompts before it adds rows, so that
         # a part cannot be taken for the whole.
