@@ -180,6 +180,10 @@ def test_rloo_is_refused_with_a_trainer_of_the_same_gradient(tmp_path: Path) -> 
 
     with pytest.raises(CropiError, match=r"got .*RLOOTrainer.*loss_type='dr_grpo' and scale_rewards='none'"):
         curriculum(trl.RLOOTrainer)
+    with pytest.raises(
+        CropiError, match=r"got .*Own.*in place of RLOOTrainer, GRPOTrainer with loss_type='dr_grpo'"
+    ):
+        curriculum(type("Own", (trl.RLOOTrainer,), {}))
     with pytest.raises(CropiError, match=r"got .*DPOTrainer.*another trainer's steps cropi\.LiveSketcher"):
         curriculum(trl.DPOTrainer)
     config = arguments(tmp_path, loss_type="dr_grpo", scale_rewards="none")

@@ -159,7 +159,7 @@ def check_trainer_class(base: Any) -> None:
         other = (
             "in place of RLOOTrainer, GRPOTrainer with loss_type='dr_grpo' and scale_rewards='none' trains the same "
             "gradient up to a factor, where beta is 0 and every generation batch is used once"
-            if getattr(base, "__name__", "") == "RLOOTrainer"
+            if any(cls.__name__ == "RLOOTrainer" for cls in getattr(base, "__mro__", ()))
             else "of another trainer's steps cropi.LiveSketcher makes the sketches"
         )
         raise CropiError(f"base must be trl.GRPOTrainer or a subclass of it, got {base!r}; {other}")
