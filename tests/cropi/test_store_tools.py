@@ -125,6 +125,18 @@ def test_a_store_under_a_relative_path_is_read_from_another_folder(
     with SketchStore.resume("many") as again:
         assert len(again) == 40 and again.verify()
     assert content(Path("many")).keys() == before.keys()
+    # And writes there, wherever the script has gone.
+    with SketchStore.resume("many", shard_bytes=1) as again:
+        monkeypatch.chdir("other")
+        for i in range(40, 44):
+            again.add(RowInfo(f"p{i:03d}"), vector(i))
+            again.flush()
+        again.finish()
+    assert not list(Path().iterdir()) and again.verify() and content(tmp_path / "many").keys() > before.keys()
+    monkeypatch.chdir(tmp_path)
+    with SketchStore.resume("many") as again:
+        assert again.compact()[1] >= 1 and len(again) == again.expected == 44
+    assert len(content(Path("many"))) == len(before) + 4 and SketchStore.open("many").verify()
 
 
 def test_a_reader_of_a_store_that_is_compacted_says_so(tmp_path: Path) -> None:

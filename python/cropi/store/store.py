@@ -66,6 +66,8 @@ class SketchStore(StoredSketches):
     ) -> None:
         super().__init__(path, manifest)
         self.shard_rows, self.shard_bytes = shard_rows, shard_bytes
+        # Where it is written to: a script may go to another folder meanwhile. Messages name the path that was given.
+        self._folder = path.absolute()
         self._lock: int | None = None
         self._pending: dict[str, tuple[RowInfo, torch.Tensor | None]] = {}
         self._pending_sketches = 0
@@ -261,13 +263,13 @@ class SketchStore(StoredSketches):
         number = max(map(shard_number, self._shards), default=-1) + 1
         places = iter(range(len(rows)))
         rows = [placed(row, next(places) if one else None) for row, one in zip(rows, has, strict=True)]
-        path = self.path / f"shard-{number:05d}.safetensors"
+        path = self._folder / f"shard-{number:05d}.safetensors"
         shard = self._write_shard(path, rows, tensors, [shard_number(one.path) for one in replaces])
         self._shards[shard.path] = shard
         self._rows.update((row.id, row) for row in rows)
         for old in replaces:
             del self._shards[old.path]
-        with writing(self.path):
+        with writing(self._folder):
             for old in replaces:
                 remove(old.path)
 
@@ -333,7 +335,7 @@ class SketchStore(StoredSketches):
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self._check_writable()
-        write_atomic(self.path / MANIFEST, manifest_text(manifest))
+        write_atomic(self._folder / MANIFEST, manifest_text(manifest))
         self.manifest = manifest
 
     def _check_writable(self) -> None:
@@ -341,7 +343,7 @@ class SketchStore(StoredSketches):
             raise CropiError(
                 f"the store {self.path} is open for reading only; SketchStore.resume opens it for writing"
             )
-        if not is_at(self._lock, self.path / LOCK):
+        if not is_at(self._lock, self._folder / LOCK):
             raise CropiError(
                 f"the folder {self.path} was removed or replaced while this job writes to it; what it held is gone "
                 "from there; run the same command again"
