@@ -33,7 +33,7 @@ def test_a_large_batch_of_verl_is_told_by_the_class_of_its_table(
     monkeypatch.setitem(sys.modules, "tensordict._td", module)
     keys = [f"{i}_0_0" for i in range(MOST_OPCODES)]
     torch.save({"tensordict": table(), "keys": keys, "tags": [], "global_steps": 7}, tmp_path / "x.pt")
-    assert recognise(tmp_path / "x.pt").source == "verl"
+    assert recognise(tmp_path / "x.pt") == "verl"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_files_of_tinker_cookbook_are_named(row: dict[str, object], lacks: str, 
     """They were told to name a column of responses, which they do not have."""
     path = write_lines(tmp_path / "sample.jsonl", [row])
     record = {"id": "a", "prompt": "q", "responses": ["x", "y"], "rewards": [0, 1]}
-    assert recognise(write_lines(tmp_path / "own.jsonl", [record | row])).source == "records"
+    assert recognise(write_lines(tmp_path / "own.jsonl", [record | row])) == "records"
     with pytest.raises(CropiError, match=f":1 is a .*tinker-cookbook.*{lacks}.*trajectory records"):
         opened(path)
 

@@ -140,7 +140,7 @@ def _source(args: argparse.Namespace) -> str:
 
     source: str = args.source
     if source == "auto" and (args.dataset or args.model or args.reward):
-        source = recognise(expanded(args.files, lambda line: None)[0]).source
+        source = recognise(expanded(args.files, lambda line: None)[0])
     if source == RECORDS and (args.dataset or args.model):
         raise CropiError(
             "--dataset and --model are for dumps that do not name their prompts; records have ids"

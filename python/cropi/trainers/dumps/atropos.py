@@ -18,7 +18,6 @@ from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
-    finite,
     listed,
     log_probs,
     loss_mask,
@@ -40,8 +39,8 @@ MASKED = -100
 def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     """The rollouts in one file. Prompt ids: ``reading.id_key``, a key of a group, or a hash of the prompt's tokens."""
     for number, pair in enumerate(rows_of_dump(path, left)):
-        for group in left.each([pair], _members):
-            yield from left.each(group, partial(_rollout, reading=reading, step=number, group=pair[1]))
+        read = partial(_rollout, reading=reading, step=number, group=pair[1])
+        yield from left.each(left.flat([pair], _members), read)
 
 
 def _members(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, list[int], dict[str, Any]]]:
@@ -119,12 +118,10 @@ def _rollout(
         if len(probs) != len(row["tokens"]):
             raise BadSample(where, LOGPROBS, f"has {len(probs)} entries for {len(row['tokens'])} tokens")
         probs = probs[len(prompt) :]
-    warm = (
-        nested(group, "generation_params.temperature") if reading.temperature is None else reading.temperature
-    )
+    warm = "generation_params.temperature"
     return checked(Rollout(
         id=id_of(group, reading.id_key, " ".join(map(str, prompt)), where),
         reward=reward_of(row["scores"], "scores", where), step=step, where=where, prompt_ids=prompt, response_ids=ids,
         loss_mask=mask, logprobs=log_probs(probs, len(ids), mask, LOGPROBS, where),
-        temperature=None if warm is None else finite(warm, "generation_params.temperature", where),
+        temperature=reading.warmth(nested(group, warm), warm, where),
     ))  # fmt: skip

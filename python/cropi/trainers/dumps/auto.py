@@ -334,7 +334,7 @@ def _kind(path: str | Path, source: str, columns: Any) -> str:
         return RECORDS
     if source != AUTO:
         return source
-    return recognise(path, renamed=bool(columns)).source
+    return recognise(path, renamed=bool(columns))
 
 
 def unused_columns(kind: str, columns: Mapping[str, str]) -> str:

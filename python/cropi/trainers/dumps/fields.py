@@ -23,6 +23,7 @@ MEDIA = (
     "multimodal_train_inputs", "mm_train_inputs", "pixel_values", "image_grid_thw",
 )  # fmt: skip
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class BadSample(RecordError):
@@ -85,6 +86,11 @@ class Left:
                 yield read(sample)
             except BadSample as error:
                 self.note(error)
+
+    def flat(self, samples: Iterable[T], read: Callable[[T], Iterable[U]]) -> Iterator[U]:
+        """What ``read`` finds in every sample, one after the other, without those that are left out."""
+        for found in self.each(samples, read):
+            yield from found
 
 
 def shown(value: Any) -> str:

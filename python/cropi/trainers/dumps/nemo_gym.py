@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import warn
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, finite, listed, names, nested, shown
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, listed, names, nested, shown
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
@@ -47,7 +47,6 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
         if row.get("mask_sample") is True:
             raise Unused(where, "mask_sample", "is set")
         items = [item for item in listed(said, SAID, where) if isinstance(item, Mapping)]
-        warm = asked.get("temperature") if reading.temperature is None else reading.temperature
         turns = [{"tokens": _turn(item)} for item in items if item.get(TOKENS) is not None]
         if turns:
             closing.extend([where] * _closing(items, where))
@@ -60,7 +59,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             id=id_of(row, reading.id_key, own, where), where=where, step=step, prompt=prompt,
             reward=reward_of(row.get("reward"), "reward", where),
             response=_text(items, where) if held is None else None,
-            temperature=None if warm is None else finite(warm, f"{ASKED}.temperature", where),
+            temperature=reading.warmth(asked.get("temperature"), f"{ASKED}.temperature", where),
             extra=of_text(asked) if held is None else {}, **(held or {}),
         ))  # fmt: skip
 

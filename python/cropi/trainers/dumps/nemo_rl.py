@@ -48,15 +48,8 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     """
     match = re.search(r"step(\d{1,18})", path.name)
     step = int(match[1]) if match else 0
-    rows = (
-        row
-        for line in rows_of_dump(path, left)
-        for rows in left.each([line], lambda x: _rows(*x, reading.id_key))
-        for row in rows
-    )
-    yield from left.each(
-        rows, lambda row: _rollout(row[0], row[1], step, reading.id_key, reading.temperature)
-    )
+    rows = left.flat(rows_of_dump(path, left), lambda line: _rows(*line, reading.id_key))
+    yield from left.each(rows, lambda row: _rollout(*row, step, reading.id_key, reading.temperature))
 
 
 def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[str, dict[str, Any]]]:

@@ -28,7 +28,6 @@ from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
-    finite,
     listed,
     log_probs,
     names,
@@ -62,7 +61,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             for k, one in enumerate(listed(made.choices, "choices", where))
         ]
 
-    rows = (one for many in left.each(rows_of_dump(path, left), choices) for one in many)
+    rows = left.flat(rows_of_dump(path, left), choices)
     yield from left.each(rows, lambda one: _rollout(one, step, reading, vocabulary, lost))
     if lost[0]:
         warn(
@@ -158,9 +157,7 @@ def _rollout(
         lost[1] += held
     if not ids and not text:
         raise Unused(where, "message", "is empty")
-    warm = reading.temperature
-    if warm is None:
-        warm = row.request.get("temperature", row.row.get("temperature"))
+    warm = row.request.get("temperature", row.row.get("temperature"))
     tools = row.request.get("tools", row.row.get("tools"))
     extra: dict[str, Any] = {} if ids else {"lossy": True}
     if isinstance(message, Mapping) and isinstance(row.prompt, str):
@@ -175,7 +172,7 @@ def _rollout(
     return checked(Rollout(
         id=id_of(row.row, reading.id_key, prompt, where), reward=reward, step=step, where=where,
         prompt_ids=prompt_ids, response_ids=ids, logprobs=probs, prompt=row.prompt, response=text or None,
-        answer=row.row.get("answer"), temperature=None if warm is None else finite(warm, "temperature", where),
+        answer=row.row.get("answer"), temperature=reading.warmth(warm, "temperature", where),
         truncated=was_cut(choice.get("finish_reason")), extra=extra,
     ))  # fmt: skip
 

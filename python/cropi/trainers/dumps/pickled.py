@@ -147,6 +147,8 @@ def contents(value: Any) -> Any:
 
     An enumeration's member is the value that it was made from.
     """
+    if hasattr(value, "__dataclass_fields__"):
+        return vars(value)
     if not isinstance(value, StandIn):
         return value
     if isinstance(value.state, Mapping):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cropi.trainers.dumps.fields import finite
 from cropi.trainers.dumps.pickled import LARGEST
 
 if TYPE_CHECKING:
@@ -40,6 +41,16 @@ class Reading:
     prompts: DatasetPrompts | None = None
     tokenizer: Callable[[], Any] | None = None
     scorer: Any = None
+
+    def warmth(self, held: Any, field: str, where: str) -> float | None:
+        """The temperature, or where none is given ``held``, what the file says, if it does.
+
+        Raises:
+            BadSample: ``held`` is no finite number.
+        """
+        if self.temperature is not None or held is None:
+            return self.temperature
+        return finite(held, field, where)
 
 
 PLAIN = Reading()

@@ -7,7 +7,6 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,20 +78,9 @@ LACKING: list[tuple[tuple[str, ...], str]] = [
 _ROLL = "`cropi rollout` samples and scores responses to them; then give its file"
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a file was taken for: one of :data:`SOURCES`."""
-
-    source: str
-
-    @property
-    def words(self) -> str:
-        """The same in words."""
-        return WORDS[self.source]
-
-
-def recognise(path: str | Path, *, renamed: bool = False) -> Found:
-    """What wrote a file; ``renamed``: its columns have names of their own, so that they are not judged.
+def recognise(path: str | Path, *, renamed: bool = False) -> str:
+    """What wrote a file, one of :data:`SOURCES`; ``renamed``: its columns have names of their own, so that they are not
+    judged.
 
     Raises:
         CropiError: it holds prompts alone, is a dump that cannot be read, or a file of an unknown kind; the message
@@ -100,7 +88,7 @@ def recognise(path: str | Path, *, renamed: bool = False) -> Found:
     """
     path = Path(path)
     if is_saved(path) or not os.path.isfile(path):
-        return Found(RECORDS)  # whose reader says what is wrong
+        return RECORDS  # whose reader says what is wrong
     with open_to_read(path) as file:
         head = file.read(16)
         if head.startswith(b"PK\x03\x04"):
@@ -118,11 +106,11 @@ def recognise(path: str | Path, *, renamed: bool = False) -> Found:
     except RecordError:
         if _begins_episode(path):
             raise _lacking(path, LACKING[0][1]) from None
-        return Found(RECORDS)  # the error comes again, when the record is read
+        return RECORDS  # the error comes again, when the record is read
     return source_of_row(row, where, renamed=renamed)
 
 
-def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) -> Found:
+def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) -> str:
     """What wrote a row.
 
     Raises:
@@ -131,13 +119,13 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
     held = {key for key, value in row.items() if value is not None}
     for source, keys in KEYS:
         if row.keys() >= set(keys) and set(keys) - held <= SCORES:
-            return Found(source)
+            return source
     if "group_index" in held and _says_who_spoke(row.get("messages")):
-        return Found("art")
+        return "art"
     if "choices" in held or _answer(row.get("response")):
-        return Found("openai")
+        return "openai"
     if renamed:
-        return Found(RECORDS)
+        return RECORDS
     for keys, words in LACKING:
         if row.keys() >= set(keys) and not held & ANSWERED:  # a record may keep such columns as its own
             raise _lacking(where, words)
@@ -157,7 +145,7 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
             f"several scored responses of your policy to each; {_ROLL}{nested(row)}"
         )
     form_of(row, where, rewards=None)  # says what is missing; the reader, whether there must be rewards
-    return Found(RECORDS)
+    return RECORDS
 
 
 def _begins_episode(path: Path) -> bool:
@@ -182,17 +170,17 @@ def _answer(value: Any) -> bool:
     return "choices" in value or "status_code" in value or (isinstance(body, Mapping) and "choices" in body)
 
 
-def _of_strings(path: Path, strings: set[str]) -> Found:
+def _of_strings(path: Path, strings: set[str]) -> str:
     """By the keys and classes that a pickle names."""
     if {"rollout_id", "samples"} <= strings:
-        return Found("slime")
+        return "slime"
     if {"tensordict", "global_steps"} <= strings or any(
         name.startswith(("verl", "tensordict."))
         for name in strings  # its last key may be far behind
     ):
-        return Found("verl")
+        return "verl"
     if any(name.startswith("vllm") for name in strings) or {"prompt_token_ids", "outputs"} <= strings:
-        return Found("vllm")
+        return "vllm"
     if {"rollout_id", "rollout_data", "rank"} <= strings:
         raise CropiError(
             f"{path} is what one rank of slime trained on, which holds no prompt ids, and rewards that are normalised "

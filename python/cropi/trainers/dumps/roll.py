@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import Left, Unused, check_keys, finite, from_json, nested, whole
+from cropi.trainers.dumps.fields import Left, Unused, check_keys, from_json, nested, whole
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_columns, rows_of_dump, text_of
@@ -41,21 +41,16 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             (row[key] for key in ("domain", "tag") if isinstance(row.get(key), str) and row[key]), None
         )
         at = row.get("global_step")
-        warm = reading.temperature
-        if warm is None and row.get("sampling_params"):
-            settings = row["sampling_params"]
-            if isinstance(settings, str):
-                settings = from_json(settings, "sampling_params", where)
-            warm = nested(settings, WARM)
+        settings = row.get("sampling_params")
+        if reading.temperature is None and settings and isinstance(settings, str):
+            settings = from_json(settings, "sampling_params", where)
         return checked(Rollout(
             id=id_of(row, reading.id_key or ("id" if row.get("id") is not None else None), prompt, where), where=where,
             step=step if at is None else whole(at, "global_step", where), prompt=prompt,
             response=text_of(row["responses"], "responses", where), reward=reward_of(row["scores"], "scores", where),
             answer=row.get("ground_truth"),
-            temperature=None if warm is None else finite(warm, f"sampling_params.{WARM}", where),
+            temperature=reading.warmth(nested(settings, WARM), f"sampling_params.{WARM}", where),
             extra={"lossy": True, **({"task": task} if task else {})},
         ))  # fmt: skip
 
-    for line in rows_of_dump(path, left):
-        for rows in left.each([line], rows_of_columns):
-            yield from left.each(rows, read)
+    yield from left.each(left.flat(rows_of_dump(path, left), rows_of_columns), read)

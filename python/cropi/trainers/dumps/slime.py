@@ -75,7 +75,7 @@ def rollouts_of(
     Raises:
         BadSample: a sample without reward or id, or with a field of another form.
     """
-    numbers = (_of_rollout(_fields(held)) for held, _ in _flat(samples(), where))
+    numbers = (_of_rollout(contents(held)) for held, _ in _flat(samples(), where))
     counts = Counter(number for number in numbers if number is not None)
     several = {number for number, count in counts.items() if count > 1}
     yield from left.each(_flat(samples(), where), lambda pair: _rollout(*pair, step, reading, several))
@@ -85,10 +85,6 @@ def _of_rollout(sample: Any) -> tuple[str, int | str] | None:
     """The rollout that a sample is a part of, as (field, number), where slime's user has set one."""
     held = [(key, sample.get(key)) for key in ROLLOUT] if isinstance(sample, Mapping) else []
     return next(((key, value) for key, value in held if isinstance(value, (int, str))), None)
-
-
-def _fields(held: Any) -> Any:
-    return contents(held) if not hasattr(held, "__dataclass_fields__") else vars(held)
 
 
 def _flat(samples: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
@@ -103,7 +99,7 @@ def _flat(samples: Iterable[Any], where: str) -> Iterator[tuple[Any, str]]:
 def _rollout(
     held: Any, where: str, step: int, reading: Reading, several: set[tuple[str, int | str]]
 ) -> Rollout:
-    sample = _fields(held)
+    sample = contents(held)
     if not isinstance(sample, Mapping):
         raise BadSample(where, "sample", f"should be a table of fields, got {shown(held)}")
     status = _used(sample, where)

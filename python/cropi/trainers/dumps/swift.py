@@ -31,8 +31,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
         for number, pair in enumerate(rows_of_dump(path, left)):
             step = _step(pair[1])
             if step is None or last.get(step) == number:
-                for many in left.each([pair], rows_of_columns if step else _single):
-                    yield from left.each(many, _row)
+                yield from left.each(left.flat([pair], rows_of_columns) if step else [pair], _row)
 
     yield from rollouts_of(path, reading, left, rows)
 
@@ -40,10 +39,6 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
 def _step(row: dict[str, Any]) -> str | None:
     """The step of a line of columns; None of a row a completion."""
     return next((str(row[key][:1]) for key in STEPS if isinstance(row.get(key), list)), None)
-
-
-def _single(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return [pair]
 
 
 def _row(pair: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:

@@ -61,9 +61,8 @@ def rollouts_of_proto(
     """
     left = Left() if left is None else left
     batch, other, meta = parts_of_proto(proto, where)
-    id_key, temperature = reading.id_key or ID_KEY, reading.temperature
-    if temperature is None and meta.get("temperature") is not None:
-        temperature = finite(meta["temperature"], "meta_info.temperature", where)
+    id_key = reading.id_key or ID_KEY
+    temperature = reading.warmth(meta.get("temperature"), "meta_info.temperature", where)
     check_keys(batch, ("prompts", "responses", "attention_mask"), where, WHAT)
     prompts, responses, attention = (
         _matrix(batch[name], name, where) for name in ("prompts", "responses", "attention_mask")

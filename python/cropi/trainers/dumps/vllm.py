@@ -22,9 +22,9 @@ from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
+    check_keys,
     listed,
     log_probs,
-    names,
     only_tokens,
     shown,
     token_ids,
@@ -48,8 +48,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     request, or a hash of the prompt's tokens.
     """
     step = step_of(path)
-    requests = _requests(path, left, reading)
-    outputs = (one for request in requests for one in _outputs(request, left))
+    outputs = left.flat(_requests(path, left, reading), _outputs)
     yield from left.each(outputs, lambda one: _rollout(*one, step, reading))
 
 
@@ -66,18 +65,16 @@ def _requests(path: Path, left: Left, reading: Reading) -> Iterator[tuple[str, A
         yield f"{path}, request {number}", one
 
 
-def _outputs(request: tuple[str, Any], left: Left) -> list[tuple[str, dict[str, Any], Any, int]]:
+def _outputs(request: tuple[str, Any]) -> list[tuple[str, dict[str, Any], Any, int]]:
     """``(where, request, output, its number)`` of every output of a request."""
     where, held = request
-    made = []
-    for row in left.each([held], lambda value: _table(value, where, "request")):
-        for outputs in left.each([row], lambda value: listed(value.get("outputs"), "outputs", where)):
-            made += [(f"{where}, output {k}", row, output, k) for k, output in enumerate(outputs)]
-    return made
+    row = _table(held, where, "request")
+    outputs = listed(row.get("outputs"), "outputs", where)
+    return [(f"{where}, output {k}", row, output, k) for k, output in enumerate(outputs)]
 
 
 def _table(value: Any, where: str, field: str) -> dict[str, Any]:
-    value = contents(value) if not hasattr(value, "__dataclass_fields__") else vars(value)
+    value = contents(value)
     value = vars(value) if not isinstance(value, Mapping) and hasattr(value, "__dict__") else value
     if not isinstance(value, Mapping):
         raise BadSample(where, field, f"should be a table of fields, got {shown(value)}")
@@ -97,9 +94,8 @@ def _rollout(
     output = _table(held, where, "output")
     if output.get("finish_reason") == "abort":
         raise Unused(where, "finish_reason", "is 'abort'")
-    for key, there in (("prompt_token_ids", request), ("token_ids", output)):
-        if key not in there:
-            raise BadSample(where, key, f"is missing, so this is not {WHAT} (it has {names(there)})")
+    check_keys(request, ("prompt_token_ids",), where, WHAT)
+    check_keys(output, ("token_ids",), where, WHAT)
     prompt = token_ids(request["prompt_token_ids"], "prompt_token_ids", where)
     ids = token_ids(output["token_ids"], "token_ids", where)
     if not ids:
