@@ -92,6 +92,16 @@ def check_home(path: str | Path) -> None:
         )
 
 
+def check_name(path: str | Path) -> None:
+    """What may be wrong with the name of a path that was to be there, and is not.
+
+    Raises:
+        CropiError: as :func:`check_characters` and :func:`check_home`.
+    """
+    check_characters(path)
+    check_home(path)
+
+
 def in_words(error: Exception) -> Exception:
     """An error of the system that has nothing to do with the file that it names, with a remedy; others as they are."""
     if isinstance(error, UnicodeEncodeError) and error.encoding == PATHS != "utf-8":

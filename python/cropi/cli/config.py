@@ -14,7 +14,7 @@ from typing import Any
 
 from cropi.cli.parser import Parser
 from cropi.errors import CropiError, did_you_mean, optional, printable, shown
-from cropi.files import check_home, meant, reading
+from cropi.files import check_name, meant, reading
 
 # Options that make no sense inside a config file.
 UNUSABLE = ("config", "help", "dry_run", "json", "quiet", "verbose", "debug")
@@ -163,7 +163,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     if not os.path.isfile(path):
-        check_home(path)
+        check_name(path)
         raise CropiError(f"there is no config file {path}; {meant(path)}give the path of one")
     try:
         with reading(path, missing=True):

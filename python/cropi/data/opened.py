@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 from cropi.data.formats import packing_of
 from cropi.errors import CropiError, optional, shortened
-from cropi.files import check_characters, check_home, meant, open_to_read
+from cropi.files import check_name, meant, open_to_read
 
 # Records of 64 responses of 32,000 tokens with log-probs have 60 MB. A line is held in memory, and its objects
 # (cropi.bulk).
@@ -39,8 +39,7 @@ def check_file(path: Path) -> None:
             "datasets' save_to_disk wrote"
         )
     if not os.path.exists(path):  # False also for a name that no file system takes
-        check_characters(path)
-        check_home(path)
+        check_name(path)
         if os.path.exists(f"{path}.part"):
             raise CropiError(
                 f"{path}: there is only {path.name}.part, which is not finished; run the command that writes it again"

@@ -19,7 +19,7 @@ import numpy as np
 from cropi.atomic import replacing
 from cropi.data import coded
 from cropi.errors import CropiError, optional, printable, shown
-from cropi.files import check_home, is_file, meant, reading
+from cropi.files import check_name, is_file, meant, reading
 from cropi.form import check_form, is_writable
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -124,7 +124,7 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
     if is_file(file / SCORES):
         raise CropiError(f"{file} is a folder; its score table is {file / SCORES}: give that")
     if not os.path.isfile(file):
-        check_home(file)
+        check_name(file)
         raise CropiError(
             f"{file}: there is no such score table; {meant(file)}make one with `cropi influence --out {file}`"
         )

@@ -26,7 +26,7 @@ from typing import Any
 
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import CropiError, RecordError, article, did_you_mean, shown
-from cropi.files import check_home
+from cropi.files import check_name
 from cropi.rollouts.prompts import Prompt
 from cropi.rollouts.scorer_files import files_of
 from cropi.rollouts.verifiers import VERIFIERS
@@ -255,7 +255,7 @@ def _function(name: str) -> Callable[..., Any]:
 def _file(path: str) -> Any:
     """The module in a file, run as a script's neighbours would import it: its own folder comes first."""
     if not os.path.isfile(path):  # also for links in a circle and for names that no system takes
-        check_home(path)
+        check_name(path)
         raise CropiError(f"reward: there is no file {path}")
     file = Path(os.path.realpath(path))
     spec = importlib.util.spec_from_file_location(f"cropi_reward_{file.stem}", file)

@@ -10,7 +10,7 @@ from typing import Any
 
 from cropi.checked import fits
 from cropi.errors import CropiError
-from cropi.files import check_characters, check_home, entries, is_file
+from cropi.files import check_name, entries, is_file
 from cropi.form import wrong_form
 from cropi.sealed import digest, read_sealed, sealed
 
@@ -47,8 +47,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if os.path.isfile(path):
         raise CropiError(f"{path} is a file; give the folder that `cropi sketch --out` wrote")
     if not os.path.isfile(file):
-        check_characters(path)
-        check_home(path)
+        check_name(path)
         if inside := [str(made) for made in entries(path / "sketches") if is_file(made / MANIFEST)]:
             raise CropiError(
                 f"{path} is the folder of a run, and not a sketch store; give one that it holds: {', '.join(inside)}"
