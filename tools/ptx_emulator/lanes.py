@@ -73,6 +73,7 @@ class Lanes:
     ) -> None:
         assert threads % 32 == 0
         self.program, self.memory, self.threads = program, memory, threads
+        self.views: dict[tuple[Operand, str], Array] = {}
         self.parameters = np.frombuffer(
             b"".join(parameters[n].ljust(8, b"\0") for n in program.parameters), np.uint8
         )
@@ -176,6 +177,10 @@ class Lanes:
             self.at[self.mask] = len(self.program.instructions)
         return False
 
+    def taking_part(self) -> Array | slice:
+        """The lanes that the mask covers, to index with: all of them are not picked one by one."""
+        return slice(None) if self.count == len(self.at) else np.flatnonzero(self.mask)
+
     def whole_warps(self) -> Array:
         """[warps, 32] lanes of the warps that take part."""
         per_warp = self.mask.reshape(-1, 32)
@@ -186,6 +191,10 @@ class Lanes:
     # ------------------------------------------------------------------------------------------------ operands
     def value(self, operand: Operand, kind: str) -> Array:
         """An operand as numbers: a register's array, or one number that all lanes share."""
+        # Of one width, these numbers are the register itself, which stays where it is: looked up once.
+        view = self.views.get((operand, kind))
+        if view is not None:
+            return view
         if isinstance(operand, int):
             return _literal(operand, kind)
         want = DTYPES[kind]
@@ -197,9 +206,11 @@ class Lanes:
         bits = self.registers[name]
         if bits.dtype.kind == "b":
             return bits
+        if bits.dtype.itemsize == want.itemsize:
+            return self.views.setdefault((operand, kind), bits.view(want))
         if bits.dtype.itemsize > want.itemsize:
-            bits = bits.astype(UNSIGNED[want.itemsize])
-        return bits.view(want) if bits.dtype.itemsize == want.itemsize else bits.astype(want)
+            return bits.astype(UNSIGNED[want.itemsize]).view(want)
+        return bits.astype(want)
 
     def _joined(self, parts: tuple[str | int, ...], want: np.dtype[Any]) -> Array:
         """``{low, ..., high}`` as one word."""
@@ -219,12 +230,13 @@ class Lanes:
         if operand == "_":
             return
         register = self.registers[str(operand)]
-        everyone = self.count == len(self.at)
-        np.copyto(
-            register, _extended(values, register.dtype), "unsafe", where=True if everyone else self.mask
-        )
+        values = _extended(values, register.dtype)
+        if self.count == len(self.at):
+            register[...] = values
+        else:
+            np.copyto(register, values, "unsafe", where=self.mask)
 
-    def assign_some(self, operand: Operand, lanes: Array, values: Array) -> None:
+    def assign_some(self, operand: Operand, lanes: Array | slice, values: Array) -> None:
         """To a register of some of the lanes that the mask covers."""
         if operand != "_":
             register = self.registers[str(operand)]

@@ -49,26 +49,23 @@ class Machine(Arithmetic):
         targets, place = i.operands
         kind, size = i.modifiers[-1].replace("b", "u"), _size(i)
         whole = size * len(_several(targets))
-        lanes = np.flatnonzero(self.mask)
+        lanes = self.taking_part()
         if "param" in i.modifiers:
             address = self.address(place, "u64")[lanes].astype(np.int64)
             got = self.parameters[address[:, None] + np.arange(whole)]
         elif "shared" in i.modifiers:
             address = self.address(place, "u32")[lanes]
-            got = self.shared.load(
-                self.block[lanes], self.warp[lanes], address, size * len(_several(targets))
-            )
+            got = self.shared.load(self.block[lanes], self.warp[lanes], address, whole)
         else:
             got = self.memory.load(self.address(place, "u64")[lanes], whole)
-        for n, target in enumerate(_several(targets)):
-            part = np.ascontiguousarray(got[:, n * size : (n + 1) * size])
-            self.assign_some(target, lanes, part.view(KINDS[kind])[:, 0])
+        for target, part in zip(_several(targets), got.view(KINDS[kind]).T, strict=True):
+            self.assign_some(target, lanes, part)
 
     def _st(self, i: Instruction) -> None:
         place, sources = i.operands
-        lanes = np.flatnonzero(self.mask)
+        lanes = self.taking_part()
         parts = [self.lanes_of(s, f"u{_size(i) * 8}")[lanes] for s in _several(sources)]
-        values = np.concatenate([np.ascontiguousarray(p)[:, None].view(np.uint8) for p in parts], 1)
+        values = np.stack(parts, 1).view(np.uint8)
         if "shared" in i.modifiers:
             self.shared.store(self.block[lanes], self.warp[lanes], self.address(place, "u32")[lanes], values)
         else:
@@ -257,17 +254,12 @@ class Machine(Arithmetic):
         """Numbers [n, 16 k] of the operand in shared memory that a group of four warps multiplies."""
         where = set(self.lanes_of(descriptor, "u64")[warps[:, 0]])
         assert len(where) == 1, "the warps of a group differ about the operand"
-        at = cores.descriptor_addresses(int(where.pop()), n, transposed)
-        # Eight neighbours are 16 bytes: along k, or along the other index where that is contiguous.
-        lines = at.T if transposed else at
-        numbers = cores.numbers_of(self._operand_of_cores(lines.reshape(-1, 8), warps[0, 0]), kind)
-        numbers = numbers.reshape(lines.shape)
-        return numbers.T if transposed else numbers
+        first = cores.descriptor_lines(int(where.pop()), n, transposed)
+        numbers = cores.numbers_of(self._operand_of_cores(first, warps[0, 0]), kind)
+        return numbers.reshape(16, n).T if transposed else numbers.reshape(n, 16)
 
-    def _operand_of_cores(self, address: Array, lane: int) -> Array:
-        """16-bit words of shared memory, in use from now on; ``address`` [n, 8] of neighbours."""
-        assert (address == address[:, :1] + 2 * np.arange(8)).all()
-        first = address[:, 0]
+    def _operand_of_cores(self, first: Array, lane: int) -> Array:
+        """16-bit words of shared memory, in use from now on: eight neighbours from each ``first`` on."""
         block = np.full(first.shape, self.block[lane])
         raw = self.shared.load(block, np.full(first.shape, TENSOR_CORES), first, 16)
         places = self.shared.places(block, first, 16, "an operand").ravel()  # every place once

@@ -6,6 +6,8 @@ within a bound, never to the bit.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ptx_emulator.numbers import Array, from_bfloat16, from_float16, halves
@@ -74,3 +76,13 @@ def descriptor_addresses(descriptor: int, n: int, transposed: bool) -> Array:
         assert width >= 32
         address = start + i // 8 * stride + i % 8 * width + k * 2
     return address ^ (address >> 7 & (1 << swizzle) - 1) << 4
+
+
+@functools.lru_cache(maxsize=1000)
+def descriptor_lines(descriptor: int, n: int, transposed: bool) -> Array:
+    """Where every eight neighbours of `descriptor_addresses`, 16 bytes, begin: along k, or along the other index where
+    that is contiguous."""
+    address = descriptor_addresses(descriptor, n, transposed)
+    lines = (address.T if transposed else address).reshape(-1, 8)
+    assert (lines == lines[:, :1] + 2 * np.arange(8)).all()
+    return lines[:, 0].copy()
