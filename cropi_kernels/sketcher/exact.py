@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -76,6 +76,15 @@ class Exact:
             self.matrix.add_rows(wide, ids, offsets, out)
         elif self.plan is not None:
             sketch_vector(wide.reshape(1, -1).contiguous(), self.plan, out)
+
+
+class _Output(NamedTuple):
+    """An output of a call: its place among the leaves, and its view (`Segments.token_views`), which is empty where it
+    does not hold every token once."""
+
+    place: int
+    y: torch.Tensor
+    view: tuple[int, ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -223,15 +232,14 @@ class ExactTaps:
     def _capture(self, call: _Call, args: Any, kwargs: Any, y: Any) -> Any:
         """``y`` with a capture in its graph; ``y`` itself, if it does not hold the batch's tokens."""
         leaves, tree = pytree.tree_flatten(y)
-        where = [
-            i
+        outputs = [
+            _Output(i, t, self._view(call.module, i, t))
             for i, t in enumerate(leaves)
             if isinstance(t, torch.Tensor) and t.requires_grad and t.is_floating_point()
         ]
-        ys = [leaves[i] for i in where]
-        views = [self._view(call.module, i, t) for i, t in zip(where, ys, strict=True)]
-        if not any(views):
+        if not any(output.view for output in outputs):
             return y
+        ys = [output.y for output in outputs]
         edges = {exact: edge for exact, edge in call.edges.items() if exact not in call.taken}
         if any(exact.chain[0] is not call.module for exact in edges):
             behind, every = nodes_behind(ys), edges
@@ -245,12 +253,12 @@ class ExactTaps:
         if (sink := self._lookup(ys, edges)) is None:
             again = self._replay(call.module, args, kwargs)
             replay, saved = again if again is not None else (None, [])
-            sink = self._products(call.module, where, ys, views, edges, replay)
-        for i, t in zip(where, _Captures.apply(sink, len(ys), *ys, *saved), strict=True):
-            leaves[i] = t
+            sink = self._products(call.module, outputs, edges, replay)
+        for output, t in zip(outputs, _Captures.apply(sink, len(ys), *ys, *saved), strict=True):
+            leaves[output.place] = t
         return pytree.tree_unflatten(leaves, tree)
 
-    def _view(self, module: nn.Module, output: int, y: torch.Tensor) -> tuple[int, ...] | None:
+    def _view(self, module: nn.Module, output: int, y: torch.Tensor) -> tuple[int, ...]:
         segments = self._batch
         assert segments is not None
         if isinstance(module, nn.Conv1d):
@@ -262,7 +270,7 @@ class ExactTaps:
             self._layouts[module, output] = NO_LAYOUT
         elif len(views) == 1:
             self._layouts.setdefault((module, output), *views)
-        return views.get(self._layouts.get((module, output), NO_LAYOUT))
+        return views.get(self._layouts.get((module, output), NO_LAYOUT), ())
 
     def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Replay, list[torch.Tensor]] | None:
         """How to repeat the call on the rows of one segment; None unless there are several, of whole rows."""
@@ -276,16 +284,14 @@ class ExactTaps:
     def _products(
         self,
         module: nn.Module,
-        where: Sequence[int],
-        ys: Sequence[torch.Tensor],
-        views: Sequence[tuple[int, ...] | None],
+        outputs: Sequence[_Output],
         edges: dict[Exact, GradientEdge],
         replay: Replay | None,
     ) -> Callable[..., None]:
-        """What forms and adds the gradients of one call's parameters, when those of its outputs ``ys`` arrive."""
+        """What forms and adds the gradients of one call's parameters, when those of its ``outputs`` arrive."""
         segments, acc = self._batch, self.acc
         assert segments is not None
-        names, cast = ", ".join(exact.name for exact in edges), autocast_eps(ys[0].device)
+        names, cast = ", ".join(exact.name for exact in edges), autocast_eps(outputs[0].y.device)
 
         def heard(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
             if acc.hears(segments, names):
@@ -293,24 +299,21 @@ class ExactTaps:
 
         @torch.no_grad()  # a backward pass with create_graph records its operations
         def sink(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
-            outputs, given, used = [], [], []
-            for i, y, g, view in zip(where, ys, grads, views, strict=True):
-                if g is not None and view is None:
+            given = [(output, g) for output, g in zip(outputs, grads, strict=True) if g is not None]
+            for output, g in given:
+                if not output.view:
                     self._refuse(edges, module, g.shape, segments)
                     return
-                if g is not None and view is not None:
-                    outputs.append(y)
-                    given.append((g, view))
-                    used.append(i)
             if not given:
                 return
-            unit = max(cast, *(product_eps(g) for g, _ in given)) / 2
+            unit = max(cast, *(product_eps(g) for _, g in given)) / 2
+            ys = [output.y for output, _ in given]
 
             def form(s: int, parameters: Sequence[Exact]) -> Sequence[torch.Tensor | None]:
-                mine = [segments.only(s, g, view) for g, view in given]
+                mine = [segments.only(s, g, output.view) for output, g in given]
                 starts = [edges[exact] for exact in parameters]
                 with _checkpoint_named(names, module):
-                    return torch.autograd.grad(outputs, starts, mine, retain_graph=True, allow_unused=True)
+                    return torch.autograd.grad(ys, starts, mine, retain_graph=True, allow_unused=True)
 
             every, seen, repeated = list(edges), set[Exact](), list[int]()
             with acc.timed(), acc.deaf():
@@ -321,7 +324,7 @@ class ExactTaps:
                     if replay is not None and saved is not None:
                         rows = begin // segments.length, end // segments.length
                         with acc.absent():
-                            gradients = _again(replay, saved, every, used, outputs, given, *rows)
+                            gradients = _again(replay, saved, every, given, *rows)
                     if gradients is None:
                         gradients = form(s, every)
                     else:
@@ -407,13 +410,12 @@ def _again(
     replay: Replay,
     saved: Sequence[torch.Tensor],
     parameters: Sequence[Exact],
-    used: Sequence[int],
-    outputs: Sequence[torch.Tensor],
-    given: Sequence[tuple[torch.Tensor, tuple[int, ...]]],
+    given: Sequence[tuple[_Output, torch.Tensor]],
     begin: int,
     end: int,
 ) -> Sequence[torch.Tensor | None] | None:
-    """Gradients of the rows ``begin`` to ``end``, from the module's call on those rows alone.
+    """Gradients of the rows ``begin`` to ``end``, from the module's call on those rows alone; ``given``: outputs of the
+    call of all rows, each with its gradient.
 
     None where that gives other results than the call of all rows did (rows are not where they seem), or draws random
     numbers: dropout has another mask then, although results may be equal but for rounding. The gradient of a parameter
@@ -423,7 +425,7 @@ def _again(
     call.open(parameters)
     aliases = [exact.chain[0]._parameters[exact.key] for exact in parameters]
     try:
-        with torch.enable_grad(), random_numbers(outputs[0].device) as drawn:
+        with torch.enable_grad(), random_numbers(given[0][0].y.device) as drawn:
             leaves = replay.run(saved, begin, end)
     except Exception:  # what the module does with fewer rows is its own affair
         return None
@@ -432,10 +434,10 @@ def _again(
     if drawn:
         return None
     ys, gradients = [], []
-    for i, whole, (g, view) in zip(used, outputs, given, strict=True):
-        axis = view_axis(view, replay.segments)
-        y = leaves[i] if i < len(leaves) else None
-        if not isinstance(y, torch.Tensor) or not same(y, rows_of(whole, axis, begin, end)):
+    for output, g in given:
+        axis = view_axis(output.view, replay.segments)
+        y = leaves[output.place] if output.place < len(leaves) else None
+        if not isinstance(y, torch.Tensor) or not same(y, rows_of(output.y, axis, begin, end)):
             return None
         if y.requires_grad:
             ys.append(y)
@@ -445,12 +447,12 @@ def _again(
     return torch.autograd.grad(ys, aliases, gradients, allow_unused=True)  # type: ignore[arg-type]
 
 
-def nodes_behind(ys: Sequence[torch.Tensor]) -> set[Any]:
-    """The nodes of the graph behind ``ys``."""
-    nodes, seen = [y.grad_fn for y in ys], set()
+def nodes_behind(ys: Sequence[torch.Tensor], cut: Collection[Any] = ()) -> dict[Any, None]:
+    """The nodes of the graph behind ``ys``, as they are met; none of ``cut``, nor what lies behind these alone."""
+    nodes, seen = [y.grad_fn for y in ys], dict[Any, None]()
     while nodes:
         node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is not None and node not in seen and node not in cut:
+            seen[node] = None
             nodes += [following for following, _ in node.next_functions]
     return seen

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from ..names import canonical_name
 from .accumulator import Accumulator
 from .beside import inside_compiled
+from .exact import nodes_behind
 from .row_segments import Runs
 
 LARGEST = 1 << 26  # numbers that a model gave; the test needs a few copies
@@ -234,16 +235,6 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 def _weights_beside(loss: torch.Tensor, ys: list[torch.Tensor], model: nn.Module) -> list[str]:
     """Names of parameters that ``loss`` reaches without passing through one of ``ys``."""
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
-    cut = {y.grad_fn for y in ys}
-    beside: dict[str, None] = {}
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen or node in cut:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            beside[names[id(variable)]] = None
-        nodes += [following for following, _ in node.next_functions]
-    return list(beside)
+    behind = nodes_behind([loss], {y.grad_fn for y in ys})
+    leaves = [id(node.variable) for node in behind if hasattr(node, "variable")]
+    return list(dict.fromkeys(names[leaf] for leaf in leaves if leaf in names))
