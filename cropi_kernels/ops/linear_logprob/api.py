@@ -114,11 +114,13 @@ def logprob_and_grad(
     Raises:
         ValueError: as `linear_logprob`, and where ``weigh`` returns another number of weights than it was asked for.
     """
-    settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
     on_gradient = (
         None if on_dlogits is None else lambda start, stop, gradient: on_dlogits(start, stop, gradient.dz)
     )
-    return _one_pass(hidden, head, targets, weigh, bias, settings, on_gradient, whole=on_dlogits is not None)
+    return logprob_and_grad_of(
+        hidden, head, targets, weigh, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+        chunk_size=chunk_size, backend=backend, on_gradient=on_gradient, whole=on_dlogits is not None,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -131,24 +133,15 @@ def logprob_and_grad_of(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    backend: str | None = None,
     on_gradient: OnGradient | None = None,
     whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`logprob_and_grad` whose callback gets the gradient of the logits as rows and, unless ``whole``, factors."""
-    settings = _checked(hidden, head, targets, bias, temperature, softcap, -100, None, None)
-    return _one_pass(hidden, head, targets, weigh, bias, settings, on_gradient, whole)
+    settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
 
-
-def _one_pass(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    weigh: Weigh,
-    bias: torch.Tensor | None,
-    settings: Settings,
-    on_gradient: OnGradient | None,
-    whole: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     def checked(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         weights = weigh(logp, start, stop)
         if not isinstance(weights, torch.Tensor) or tuple(weights.shape) != (stop - start,):

@@ -14,7 +14,7 @@ import torch
 from ... import _native, memory
 from ..._library import no_autocast
 from . import chunks, ops
-from .contract import Kernels, OnGradient, RowMath, Settings, Stats, Weigh
+from .contract import Kernels, OnGradient, Settings, Weigh
 from .slices import Reduce
 
 
@@ -40,15 +40,7 @@ class _Around:
     """The row work of a backend; its products are another's."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
-
-    def forward(self, z: torch.Tensor, target: torch.Tensor, math: RowMath, stats: Stats) -> None:
-        self.kernels.forward(z, target, math, stats)
-
-    def backward(
-        self, z: torch.Tensor, target: torch.Tensor, grad: torch.Tensor, math: RowMath, stats: Stats
-    ) -> torch.Tensor:
-        return self.kernels.backward(z, target, grad, math, stats)
+        self.kernels, self.forward, self.backward = kernels, kernels.forward, kernels.backward
 
 
 class Adapted(_Around):
