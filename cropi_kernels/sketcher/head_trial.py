@@ -166,8 +166,8 @@ def _wide_logits(
         ``h W^T + b`` and what adapters add [n, V]; a bound of the norm of a row of W with what adapters add to it; and
         the float64 copies of the adapters' parameters, by parameter.
     """
-    (weight, bias, _), spread = split.head_here(), split.head_ranks()
-    mine = h.double() if spread is None or spread[1].axis == 0 else spread[1].cut(h, 1).double()
+    (weight, bias, _), over = split.head_here(), split.head_ranks()
+    mine = h.double() if over is None or over.share.axis == 0 else over.share.cut(h, 1).double()
     z = torch.empty(h.shape[0], weight.shape[0], dtype=torch.float64, device=h.device)
     squares = torch.zeros(weight.shape[0], dtype=torch.float64, device=h.device)
     low_rank: dict[torch.Tensor, torch.Tensor] = {}
@@ -176,13 +176,13 @@ def _wide_logits(
             rows = weight[begin : begin + PANEL].double()
             z[:, begin : begin + PANEL] = mine @ rows.T
             squares[begin : begin + PANEL] = rows.square().sum(1)
-        if spread is not None and spread[1].axis == 1:
-            z, squares = spread[0].sum(z), spread[0].sum(squares)
+        if over is not None and over.share.axis == 1:
+            z, squares = over.group.sum(z), over.group.sum(squares)
         if bias is not None:
             z += bias.double()
         widest = squares.max().sqrt()
-        if spread is not None and spread[1].axis == 0:
-            z, widest = spread[0].gathered(z, split.head.weight.shape[0]), spread[0].max(widest)
+        if over is not None and over.share.axis == 0:
+            z, widest = over.group.gathered(z, split.head.weight.shape[0]), over.group.max(widest)
     z.requires_grad_(True)
     for one in split.adapters:
         low_rank |= {p: p.detach().double().requires_grad_(True) for p in one.parameters()}
@@ -196,7 +196,7 @@ def _wide_logits(
 
 
 def _times_head(dz: torch.Tensor, split: SplitModel) -> torch.Tensor:
-    (weight, _, first), spread = split.head_here(), split.head_ranks()
+    (weight, _, first), over = split.head_here(), split.head_ranks()
     out = torch.zeros(dz.shape[0], weight.shape[1], dtype=torch.float64, device=dz.device)
     with torch.no_grad():
         for begin in range(0, weight.shape[0], PANEL):
@@ -204,9 +204,9 @@ def _times_head(dz: torch.Tensor, split: SplitModel) -> torch.Tensor:
             out += dz[:, first + begin : first + begin + len(rows)] @ rows.double()
         for one in split.adapters:
             out += one.scale * (dz @ one.b.weight.double() @ one.a.weight.double())
-        if spread is None:
+        if over is None:
             return out
-        return spread[0].sum(out if spread[1].axis == 0 else spread[1].placed(out, 1))
+        return over.group.sum(out if over.share.axis == 0 else over.share.placed(out, 1))
 
 
 def _hooked(

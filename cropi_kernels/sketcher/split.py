@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,13 @@ from ..ops.linear_logprob.slices import Words, sliced_logprob_and_grad
 from . import ranks, sharded, spread
 from .growing import forget_longest
 from .head_adapters import HeadAdapter
+
+
+class HeadRanks(NamedTuple):
+    """The ranks that a head's words (axis 0 of its weight) or features are spread over, and this one's share."""
+
+    group: ranks.Ranks
+    share: spread.Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,22 +79,22 @@ class SplitModel:
             bias = bias[first : first + len(weight)]
         return weight, bias, first
 
-    def head_ranks(self) -> tuple[ranks.Ranks, spread.Share] | None:
-        """The ranks that the head's words or features are spread over, and this one's; None: all are here."""
+    def head_ranks(self) -> HeadRanks | None:
+        """None: all words and features are here."""
         if (group := self._ranks) is None or (share := group.share(self.head.weight)).axis is None:
             return None
-        return group, share
+        return HeadRanks(group, share)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``h W^T + b`` of all words, with what adapters add, computed from the weights as in the fused pass."""
         with self.whole_head():
-            h, (weight, bias, _), spread = self.head_input(hidden), self.head_here(), self.head_ranks()
-            if spread is None:
+            h, (weight, bias, _), over = self.head_input(hidden), self.head_here(), self.head_ranks()
+            if over is None:
                 z = nn.functional.linear(h, weight, bias)
-            elif spread[1].axis == 0:
-                z = spread[0].gathered(nn.functional.linear(h, weight, bias), self.head.weight.shape[0])
+            elif over.share.axis == 0:
+                z = over.group.gathered(nn.functional.linear(h, weight, bias), self.head.weight.shape[0])
             else:
-                z = spread[0].sum(nn.functional.linear(spread[1].cut(h, 1), weight))
+                z = over.group.sum(nn.functional.linear(over.share.cut(h, 1), weight))
                 z = z if bias is None else z + bias
             for a, b, more, scale in (one.weights() for one in self.adapters):
                 z = z + (nn.functional.linear(h.to(a.dtype) @ a.T, b, more) * scale).to(z.dtype)
@@ -116,7 +123,7 @@ class SplitModel:
         ``on_gradient`` gets the gradient of the logits of this rank's words; ``whole``: without a factor. ``weigh``
         None, of a head in parts: log-probs alone.
         """
-        (weight, bias, first), spread = self.head_here(), self.head_ranks()
+        (weight, bias, first), over = self.head_here(), self.head_ranks()
         settings = dict(bias=bias, on_gradient=on_gradient, **self._of_products(temperature))
         if self.adapters:
             low = tuple(one.weights() for one in self.adapters)
@@ -128,10 +135,10 @@ class SplitModel:
                 weigh,
                 **settings,
             )
-        if spread is None:
+        if over is None:
             assert weigh is not None
             return logprob_and_grad_of(picked, weight, targets, weigh, whole=whole, **settings)
-        group, share = spread
+        group, share = over
         if share.axis == 0:
             words = Words(first, group.sum, group.max)
             return sliced_logprob_and_grad(picked, weight, targets, weigh, words, **settings)
