@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ def _seen(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- operators
-def _dense(
+def _given(
     starts: torch.Tensor,
     columns: torch.Tensor,
     values: torch.Tensor,
@@ -155,9 +155,14 @@ def _dense(
     offset: int,
     spec: str,
     backend: str | None,
-) -> torch.Tensor:
-    plan, x = ProjectionSpec.from_recipe(spec), CsrRows(starts, columns, values, n)
-    y = values.new_empty(len(starts) - 1, plan.dim)
+) -> tuple[CsrRows, ProjectionSpec, int, str | None]:
+    """The arguments of both operators."""
+    return CsrRows(starts, columns, values, n), ProjectionSpec.from_recipe(spec), offset, backend
+
+
+def _dense(*args: Any) -> torch.Tensor:
+    x, plan, offset, backend = _given(*args)
+    y = x.values.new_empty(len(x.starts) - 1, plan.dim)
     if _served_by_reference(x, plan, backend):
         row, bucket, value = _pairs(x, plan, offset)
         y.zero_().index_put_((row, bucket), value, accumulate=True)
@@ -166,17 +171,9 @@ def _dense(
     return y
 
 
-def _entries(
-    starts: torch.Tensor,
-    columns: torch.Tensor,
-    values: torch.Tensor,
-    n: int,
-    offset: int,
-    spec: str,
-    backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    plan, x = ProjectionSpec.from_recipe(spec), CsrRows(starts, columns, values, n)
-    rows, most = len(starts) - 1, len(values) * plan.nnz
+def _entries(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, plan, offset, backend = _given(*args)
+    values, rows, most = x.values, len(x.starts) - 1, len(x.values) * plan.nnz
     y, count = values.new_empty(most), torch.zeros(rows, dtype=torch.int64, device=values.device)
     bucket = torch.empty(most, dtype=torch.int32, device=values.device)
     if not _served_by_reference(x, plan, backend):
@@ -249,33 +246,15 @@ def _native_call(
     )
 
 
-def _dense_fake(
-    starts: torch.Tensor,
-    columns: torch.Tensor,
-    values: torch.Tensor,
-    n: int,
-    offset: int,
-    spec: str,
-    backend: str | None,
-) -> torch.Tensor:
-    return values.new_empty(starts.shape[0] - 1, ProjectionSpec.from_recipe(spec).dim)
+def _dense_fake(*args: Any) -> torch.Tensor:
+    x, plan, *_ = _given(*args)
+    return x.values.new_empty(x.starts.shape[0] - 1, plan.dim)
 
 
-def _entries_fake(
-    starts: torch.Tensor,
-    columns: torch.Tensor,
-    values: torch.Tensor,
-    n: int,
-    offset: int,
-    spec: str,
-    backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    most = values.shape[0] * ProjectionSpec.from_recipe(spec).nnz
-    return (
-        values.new_empty(most, dtype=torch.int32),
-        values.new_empty(most),
-        values.new_empty(starts.shape[0] - 1, dtype=torch.int64),
-    )
+def _entries_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, plan, *_ = _given(*args)
+    new, most = x.values.new_empty, x.values.shape[0] * plan.nnz
+    return new(most, dtype=torch.int32), new(most), new(x.starts.shape[0] - 1, dtype=torch.int64)
 
 
 _ARGUMENTS = "Tensor starts, Tensor columns, Tensor values, int n, int offset, str spec, str? backend"
