@@ -27,9 +27,8 @@ class Batch(NamedTuple):
     targets: torch.Tensor | None
     attention_mask: torch.Tensor | None  # on the host [batch, length] alone
     position_ids: torch.Tensor | None
-    pairs: torch.Tensor | None = (
-        None  # on the host: an attention_mask of four axes, which is not copied there
-    )
+    # On the host: an attention_mask of four axes, which is not copied there.
+    pairs: torch.Tensor | None = None
 
     def on_host(self) -> Batch:
         """The batch in the host's memory.
