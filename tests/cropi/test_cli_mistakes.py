@@ -32,6 +32,7 @@ WRONG_WORDS = [
     ("run --fraction nan", "argument --fraction: 'nan': give"),
     ("run --limit 0", "argument --limit: '0': give an integer of at least 1"),
     ("run --temperature inf", "argument --temperature: 'inf': give a number above 0"),
+    ("convert a --out b --temperature nan", "argument --temperature: 'nan': give a number above 0"),
     ("run --width 63", "argument --width: '63': give a power of two from 16 to 65536, or 'full' for no fold"),
     ("run --width 8", "argument --width: '8': give a power of two from 16 to 65536, or 'full'"),
     ("run --vocab-width 2097152", "'2097152': give a power of two from 16 to 1048576, or 'full'"),

@@ -40,9 +40,10 @@ from cropi.model.moments import file_of, read_moments
 from cropi.ranking.selection_files import read_selection
 from cropi.sealed import read_sealed, summed
 from cropi.store.parts import part_paths
-from cropi.trainers.dumps.auto import expanded, read_rollouts
 from cropi.trainers.dumps.auto import opened as dumps
+from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.fields import Left
+from cropi.trainers.dumps.folders import expanded
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.selected import Selected
 from cropi.trainers.trl.checkpoints import newest_whole

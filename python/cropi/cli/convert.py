@@ -39,7 +39,7 @@ def add_options(command: Parser) -> None:
     )  # fmt: skip
     command.add_argument(
         "--temperature",
-        type=float,
+        type=positive,
         metavar="X",
         help="temperature of the sampling, on which log-probs depend (default: what the dump says, as prime-rl's, "
         "ROLL's and requests do)",
@@ -135,7 +135,7 @@ def _source(args: argparse.Namespace) -> str:
         CropiError: an option is for dumps of other programs.
     """
     from cropi.errors import CropiError
-    from cropi.trainers.dumps.auto import expanded
+    from cropi.trainers.dumps.folders import expanded
     from cropi.trainers.dumps.recognise import RECORDS, WORDS, recognise
 
     source: str = args.source

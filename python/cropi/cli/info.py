@@ -77,14 +77,12 @@ def run(args: argparse.Namespace) -> int:
 def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     from cropi.cli import contents
     from cropi.data.tables import is_saved
+    from cropi.trainers.dumps.folders import files_of
 
     described = contents.describe_folder(path) if is_folder(path) else None
     if described is not None:
         return described
     if is_folder(path) and not is_saved(path):
-        # It imports torch, which the other branches need not.
-        from cropi.trainers.dumps.auto import files_of
-
         if is_there(path / "manifest.json") or not files_of(path):
             return _store(path)
         return _trajectories(args)  # a trainer's dumps
