@@ -10,7 +10,7 @@ import torch
 import transformers
 from support.made_data import make_tokenizer, write_lines
 from support.stores import sketches_of
-from support.zoo import FAMILIES, SIZES, make
+from support.zoo import FAMILIES, SIZES, make, moved
 
 import cropi
 from cropi.errors import CropiError
@@ -40,10 +40,7 @@ def build(name: str, **config: Any) -> Any:
     made = getattr(transformers, name + "Config")(**{**SIZES, **IDS, **config})
     model = getattr(transformers, name.removesuffix("Text") + "ForCausalLM")(made).eval()
     torch.manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1 if p.ndim == 1 else 0.05)
-    return model
+    return moved(model, 0.05)
 
 
 def gpt_neo() -> Any:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from support.zoo import SIZES
+from support.zoo import SIZES, moved
 
 # Other implementations of the experts know no float64.
 EAGER = dict(experts_implementation="eager")
@@ -141,16 +141,12 @@ SINCE = {"cpmant": "5.16", "deepseek-v4": "5.12", "jamba": "5.15", "mamba": "5.1
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-    """The model with seeded weights, scales and biases moved off 1 and 0."""
+    """The model with seeded weights, moved."""
     pytest.importorskip("transformers", SINCE.get(name))
     family, sizes, _ = ODD[name]
     config = getattr(transformers, _config_class(family))(**{**sizes, **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1 if p.ndim == 1 else 0.02)
-    return model.to(dtype)  # type: ignore[no-any-return]
+    return moved(getattr(transformers, f"{family}ForCausalLM")(config).eval()).to(dtype)  # type: ignore[no-any-return]
 
 
 def _config_class(family: str) -> str:
@@ -171,8 +167,4 @@ def llama4() -> Any:
         attention_chunk_size=256, floor_scale=32, attn_scale=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.Llama4ForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    return model
+    return moved(transformers.Llama4ForCausalLM(config).eval(), 0.1)

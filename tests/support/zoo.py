@@ -54,16 +54,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def moved(model: Any, by: float = 0.02) -> Any:
+    """The model with its numbers moved at random: scales and biases off 1 and 0, where a lost factor would not show."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():
+                p.add_(torch.randn_like(p), alpha=0.1 if p.ndim == 1 else by)
+    return model
+
+
 def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-    """The model with seeded weights; scales and biases are moved off 1 and 0, where a lost factor would not show."""
+    """The model with seeded weights, moved."""
     model_class, config_class, sizes = FAMILIES[name]
     config = getattr(transformers, config_class)(**{**sizes, **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1 if p.ndim == 1 else 0.02)
-    return model.to(dtype)  # type: ignore[no-any-return]
+    return moved(getattr(transformers, model_class)(config).eval()).to(dtype)  # type: ignore[no-any-return]
 
 
 def with_adapter(model: nn.Module, config: Any) -> nn.Module:
