@@ -85,11 +85,15 @@ def test_equal_rows_have_equal_bits_wherever_they_stand(level: int, kind: str) -
     assert torch.equal(one_by_one, want[0]), "nor on the other directions"
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    rows, directions = torch.randn(300, 96), torch.randn(4, 96)
+@pytest.mark.parametrize("count", [4, 65])
+def test_the_number_of_threads_changes_no_bit(level: int, count: int) -> None:
+    """From 64 directions on, tasks of one or two threads have 128 of these rows, and those of three have 32."""
+    rows, directions = torch.randn(300, 552), torch.randn(count, 552)
     alone = row_products(rows, directions, threads=1)
     for threads in (2, 3, None):
         assert all(map(torch.equal, row_products(rows, directions, threads=threads), alone))
+    one_by_one = [row_products(rows, d[None])[0] for d in directions]
+    assert torch.equal(torch.cat(one_by_one, dim=1), alone[0])
 
 
 def test_not_a_number_stays_in_its_row() -> None:

@@ -52,7 +52,7 @@ class Dictionary:
                 at += 4 + size
                 if size > found:  # max() takes twice as long as all of this
                     found = size
-        except (error, OverflowError):
+        except error:
             pass  # the page ends before its last entry
         return min(found, most)
 
