@@ -36,7 +36,8 @@ class HeadAdapter(NamedTuple):
         if self.dropout.training and rate > 0.0:
             raise ValueError(
                 f"the adapter {self.name!r} on the head is in training mode with dropout {rate}, which the fused head "
-                "does not have: call model.eval()"
+                "does not have: call model.eval(), or set lora_dropout to 0 where training mode is needed (gradient "
+                "checkpointing)"
             )
         return LowRank(self.a.weight, self.b.weight, self.b.bias, self.scale)
 

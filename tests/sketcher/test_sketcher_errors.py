@@ -193,6 +193,18 @@ def test_a_module_that_nothing_uses_has_no_gradient() -> None:
     assert torch.equal(*results)
 
 
+def test_noise_that_eval_does_not_turn_off_is_said_to_be_that() -> None:
+    """It was said that decoder and head do not give the logits, with a remedy that gives random gradients."""
+    model = zoo.make("llama")
+    mlp, plain = model.model.layers[0].mlp, model.model.layers[0].mlp.forward
+    mlp.forward = lambda x: nn.functional.dropout(plain(x), 0.3, training=True)
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(
+            ValueError, match=r"other hidden states each time .* after model.eval\(\) too: set the rate"
+        ):
+            BATCH.sketch(sketcher)
+
+
 @pytest.mark.parametrize(
     "kind, message", [("Prompt", r"give \[4, 97\] for 4 tokens"), ("Prefix", "difference")]
 )

@@ -386,7 +386,8 @@ def check_dropout(model: Any, name: str) -> None:
                 raise CropiError(
                     f"{name} is in training mode, and {path or type(module).__name__} has {key} = {rate}: every pass "
                     "would drop other activations, so that gradients would be random; call model.eval(), or set "
-                    "every such rate to 0 where gradient checkpointing needs training mode"
+                    "every such rate to 0 where gradient checkpointing needs training mode, or a module keeps that "
+                    "mode after eval()"
                 )
 
 
