@@ -208,6 +208,14 @@ def is_bit(value: Any) -> bool:
     return isinstance(value, (int, float, np.number, np.bool_)) and value in (0, 1)
 
 
+def _beside_tokens(value: Any, size: int, field: str, where: str) -> list[Any]:
+    """A list with an entry for each of ``size`` response tokens."""
+    values = listed(value, field, where)
+    if len(values) != size:
+        raise BadSample(where, field, f"has {len(values)} entries for {size} response tokens")
+    return values
+
+
 def loss_mask(value: Any, size: int, field: str, where: str) -> list[int] | None:
     """A mask of 0 and 1 over ``size`` response tokens, None where all of them count.
 
@@ -217,9 +225,7 @@ def loss_mask(value: Any, size: int, field: str, where: str) -> list[int] | None
     """
     if value is None:
         return None
-    mask = listed(value, field, where)
-    if len(mask) != size:
-        raise BadSample(where, field, f"has {len(mask)} entries for {size} response tokens")
+    mask = _beside_tokens(value, size, field, where)
     for t, entry in enumerate(mask):
         if not is_bit(entry):
             raise BadSample(where, f"{field}[{t}]", f"should be 0 or 1, got {shown(entry)}")
@@ -240,9 +246,7 @@ def log_probs(
     """
     if value is None:
         return None
-    values = listed(value, field, where)
-    if len(values) != size:
-        raise BadSample(where, field, f"has {len(values)} entries for {size} response tokens")
+    values = _beside_tokens(value, size, field, where)
     for t, entry in enumerate(values):
         if mask is not None and not mask[t]:
             values[t] = 0.0
