@@ -92,63 +92,40 @@ def _tap_difference(model: Any, groups: list[TokenGroup]) -> float:
 
 
 def table(data: Collected, chosen: list[Variant]) -> list[Row]:
-    every = data.types
-    linear = [t for t in every if t not in ("embed_tokens", "norm")]
     rows: list[Row] = []
+
+    def add(scope: str, labels: list[str], types: list[str], work: str, dim: int = 32768) -> None:
+        rows.append(row(data, chosen, scope, labels, types, dim, work))
+
+    def whole(labels: list[str], work: str, dim: int = 32768) -> None:
+        add("whole model", labels, data.types, work, dim)
+
     for dim in DIMS:
         for w in WIDTHS:
-            labels = [f"slab/width={w or 'full'}", "slab/vocab=full", "slab/vector"]
-            rows.append(row(data, chosen, "whole model", labels, every, dim, _whole_share(w, 1.0)))
+            whole([f"slab/width={w or 'full'}", "slab/vocab=full", "slab/vector"], _whole_share(w, 1.0), dim)
         for v in VOCABS[:-1]:
-            labels = ["slab/width=64", f"slab/vocab={v}", "slab/vector"]
             work = _whole_share(64, (v or 49152) / 49152)
-            rows.append(row(data, chosen, "whole model", labels, every, dim, work))
+            whole(["slab/width=64", f"slab/vocab={v}", "slab/vector"], work, dim)
         for hidden in (64, 128):
-            labels = ["slab/width=64", f"slab/hidden={hidden}", "slab/vector"]
-            rows.append(
-                row(data, chosen, "whole model", labels, every, dim, f"{_share(64)}, head {hidden}/576")
-            )
+            work = f"{_share(64)}, head {hidden}/576"
+            whole(["slab/width=64", f"slab/hidden={hidden}", "slab/vector"], work, dim)
         for keep in KEEPS:
-            rows.append(
-                row(data, chosen, "whole model", [f"dropout/keep={keep:g}"], every, dim, "gradient formed")
-            )
-    rows.append(row(data, chosen, "whole model", ["kron"], every, 32768, "small"))
-    rows.append(row(data, chosen, "whole model", ["tensor"], every, 32768, "FFT"))
-    for kind in linear:
-        for w in WIDTHS:
-            rows.append(row(data, chosen, kind, [f"slab/width={w or 'full'}"], [kind], 32768, _share(w)))
-        rows.append(row(data, chosen, kind, ["dropout/keep=1"], [kind], 32768, "gradient formed"))
-        rows.append(row(data, chosen, kind, ["dropout/keep=0.1"], [kind], 32768, "gradient formed"))
+            whole([f"dropout/keep={keep:g}"], "gradient formed", dim)
+    whole(["kron"], "small")
+    whole(["tensor"], "FFT")
+    for kind in data.types:
+        if kind not in ("embed_tokens", "norm"):
+            for w in WIDTHS:
+                add(kind, [f"slab/width={w or 'full'}"], [kind], _share(w))
+            for keep in (1.0, 0.1):
+                add(kind, [f"dropout/keep={keep:g}"], [kind], "gradient formed")
     for v in VOCABS:
-        label = f"slab/vocab={v or 'full'}"
-        rows.append(
-            row(data, chosen, "embed_tokens", [label], ["embed_tokens"], 32768, f"{v or 49152}/49152")
-        )
+        add("embed_tokens", [f"slab/vocab={v or 'full'}"], ["embed_tokens"], f"{v or 49152}/49152")
     for hidden in (64, 128):
-        rows.append(
-            row(
-                data,
-                chosen,
-                "embed_tokens",
-                [f"slab/hidden={hidden}"],
-                ["embed_tokens"],
-                32768,
-                f"{hidden}/576",
-            )
-        )
+        add("embed_tokens", [f"slab/hidden={hidden}"], ["embed_tokens"], f"{hidden}/576")
     for keep in (1.0, 0.1):
-        rows.append(
-            row(
-                data,
-                chosen,
-                "embed_tokens",
-                [f"dropout/keep={keep:g}"],
-                ["embed_tokens"],
-                32768,
-                "gradient formed",
-            )
-        )
-    rows.append(row(data, chosen, "norm", ["slab/vector"], ["norm"], 32768, "none"))
+        add("embed_tokens", [f"dropout/keep={keep:g}"], ["embed_tokens"], "gradient formed")
+    add("norm", ["slab/vector"], ["norm"], "none")
     return rows
 
 
