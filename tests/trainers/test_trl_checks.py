@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,19 +70,33 @@ def test_what_the_trainer_gives_to_its_template_files_get_too(
     assert values(off, [print]) == (None, None)  # tokens need neither
 
 
-def test_quotas_of_tasks_that_are_not_there_are_errors_before_the_first_stage() -> None:
-    """What is recorded in the first stage is chosen from after its training."""
-    args = SimpleNamespace(max_steps=4, steps_per_generation=1, gradient_accumulation_steps=1)
-    rows = [{"id": str(i), "prompt": "q", "task": task} for i, task in enumerate(["sums", 3])]
-    trainer = SimpleNamespace(
-        args=args, num_iterations=1, is_fsdp_enabled=False, is_deepspeed_enabled=False, train_dataset=rows
+def test_choices_that_cannot_be_made_are_errors_before_the_first_stage() -> None:
+    """What is recorded in the first stage is chosen from after its training: here 4 prompts of the 8."""
+    args = SimpleNamespace(
+        max_steps=4, steps_per_generation=1, gradient_accumulation_steps=1, generation_batch_size=8
     )
-    for told, quota, options in (
-        ("quota: there is no task 'sum'; .*there are '3', 'sums'$", ["sum=0.5"], {}),
-        ("quota: there is no task 'sums'; there are ''$", ["sums=1"], {"recording": Recording(columns=())}),
-        ("add up to 1.2", ["sums=0.6", "3=0.6"], {}),
-        ("is not NAME=NUMBER", ["sums"], {}),
-        ("the groups get 5 prompts, but 4 are chosen", ["sums=5"], {"count": 4}),
+    rows = [
+        {"id": str(i), "prompt": "q", "task": task} for i, task in enumerate(["sums", 3, 3, 3, 3, 3, 3, 3])
+    ]
+    trainer = SimpleNamespace(
+        args=args, num_iterations=1, num_generations=4, is_fsdp_enabled=False, is_deepspeed_enabled=False,
+        train_dataset=rows, eval_dataset=rows, num_generations_eval=2,
+    )  # fmt: skip
+    for told, options in (
+        ("quota: there is no task 'sum'; .*there are '3', 'sums'$", {"quota": ["sum=0.5"]}),
+        (
+            "quota: there is no task 'sums'; there are ''$",
+            {"quota": ["sums=1"], "recording": Recording(columns=())},
+        ),
+        ("add up to 1.2", {"quota": ["sums=0.6", "3=0.6"]}),
+        ("is not NAME=NUMBER", {"quota": ["sums"]}),
+        ("the groups get 5 prompts, but 4 are chosen", {"quota": ["sums=5"], "count": 4}),
+        ("the groups get 4 prompts, but 3 are chosen", {"quota": ["3=4"], "fraction": 0.75}),
+        ("'sums' is to give 2 prompts, but train_dataset has 1 of it; lower it", {"quota": ["sums=2"]}),
+        ("count 5 is more than the 4 prompts that the first stage records", {"count": 5}),
+        (None, {"quota": ["sums=1", "3=0.5"], "count": 4}),
+        (None, {"quota": ["3=3"], "fraction": 0.75}),
     ):
-        with pytest.raises(CropiError, match=told):
-            check_arguments(trainer, Curriculum(stage_steps=2, quota=quota, **options), 2)
+        raises = contextlib.nullcontext() if told is None else pytest.raises(CropiError, match=told)
+        with raises:
+            check_arguments(trainer, Curriculum(stage_steps=2, **options), 8)

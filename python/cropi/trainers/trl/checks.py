@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
             f"the trainer holds {len(trainer.train_dataset)} rows of the {prompts} of train_dataset, so "
             "ids and rows do not match; prepare the dataset before it is passed"
         )
-    _check_quotas(trainer.train_dataset, options)
+    _check_choice(trainer, options)
     if options.live is not None and not options.live.coupled and balances_experts(trainer):
         raise CropiError(
             "TRL adds the load-balancing loss of this mixture of experts, which is no sum over prompts: set "
@@ -122,17 +123,36 @@ def drawn(options: Curriculum, pool: int) -> int:
     return options.count
 
 
-def _check_quotas(dataset: Any, options: Curriculum) -> None:
-    """Check what is known of quotas before prompts are recorded: the first choice comes after a stage's training."""
-    if not options.quota or options.train is not None or options.recording is None:
+def _check_choice(trainer: Any, options: Curriculum) -> None:
+    """Check what is known of a choice before prompts are recorded: the first one comes after a stage's training.
+
+    Later stages choose among the prompts that the first one records, and not all of these have a gradient.
+    """
+    one_stage = trainer.args.max_steps <= options.stage_steps
+    if options.train is not None or options.recording is None or options.live is not None or one_stage:
+        return
+    dataset = trainer.train_dataset
+    most = recorded_first(trainer, options, len(dataset))
+    if options.count is not None and options.count > most:
+        raise CropiError(
+            f"count {options.count} is more than the {most} prompts that the first stage records, and later stages "
+            "choose among these; lower it, make stage_steps larger, or give trajectories as train"
+        )
+    if not options.quota:
         return
     quotas = read_quotas(options.quota)
-    if options.count is not None:
-        numbers_of(options.count, quotas)
-    if options.per != "file":
-        _, [values] = column_values(dataset, "task") if "task" in options.recording.columns else ([], [None])
-        tasks = {"" if value is None else str(text_value(value, "task")) for value in values or [None]}
-        check_groups(quotas, tasks, "task")
+    batch = int(trainer.args.generation_batch_size // trainer.num_generations)
+    counts, _ = numbers_of(options.count or how_many(options.fraction, most, batch), quotas)
+    if options.per == "file":
+        return
+    _, [values] = column_values(dataset, "task") if "task" in options.recording.columns else ([], [None])
+    tasks = Counter("" if value is None else str(text_value(value, "task")) for value in values or [None])
+    check_groups(quotas, tasks, "task")
+    for name, number in counts.items():
+        if not isinstance(quotas[name], float) and number > tasks[name]:
+            raise CropiError(
+                f"quota: {name!r} is to give {number} prompts, but train_dataset has {tasks[name]} of it; lower it"
+            )
 
 
 def check_policy(model: Any, options: Curriculum) -> None:
