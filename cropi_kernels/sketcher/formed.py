@@ -25,7 +25,7 @@ from .attach import plan_model
 from .attention import right_backward
 from .clock import Clock
 from .coverage import Coverage
-from .formed_sums import Add, parameters_of
+from .formed_sums import Add, TapGroups
 from .groups import planned
 from .head import PolicyGradient, failed_segments, scored_segments
 from .hooks import unless_none
@@ -84,7 +84,9 @@ class FormedSketcher:
         self._groups = planned(groups, plan)
         names = {id(p): canonical_name(name) for name, p in self.model.named_parameters()}
         self._add = [
-            (names[id(p)], p, add) for p, add in parameters_of(plan) if only is None or names[id(p)] in only
+            (names[id(p)], p, add)
+            for p, add in TapGroups(plan).formed.values()
+            if only is None or names[id(p)] in only
         ]
         self._out: torch.Tensor | None = None  # [groups, 1, base_dim]
         self._before: list[tuple[nn.Parameter, bool, torch.Tensor | None]] = []

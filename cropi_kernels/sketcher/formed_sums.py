@@ -67,11 +67,6 @@ class TapGroups:
         return [p for p, _ in self.formed.values()]
 
 
-def parameters_of(plan: Attachment) -> list[tuple[nn.Parameter, Add]]:
-    """Every sketched parameter, and the function that adds the sketch of its gradient."""
-    return list(TapGroups(plan).formed.values())
-
-
 def _add_nothing(gradient: torch.Tensor, out: torch.Tensor) -> None:
     """For a parameter whose gradient another rank adds."""
 

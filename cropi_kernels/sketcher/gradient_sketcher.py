@@ -343,11 +343,13 @@ class GradientSketcher:
                     other.acc.begin(where, device)
                 # Before the forward: see `head_pass`.
                 of_labels = () if labels is None else (positions, targets)
-                offsets, *of_scored = on_device(device, where.offsets, scored, segment, *of_labels)
+                offsets, scored, segment, *there = on_device(
+                    device, where.offsets, scored, segment, *of_labels
+                )
                 where.keep(offsets)
-                scales = SegmentScales(*of_scored[:2])
+                scales = SegmentScales(scored, segment)
                 if labels is not None:
-                    positions, targets = of_scored[2:]
+                    positions, targets = there
                 mark = acc.clock.mark
                 start = mark()
                 with torch.enable_grad():
@@ -368,9 +370,10 @@ class GradientSketcher:
                 if hidden.requires_grad:  # else nothing of the decoder is tapped
                     hidden.backward(grad)
                 failed = failed_segments(logprobs, used, scales)
-                for out in [out for plan in plans for out in plan.acc.outs]:
-                    scales.restore(out)
-                    out.masked_fill_(failed, float("nan"))
+                for plan in plans:
+                    for out in plan.acc.outs:
+                        scales.restore(out)
+                        out.masked_fill_(failed, float("nan"))
                 end = mark()
                 self._tests.check("policy_gradient", where)
                 clock = acc.clock

@@ -62,7 +62,7 @@ class TappedModel:
         check_adapters(self.model)
         keep_gradients(self.model)
         sharded.check_parallel(self.model)
-        self._exclude = exclude
+        self._patterns = [exclude] if isinstance(exclude, str) else exclude
         self.acc = Accumulator(spec)
         self.plan = plan_model(self.model, self.acc, exclude)
         self.more = [plan_model(self.model, Accumulator(other), exclude) for other in more]
@@ -171,10 +171,6 @@ class TappedModel:
                 problem = "no tap sees all that these modules do with their parameters"
                 raise uncovered(problem, lines, next(iter(self._names(refused))), share)
 
-    @property
-    def _patterns(self) -> Sequence[str]:
-        return [self._exclude] if isinstance(self._exclude, str) else self._exclude
-
     def _names(self, modules: Iterable[nn.Module]) -> dict[str, int]:
         """Names and sizes of the sketched parameters that these modules own."""
         own = {p for m in modules for p in m.parameters(recurse=False)}
@@ -183,12 +179,12 @@ class TappedModel:
     def _leave_out(self, modules: Iterable[nn.Module]) -> None:
         """Plan again without the parameters of these modules."""
         names, before = self._names(modules), self.plan
+        patterns = [*self._patterns, *names]
         self.plan.unhook(self._handles)
         for p in self._thawed:
             p.requires_grad_(True)
-        self.plan = plan_model(self.model, self.acc, [*self._patterns, *names])
-        others = [Accumulator(plan.acc.spec) for plan in self.more]
-        self.more = [plan_model(self.model, acc, [*self._patterns, *names]) for acc in others]
+        self.plan = plan_model(self.model, self.acc, patterns)
+        self.more = [plan_model(self.model, Accumulator(plan.acc.spec), patterns) for plan in self.more]
         self.plan.form([one.chain[0] for one in before.exact.parameters])
         self.plan.coverage = dataclasses.replace(
             self.plan.coverage,
