@@ -261,7 +261,7 @@ def _checkpointed_by_reentry(y: torch.Tensor) -> bool:
     return any(node.name() == "CheckpointFunctionBackward" for node in nodes_behind([y]))
 
 
-def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks | None = None) -> None:
+def _check_output(y: torch.Tensor, plain: torch.Tensor, depth: int, ranks: Ranks | None) -> None:
     if y.shape != plain.shape:
         raise SelfTestError(
             f"with taps the model's output has the shape {tuple(y.shape)}, without {tuple(plain.shape)}"

@@ -102,7 +102,7 @@ def behaviour_source(asked: str, scan: Scan, needed: bool, *, of_another: bool =
 
 
 def resolve_behaviour(
-    asked: str, scan: Scan, estimator: Estimator, model: Any = None, *, policy: Policy
+    asked: str, scan: Scan, estimator: Estimator, model: Any, *, policy: Policy
 ) -> Behaviour:
     """The behaviour of a job, from what was asked for, what the files hold, and the model that was given for it.
 

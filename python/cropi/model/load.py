@@ -152,7 +152,7 @@ def load_generation_config(name: str | os.PathLike[str], config: Any, *, revisio
     return transformers.GenerationConfig.from_model_config(config)
 
 
-def _located(name: str, trust_remote_code: bool, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+def _located(name: str, trust_remote_code: bool, revision: str | None) -> tuple[str, dict[str, Any]]:
     if revision is not None and is_local(name):
         raise CropiError(
             f"revision {revision!r} is of a hub id, but model {name!r} is on this machine; leave --revision out, "

@@ -178,7 +178,7 @@ def made(
 
 
 def nearest_scores(
-    rows: Sequence[RowInfo], sketches: torch.Tensor, metric: str = "cosine"
+    rows: Sequence[RowInfo], sketches: torch.Tensor, metric: str
 ) -> tuple[list[str], Callable[[np.ndarray, np.ndarray], np.ndarray]]:
     """The names of the validation sets, and a function of products ``[n, V]`` with the validation prompts and lengths
     ``[n]``: the highest cosine (or dot product) of each row with a prompt of each set, float64 ``[n, sets]``."""

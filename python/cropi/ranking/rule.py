@@ -64,7 +64,7 @@ def grouped_by(given: Selecting) -> str:
 
 
 def shared_out(
-    given: Selecting, sizes: Mapping[str, int], usable: Mapping[str, int], least: int = 0
+    given: Selecting, sizes: Mapping[str, int], usable: Mapping[str, int], least: int
 ) -> tuple[int, dict[str, int]]:
     """How many prompts are chosen, and how many of every group; with quotas, of the groups that have one.
 

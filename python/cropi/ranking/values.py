@@ -110,7 +110,7 @@ def _ranked(column: np.ndarray, ties: np.ndarray, n: int) -> np.ndarray:
 
 
 def value_of(
-    table: np.ndarray, ties: np.ndarray, n: int, method: str = "rrf", constant: float = RRF_CONSTANT
+    table: np.ndarray, ties: np.ndarray, n: int, method: str, constant: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The value that a method of :data:`FROM_SCORES` ranks by, and what orders equal values: float64 ``[prompts]``
     each.
