@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -93,4 +94,6 @@ def test_commands_write_lines_to_a_log(
     said = capsys.readouterr().err
     for line in ("store: 12 of 12 prompts after", "reading: 12 prompts after"):
         assert (line in said) == (not off), said
+    # The prompts without a gradient, and those of the one batch: the rate is not that of its first prompt.
+    assert len(re.findall("^store: ", said, re.M)) == (0 if off else 2), said
     assert "Loading" not in said and "\r" not in said

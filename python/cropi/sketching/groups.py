@@ -127,6 +127,7 @@ class _Filling:
     Attributes:
         done: prompts whose rows are there already.
         flushed: when the store was last flushed.
+        added: rows that the bar has not counted yet.
     """
 
     store: Behind
@@ -137,11 +138,13 @@ class _Filling:
     participant: Participant
     done: frozenset[str]
     flushed: float = field(default_factory=time.monotonic)
+    added: int = 0
 
     def compute(self, chunk: Chunk, batches: Iterable[MicroBatch]) -> None:
         """Compute a chunk. If the user asks to stop, it ends early, and ``summary.interrupted`` is set."""
         for row in chunk.rows:
             self._add(row)
+        self._show()
         for batch in batches:
             for row, vector in self.passes.run(batch):
                 self._add(row, vector, chunk)
@@ -149,6 +152,7 @@ class _Filling:
                 self.bar.set_postfix_str(
                     f"{self.summary.model_tokens / self.summary.wall:.0f} tokens/s", refresh=False
                 )
+            self._show()
             if time.monotonic() - self.flushed > FLUSH_SECONDS:
                 self.store.flush()
                 self.flushed = time.monotonic()
@@ -157,6 +161,7 @@ class _Filling:
                 break
         for row, vector in self.passes.end():
             self._add(row, vector, chunk)
+        self._show()
         if not self.summary.interrupted:
             self.summary.interrupted = self.participant.agreed(self.interrupt.asked)
 
@@ -165,7 +170,13 @@ class _Filling:
         if row.id not in self.done and (chunk is None or row.id in chunk.prompts):
             self.summary.count(row)
             self.store.add(row, vector)
-            self.bar.update(1)
+            self.added += 1
+
+    def _show(self) -> None:
+        """Count the rows of a batch at once: a rate by the first of them was several times too low."""
+        if self.added:
+            self.bar.update(self.added)
+        self.added = 0
 
 
 def _sketcher(
