@@ -148,10 +148,10 @@ def run(name: str, folder: Path) -> None:
     print(json.dumps({"seconds": seconds, "busy": busy, "memory": memory}))
 
 
-def measured(name: str, folder: Path, *, cold: bool = False, times: int = 3) -> dict[str, float]:
-    """The best of a few processes."""
+def measured(name: str, folder: Path, *, cold: bool = False) -> dict[str, float]:
+    """The best of three processes."""
     found = []
-    for _ in range(times):
+    for _ in range(3):
         if cold:
             forget(folder / "train")
         words = [sys.executable, "-m", "benchmarks.bench_store", "--measure", name, "--folder", str(folder)]

@@ -156,7 +156,7 @@ def evaluated_at(found: list[Finished], step: int) -> list[Finished]:
 
 
 def resampled_gains(
-    mine: Sequence[Finished], goals: Sequence[Finished], at: int, draws: int = 1000
+    mine: Sequence[Finished], goals: Sequence[Finished], at: int
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """16th and 84th percentile of the speed-ups, in steps and in processor time, of the mean curves of seeds drawn with
     replacement.
@@ -165,7 +165,7 @@ def resampled_gains(
     curve never reaches the goal's accuracy at step ``at``, or whose goal gained nothing by then, counts as 0.
     """
     rng, steps, seconds = random.Random(0), [], []
-    for _ in range(draws):
+    for _ in range(1000):
         drawn = [rng.randrange(len(mine)) for _ in mine]
         goal = mean_curve([goals[i] for i in drawn])
         _, target, spent = next(point for point in goal if point[0] == at)

@@ -27,10 +27,10 @@ old_only = pytest.mark.skipif(not HAS_VERL or NEW, reason="needs verl 0.7: make 
 new_only = pytest.mark.skipif(not NEW, reason="needs verl 0.8 or newer: make test-verl")
 
 
-def dataset_file(folder: Path, count: int = 12) -> Path:
+def dataset_file(folder: Path) -> Path:
     rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "data_source": "sums",
              "reward_model": {"ground_truth": str(2 * i), "style": "rule"}, "extra_info": {"index": 100 + i}}
-            for i in range(count)]  # fmt: skip
+            for i in range(12)]  # fmt: skip
     return write_lines(folder / "train.jsonl", rows)
 
 
