@@ -87,7 +87,8 @@ class Accumulator:
 
     def engine_of(self, name: str) -> Operators:
         """The engine that adds the gradient of the parameter ``name``: that of its group."""
-        return self.engine if self._groups is None else self._engines[self._groups.place[name]]
+        # Taps ask hundreds of times a pass: by way of `engine` each would cost the host a second call.
+        return self._engines[0 if self._groups is None else self._groups.place[name]]
 
     @property
     def out(self) -> torch.Tensor:
