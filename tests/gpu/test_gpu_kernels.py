@@ -21,7 +21,11 @@ WAYS = {
 # The files of each process, which takes three seconds to start. All that kernels and launches make of a generation are
 # the tiles of matrix products, whose size follows the shared memory of a block.
 RUNS = (
-    ("interpreted", "test_launches.py test_row_kernels.py"),
+    # The other tests of rows run as compiled, with the same dtypes and bounds.
+    (
+        "interpreted",
+        "test_launches.py test_row_kernels.py::test_more_programs_than_a_second_axis_has",
+    ),
     ("interpreted", "test_logprob_tiles.py"),  # by copies of descriptors, which the emulator does not have
     ("sm_90", "test_emulated_gpu.py test_far_rows.py test_row_kernels.py"),
     ("sm_90", "test_fused_kernels.py test_gpu_engine.py test_project_kernels.py"),
