@@ -12,7 +12,7 @@ import pytest
 from support.made_data import make_records, save_policy, write_lines
 from test_report_page import data_of
 
-from cropi.cli import main
+from cropi.cli import main, make_parser
 from cropi.errors import CropiError
 from cropi.ranking.selection_files import read_selection
 from cropi.report.folder import report_folder
@@ -57,6 +57,9 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     assert detail["text"].endswith("=") and len(detail["responses"]) == 4
     assert "standard error" in page and "Nearest training prompts" in page and "cropi run --model" in page
     assert '"level open">open' in page and "not measured on this model: <code>cropi check" in page
+    # The command is whole.
+    named = re.search("<code>cropi (check [^<]*)</code>", page)
+    assert named and make_parser().parse_args(named[1].split()).command == "check"
     assert re.search(r"Model: <bdi>[^<(]+ \(xxh3:\w+\)</bdi>", page)
     names = re.findall(r'<th class="text" scope="row">([^<]*)', page.split('id="run"')[1])
     assert len(set(names)) == len(names) > 9

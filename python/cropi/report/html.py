@@ -152,7 +152,8 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         add(
             "open",
             "sketch error",
-            "not measured on this model: `cropi check --out check.json` in this folder, then `cropi report`, adds it",
+            "not measured on this model: `cropi check --model MODEL --trajectories TRAIN --out FOLDER/check.json` with "
+            "this page's folder, then `cropi report FOLDER`, adds it",
         )
     if sure is None:
         add("warning", "choice", f"not resampled: {given.uncertainty_missing}")
