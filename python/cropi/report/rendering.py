@@ -40,4 +40,7 @@ def shown(text: str) -> str:
 
     Joiners stay, which emoji and some scripts are written with.
     """
+    # Nearly all are: character by character they took a twentieth of the time of a report of 20,000 prompts.
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else ascii(c)[1:-1] for c in text)
