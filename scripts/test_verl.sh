@@ -19,10 +19,12 @@ if [ ! -e "$venv/ready" ]; then
   # hydra-core wants an older antlr4 than math-verify, which nothing here uses.
   grep -v '^antlr4' "$pins" > "$venv/pins.txt"
   pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
-  pip --no-deps "verl==$version" tensordict==0.10.0
+  pip --no-deps "verl==$version"
   # pip names the pins of verl that these packages break; the adapters are tried without them.
   pip -c "$venv/pins.txt" ray 'hydra-core>=1.3' codetiming dill torchdata pylatexenc datasets pybind11 pandas cachetools msgspec pyzmq \
     tensorboard orjson importlib_metadata pyvers aiohttp uvicorn fastapi TransferQueue
+  # Last, in place of a newer one that TransferQueue takes: both releases of verl want at most 0.10.0.
+  pip --no-deps tensordict==0.10.0
   touch "$venv/ready"
 fi
 "$venv/bin/python" -m pytest tests/trainers/test_verl.py tests/trainers/test_verl_files.py -p no:cacheprovider "$@"
