@@ -268,9 +268,10 @@ class NormTap(Tap):
         """
         made, plan = list[torch.Tensor](), self.norm.weight
         assert plan is not None
-        engine, site = self.acc.engine_of(plan.name), self._sites[segments.heads_first(x)]
+        site = self._sites[segments.heads_first(x)]
 
         def add(dy: torch.Tensor, x: torch.Tensor) -> None:
+            engine = self.acc.engine_of(plan.name)  # there is none before `within` has found the batch open
             made.append(engine.add_rms_norm(dy, x, weight, scale, self.norm, site))
 
         self.within(add, segments)(dy, x)

@@ -101,6 +101,17 @@ def test_a_block_with_the_callers_loss() -> None:
     assert ((made[2] - made[0]).norm(dim=1) <= 30 * 2.0**-24 * 7 * made[0].norm(dim=1)).all()
 
 
+def test_a_backward_pass_after_its_batch_is_named() -> None:
+    """A norm is the first that it reaches, where the loss is of the decoder's outputs."""
+    model, ids = zoo.make("llama"), torch.zeros(2, 4, dtype=torch.int64)
+    with GradientSketcher(model, SPEC, fused=True, verify=False) as sketcher:
+        with sketcher.batch(torch.arange(2), shape=(2, 4)):
+            loss = model.model(ids)[0].square().sum()
+            loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match=r"a backward pass reached model\.norm after its batch"):
+            loss.backward()
+
+
 def test_norms_that_are_not_sketched_are_fused_all_the_same() -> None:
     model = zoo.make("llama")
     for name, p in model.named_parameters():
