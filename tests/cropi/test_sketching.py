@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from support.oracle import stored_logprobs, with_token_ids
 from support.stores import sketches_of
 from support.versions import checkpoint_layers, needs
 
+from cropi.data.readers import read
+from cropi.data.scan import scan
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS
 from cropi.model.policy import Policy
@@ -48,6 +51,22 @@ def test_a_model_that_cannot_be_sketched_is_refused_before_anything_is_written(
         sketched(tmp_path / "out", model, exclude=exclude)
     assert not (tmp_path / "out").exists()
     assert sketched(tmp_path / "out", model, exclude=[*exclude, "*.dt_proj.*"])
+
+
+def test_a_disk_without_room_for_the_store_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is there goes on: what it lacks is less."""
+    whole = scan(read(write_lines(tmp_path / "r.jsonl", make_records(8)))).usable * 1024 * 4
+    free = SimpleNamespace(free=whole - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    with pytest.raises(CropiError, match=r"the sketches of \d prompts need .* GB at least, but"):
+        sketched(tmp_path / "out", make_model(), store_dtype="float32")
+    assert not (tmp_path / "out").exists()
+    free.free = whole
+    assert sketched(tmp_path / "out", make_model(), store_dtype="float32")
+    free.free = 0
+    assert sketched(tmp_path / "out", make_model(), store_dtype="float32")
 
 
 def test_active_dropout_is_refused_before_anything_is_written(tmp_path: Path) -> None:

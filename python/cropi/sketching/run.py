@@ -18,6 +18,7 @@ from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.data.sources import PathSource
 from cropi.errors import CropiError, RecordError, article, warn
+from cropi.files import check_room, is_file
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.kept import KeptTokens
@@ -32,6 +33,8 @@ from cropi.sketching.groups import sketch_groups
 from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
+from cropi.store.codec import row_bytes
+from cropi.store.manifest import MANIFEST
 from cropi.store.rows import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 
@@ -138,6 +141,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
     if scan is None:
         scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)
+    _check_space(job, scan)
     warn_lossy(scan, groups.names, job.eos)
     check_dropout(policy.model, "model")
     if job.shard is not None and job.tokens_per_batch is None and policy.plan[0].type != "cpu":
@@ -165,6 +169,20 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
             print(f"behaviour     {summary.finding}", file=sys.stderr)
     moments = None if job.optimizer_state is None else read_moments(job.optimizer_state, policy.model)
     return Prepared(policy, job, groups, scan, tokens, behaviour, summary, moments)
+
+
+def _check_space(job: SketchJob, scan: Scan) -> None:
+    """Check that the disk has room for a new store, where it is known how many rows that has at least.
+
+    Raises:
+        CropiError: names the folder, what is needed and what is free.
+    """
+    part = job.limit is not None or job.shard is not None or job.skip_bad or job.too_long != "error"
+    if job.out is None or part or is_file(Path(job.out) / MANIFEST):
+        return
+    # With layer groups a row is longer; how many there are is known with the model.
+    needed = scan.usable * row_bytes(job.store_dtype, job.spec.dim)
+    check_room(Path(job.out), needed, f"the sketches of {scan.usable} prompts")
 
 
 def _few_groups(groups: PromptGroups, tokens: Tokenize) -> Iterator[TokenGroup]:
