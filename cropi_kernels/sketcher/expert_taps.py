@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .experts import Experts, Order, run_experts
 from .hooks import capture
 from .parts import PartMatrix
 from .ranks import Ranks, into_parts, of_parts, parallel_forward
-from .replaced import Replaced, forward_beneath
+from .replaced import Replaced, beneath, forward_beneath
 from .slab import MatrixSketch
 from .spread import local
 from .taps import Formed, LinearTap, Tap, vector_adders
@@ -56,7 +57,14 @@ class ExpertsTap(Tap):
         if self.acc.listens_to(self.where):
             given = tuple(self._signature.bind(*args, **kwargs).arguments.values())
             if self._fits(module, given):
-                return self.run(module, given)
+                # The experts run once, for the sketches of further specs of the same pass too.
+                below = (getattr(run, "__self__", None) for run in beneath(original))
+                others = [
+                    tap
+                    for tap in below
+                    if isinstance(tap, ExpertsTap) and tap.acc.segments is self.acc.segments
+                ]
+                return self.run(module, given, others)
         return original(*args, **kwargs)
 
     def _fits(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
@@ -73,7 +81,9 @@ class ExpertsTap(Tap):
         )
         return False
 
-    def run(self, module: nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
+    def run(
+        self, module: nn.Module, args: tuple[Any, ...], others: Sequence[ExpertsTap] = ()
+    ) -> torch.Tensor:
         segments, layout, hidden = self.acc.segments, self.layout, args[0]
         assert segments is not None
         tokens, n_experts = segments.batch * segments.length, len(getattr(module, layout.up))
@@ -85,26 +95,10 @@ class ExpertsTap(Tap):
         ranges = segments.ranges_of(order.expert, token, n_experts)
 
         def tapped(name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            matrix = self.experts.get(name)
-            bias = self.biases.get(name)
-            if matrix is None and bias is None:
-                return y
             shared = name == layout.up and not layout.repeated
-
-            def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-                if matrix is not None and kept is not None:
-                    rows = kept.index_select(0, token) if shared else kept
-                    self.acc.engine_of(matrix.name).add_grouped(dy, rows, ranges, matrix)
-                if bias is not None:
-                    self.acc.engine_of(bias.name).add_grouped_bias(dy, ranges, bias)
-
-            if matrix is None:
-                return capture(y, self.within(add))
-            # A token is folded and kept once, not once for every expert that it goes to.
-            a, key = (hidden, matrix.fold_key) if shared else (x, None)
-            with self.acc.timed(), torch.no_grad():
-                kept = self.acc.folded(key, a, lambda: matrix.fold(a.detach()))
-            return capture(y, self.within(add), kept)
+            for tap in (self, *others):
+                y = tap._captured(name, y, hidden if shared else x, token if shared else None, ranges)
+            return y
 
         if self.ranks is None:
             return run_experts(module, layout, args, tapped, order)
@@ -112,6 +106,29 @@ class ExpertsTap(Tap):
         part.__dict__["_parameters"] = {name: local(p) for name, p in module.named_parameters(recurse=False)}
         given = into_parts(hidden, self.ranks), args[1], into_parts(args[2], self.ranks)
         return of_parts(run_experts(part, layout, given, tapped, order), self.ranks)
+
+    def _captured(
+        self, name: str, y: torch.Tensor, x: torch.Tensor, token: torch.Tensor | None, ranges: torch.Tensor
+    ) -> torch.Tensor:
+        """``y`` with a capture in its graph; ``token``: the rows of ``x`` that were multiplied, unless they are all."""
+        matrix, bias = self.experts.get(name), self.biases.get(name)
+        if matrix is None and bias is None:
+            return y
+
+        def add(dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+            if matrix is not None and kept is not None:
+                rows = kept if token is None else kept.index_select(0, token)
+                self.acc.engine_of(matrix.name).add_grouped(dy, rows, ranges, matrix)
+            if bias is not None:
+                self.acc.engine_of(bias.name).add_grouped_bias(dy, ranges, bias)
+
+        if matrix is None:
+            return capture(y, self.within(add))
+        # A token is folded and kept once, not once for every expert that it goes to.
+        key = None if token is None else matrix.fold_key
+        with self.acc.timed(), torch.no_grad():
+            kept = self.acc.folded(key, x, lambda: matrix.fold(x.detach()))
+        return capture(y, self.within(add), kept)
 
     def adders(self) -> dict[str, Formed]:
         def adder(matrix: MatrixSketch) -> Formed:

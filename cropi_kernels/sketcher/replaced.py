@@ -8,7 +8,7 @@ a deep copy binds to the copy's own module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -50,6 +50,14 @@ def _replaced(forward: Any) -> Replaced | None:
     """The `Replaced` whose method ``forward`` is, if it is one."""
     owner = getattr(forward, "__self__", None)
     return owner if isinstance(owner, Replaced) else None
+
+
+def beneath(original: Any) -> Iterator[Callable[..., Any]]:
+    """What runs in a module's place beneath the `Replaced` whose original forward is ``original``, top first."""
+    while (tap := _replaced(original)) is not None:
+        if tap.active:
+            yield tap.run
+        original = tap.original
 
 
 def own_forward(module: nn.Module) -> Any | None:

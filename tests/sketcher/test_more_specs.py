@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from support import zoo
+from support import moe, zoo
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -51,6 +51,20 @@ def test_adapters_of_the_head_are_in_each() -> None:
         alone = batch.sketch(sketcher)
     with GradientSketcher(model, SPEC, more=OTHERS[:1]) as sketcher:
         assert torch.equal(batch.sketch(sketcher).more[0], alone.sketches)
+
+
+@pytest.mark.long
+def test_experts_are_in_each() -> None:
+    """They run once, inside the taps of one spec, whose forward stands in the place of the others'."""
+    model, batch = moe.small("mixtral"), zoo.padded()
+    alone = []
+    for spec in (SPEC, *OTHERS[:2]):
+        with GradientSketcher(model, spec, verify=False) as sketcher:
+            alone.append(batch.sketch(sketcher).sketches)
+    for verify in (False, True):
+        with GradientSketcher(model, SPEC, more=OTHERS[:2], verify=verify) as sketcher:
+            together = batch.sketch(sketcher)
+        assert all(map(torch.equal, (together.sketches, *together.more), alone))
 
 
 def test_a_batch_that_fails_leaves_the_others_usable() -> None:
