@@ -269,18 +269,21 @@ def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
 
 
 def meant(path: str | Path) -> str:
-    """Why a path may not be there: it is a link to nothing, or a pattern, or ``"did you mean 'x'? "`` with the name
-    in its folder that is nearest to a misspelt one. With a blank behind; or nothing."""
+    """Why no file may be at a path: it is a folder, or a link to nothing, or a pattern, or ``"did you mean 'x'? "`` with
+    the name in its folder that is nearest to a misspelt one. With a blank behind; or nothing."""
     path = Path(path)
+    if os.path.isdir(path):
+        return "it is a folder; "
     if os.path.islink(path):
         return f"it is a link to {shown(os.readlink(path))}, which is not there; "
-    if glob.has_magic(str(path)):
-        return "a pattern is for the shell, which replaces it outside of quotes, or glob.glob in Python; "
-    return (
+    pattern = "a pattern is for the shell, which replaces it outside of quotes, or glob.glob in Python; "
+    near = (
         did_you_mean(path.name, (other.name for other in entries(path.parent)))
         if len(path.name) < 256
         else ""
     )
+    # Brackets stand in names of files, too.
+    return f"{pattern if glob.has_magic(str(path)) else ''}{near}"
 
 
 def entries(folder: str | Path, pattern: str = "*") -> list[Path]:
@@ -321,7 +324,7 @@ TOLD = {
     ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".xlsx",
     ".html", ".yaml", ".yml", ".toml", ".pt", ".safetensors", ".png", ".pdf", ".svg", ".gz", ".zst", ".bz2", ".xz",
 }  # fmt: skip
-LINES = (".jsonl", ".ndjson", ".json")
+LINES = (".jsonl", ".ndjson", ".json", ".txt")
 
 
 def check_outputs(
@@ -355,7 +358,7 @@ def check_outputs(
                 )
             # Not MANIFEST of cropi.store, which imports torch.
             if is_file(Path(path).with_name("manifest.json")) and re.match(
-                r"manifest\.json|shard-\d", Path(path).name
+                r"manifest\.json|shard-\d+\.safetensors", Path(path).name
             ):
                 raise CropiError(
                     f"{name}: {path} is a file of the store {Path(path).parent}; give another path"

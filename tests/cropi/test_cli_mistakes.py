@@ -20,6 +20,7 @@ from support.made_data import make_model, make_records, make_tokenizer, save_pol
 from cropi.cli import COMMANDS, main, make_parser
 from cropi.cli.config import read_config, write_config
 from cropi.cli.parser import vocab_width, width
+from cropi.files import LINES, check_outputs
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec
 
@@ -199,7 +200,7 @@ def test_no_command_writes_over_what_it_reads(
     ("influence --train s --valid s --out a.csv", "what is written is no .csv; give a path that ends in .parquet"),
     ("select --scores a --out a.jsonl.gz", "what is written is no .gz; give a path that ends in .jsonl"),
     ("influence --train s --valid s --out s/manifest.json", "what is written is no .json"),
-    ("influence --train s --valid s --out s/shard-00000.parquet", "is a file of the store s; give another path"),
+    ("rollout --model m --prompts p --reward exact --out s/shard-00000.safetensors", "is a file of the store s; give another path"),
     ("convert a --out s/manifest.json", "--out: s/manifest.json is a file of the store s; give another path"),
     ("report s --out s/manifest.json", "what is written is no .json; give a path that ends in .html"),
 ])  # fmt: skip
@@ -212,6 +213,11 @@ def test_an_output_is_no_file_of_a_store_and_ends_as_what_is_written(
     assert cropi(*line.split()) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["s", "manifest.json"]
+
+
+def test_lines_may_be_text_and_shards_of_others_have_manifests_too(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    check_outputs({"--out": str(tmp_path / "shard-00001.txt")}, {}, {"--out": LINES})
 
 
 def test_a_name_that_is_not_utf_8_is_refused_before_the_work(

@@ -28,6 +28,7 @@ from cropi.data import hub
 from cropi.data.readers import read
 from cropi.data.scan import scan
 from cropi.errors import CropiError
+from cropi.files import meant
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
@@ -258,10 +259,15 @@ def test_a_file_that_was_cut_is_called_damaged(tmp_path: Path, name: str) -> Non
 
 
 def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
-    """The misspelt name that is nearest to it is its own."""
+    """The misspelt name that is nearest to it is its own. A link to a folder is none, and brackets need no pattern."""
     (tmp_path / "a.jsonl").symlink_to("b.jsonl")
     with pytest.raises(CropiError, match="a.jsonl: .* it is a link to 'b.jsonl', which is not there"):
         list(read(tmp_path / "a.jsonl"))
+    (tmp_path / "run[1].jsonl").mkdir()
+    (tmp_path / "link").symlink_to("run[1].jsonl")
+    assert meant(tmp_path / "link") == "it is a folder; "
+    with pytest.raises(CropiError, match=r"a pattern is .* did you mean 'run\[1\].jsonl'\? give"):
+        list(read(tmp_path / "run[1].json"))
 
 
 def test_folders_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:
