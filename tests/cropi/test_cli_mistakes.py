@@ -200,7 +200,7 @@ def test_no_command_writes_over_what_it_reads(
     ("influence --train s --valid s --out a.csv", "what is written is no .csv; give a path that ends in .parquet"),
     ("select --scores a --out a.jsonl.gz", "what is written is no .gz; give a path that ends in .jsonl"),
     ("influence --train s --valid s --out s/manifest.json", "what is written is no .json"),
-    ("rollout --model m --prompts p --reward exact --out s/shard-00000.safetensors", "is a file of the store s; give another path"),
+    ("rollout --model m --prompts p --reward exact --out s/shard-00000.safetensors", "is a file of the store s; give"),
     ("convert a --out s/manifest.json", "--out: s/manifest.json is a file of the store s; give another path"),
     ("report s --out s/manifest.json", "what is written is no .json; give a path that ends in .html"),
 ])  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part o
 import trl
 from datasets import Dataset, concatenate_datasets
 from support.commands import json_lines
-from support.made_data import make_model, make_tokenizer
+from support.made_data import make_model, make_records, make_tokenizer, write_lines
 from support.trl_runs import SPEC, dataset, digits, staged, stored
 from support.versions import needs
 
@@ -30,6 +31,7 @@ from cropi.trainers.trl import Curriculum, Live
 from cropi.trainers.trl.live import PLACES, STATE, LiveRun, features_of
 from cropi.trainers.trl.mixins import RecorderHooks
 from cropi.trainers.trl.recorder import MADE
+from cropi.trainers.trl.stages import Stages
 from cropi_kernels import CoupledLossError
 from cropi_kernels.names import canonical_name
 from cropi_kernels.testing import sketch_gradients
@@ -480,3 +482,18 @@ def test_a_training_goes_on_without_validation_sets_that_are_solved(
     else:
         assert [note.get("kept") for note in notes] == [None, None, True]
         assert read_scores(tmp_path / "out" / "cropi" / "stage-0001" / "scores.parquet").sets == ["x"]
+
+
+def test_a_set_that_counts_against_prompts_may_be_solved_too(tmp_path: Path) -> None:
+    """A choice without it, where ``minus`` named a set that was left out; and none by that set alone."""
+    rewards = {"x": [1.0, 0.0, 0.0, 0.0], "y": [1.0] * 4}
+    made = [record | {"rewards": rewards[record["set"]]} for record in make_records(4, sets=["x", "y"])]
+    records = write_lines(tmp_path / "valid.jsonl", made)
+    for minus, groups, left in (("y", ["x", "x"], None), ("x", None, "x")):
+        options = Curriculum(stage_steps=1, spec=SPEC, minus=minus, minus_weight=0.5, valid_sets=["x", "y"])
+        stages = SimpleNamespace(
+            options=options, _chosen=[], live=None, seed=0, ranks=Alone(), _sources=lambda *_: [records]
+        )
+        valid, used = Stages._valid(stages, 1, tmp_path)  # type: ignore[arg-type]
+        assert (None if valid is None else [group.set for group in valid]) == groups
+        assert used.valid_sets == ["x"] and used.minus == left

@@ -200,9 +200,9 @@ def check_files(
     return scans
 
 
-def usable_sets(groups: PromptGroups) -> tuple[PromptGroups | None, dict[str, str]]:
+def usable_sets(groups: PromptGroups, minus: str | None = None) -> tuple[PromptGroups | None, dict[str, str]]:
     """Validation prompts without the sets of which none has a gradient by its rewards, and of these what is wrong, by
-    name; None: no set is left."""
+    name; None: no set is left but perhaps ``minus``, which counts against a prompt."""
     counts = scan(groups)
     sets = by_set({DEFAULT_SET: counts})
     lost = {
@@ -210,7 +210,7 @@ def usable_sets(groups: PromptGroups) -> tuple[PromptGroups | None, dict[str, st
         for name, reasons in sorted(sets.items())
         if not reasons.pop("", 0)
     }
-    if len(lost) == len(sets):
+    if set(sets) - set(lost) <= {minus}:
         return None, lost
     if lost:
         groups = without(groups, counts, {group.id for group in groups if (group.set or DEFAULT_SET) in lost})

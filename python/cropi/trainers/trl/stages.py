@@ -287,11 +287,11 @@ class Stages(Recorder):
         """The next prompts of a live run, by the validation gradient under the present policy."""
         begun = time.monotonic()
         self._check_recorded(stage, ("valid",))
-        valid, sets = self._valid(stage, folder)
+        valid, options = self._valid(stage, folder)
         if valid is not None:
             live.refresh(
-                self.model, self.trainer._tokenizer, valid, stage, self.seed, self.ranks, sets=sets,
-                later=self._chosen is not None,
+                self.model, self.trainer._tokenizer, valid, stage, self.seed, self.ranks,
+                sets=options.valid_sets or (), later=self._chosen is not None,
             )  # fmt: skip
         chosen = self._draw(live)
         chosen.figures["seconds"] = time.monotonic() - begun
@@ -302,11 +302,11 @@ class Stages(Recorder):
         options = self.options
         try:
             self._check_recorded(stage)
-            valid, sets = self._valid(stage, folder)
+            valid, used = self._valid(stage, folder)
             if valid is None:
                 return Chosen(self._chosen or [], {"kept": True})
             return choose_prompts(
-                self.model, self.trainer._tokenizer, replace(options, valid_sets=sets), stage=stage,
+                self.model, self.trainer._tokenizer, used, stage=stage,
                 # In stage 0 too small a fraction raises an error; later, an error would lose work.
                 least=self.prompts if stage else 0, others=others,
                 folder=folder, train=self._sources("train", folder),
@@ -358,21 +358,24 @@ class Stages(Recorder):
                 "that a reward function scored with a finite number; check the reward functions"
             )
 
-    def _valid(self, stage: int, folder: Path) -> tuple[Any, list[str]]:
-        """The validation trajectories, and the sets that they must cover.
+    def _valid(self, stage: int, folder: Path) -> tuple[Any, Curriculum]:
+        """The validation trajectories, and the options without the sets that these do not cover.
 
         Evaluations may show that a set is solved or hopeless by now, and a training does not end there: after the first
-        choice, sets of which no prompt has a gradient by its rewards are left out, with a warning. None: none is left.
+        choice, sets of which no prompt has a gradient by its rewards are left out, with a warning. None: none is left
+        to select for.
         """
-        source, wanted = self._sources("valid", folder), list(self.options.valid_sets or ())
-        if self.options.valid is not None or self._chosen is None:
-            return source, wanted
-        job = setup_of(self.options, stage, self.seed).job
-        groups, lost = self.ranks.agree(lambda: usable_sets(job.read(source, "valid")))
+        source, options = self._sources("valid", folder), self.options
+        if options.valid is not None or self._chosen is None:
+            return source, options
+        job = setup_of(options, stage, self.seed).job
+        groups, lost = self.ranks.agree(lambda: usable_sets(job.read(source, "valid"), options.minus))
         kept = KEPT if self.live is not None else "the prompts of the stage before are kept"
         for words in lost.values():
             logger.warning("stage %d: %s; %s", stage, words, kept if groups is None else LEFT_OUT)
-        return groups, [name for name in wanted if name not in lost]
+        if options.minus in lost:
+            options = replace(options, minus=None, minus_weight=1.0)
+        return groups, replace(options, valid_sets=[x for x in options.valid_sets or () if x not in lost])
 
     def _sources(self, kind: str, folder: Path) -> Any:
         files = self.opened[kind]
