@@ -60,6 +60,10 @@ class KronMatrix(MatrixSketch):
         self.p_in = _rademacher(key, cols, self.in_dim, px.DENSE_COLUMNS)
         self.p_out = _rademacher(key, rows, self.out_dim, px.DENSE_ROWS)
 
+    @property
+    def fold_key(self) -> str:
+        return f"{self.name}/{self.in_dim}"  # every parameter has a projection of its own
+
     def fold(self, a: torch.Tensor) -> torch.Tensor:
         return _product(a.float(), self.p_in.to(a.device))
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from support.launch import found_on_ranks, on_ranks
 
+from cropi_kernels import SketchSpec
 from cropi_kernels.ops.linear_logprob import logprob_and_grad
 from cropi_kernels.ops.linear_logprob.products import CutInputs, Features, logprob_and_grad_by
 from cropi_kernels.ops.linear_logprob.slices import Words, sliced_logprob_and_grad
+from cropi_kernels.sketcher.matrix import matrix_sketch
+from cropi_kernels.sketcher.parts import PartMatrix
 from cropi_kernels.sketcher.spread import Share, ranges_of
 
 WORKER = Path(__file__).parents[1] / "support" / "tp_ranks.py"
@@ -79,6 +82,26 @@ def test_ranges_are_those_of_torch() -> None:
                 got = [i for begin, end in ranges_of(size, ranks, rank) for i in range(begin, end)]
                 assert got == want
     assert ranges_of(8, 2, 1, factor=2) == ((2, 4), (6, 8))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "spec",
+    [SketchSpec(1024, width=16), SketchSpec(1024, width=None)]
+    + [SketchSpec(1024, kind=kind) for kind in ("countsketch", "dropout", "kron", "tensor")],
+    ids=str,
+)
+def test_parts_add_up_to_the_sketch_of_the_whole(spec: SketchSpec, axis: int) -> None:
+    """Rows of a matrix, or columns; 32 columns are as many as `kron` keeps, so that no shape tells the two apart."""
+    shape, offsets = (48, 32), torch.tensor([0, 7, 12, 20])
+    whole = matrix_sketch(spec, "a.b.weight", *shape, "linear")
+    d, a = torch.randn(20, shape[0]), torch.randn(20, shape[1])
+    want, got = torch.zeros(3, spec.base_dim), torch.zeros(3, spec.base_dim)
+    whole.add(d, whole.fold(a), offsets, want)
+    for ranges in (((0, 8), (24, 32)), ((8, 24), (32, shape[axis]))):
+        part = PartMatrix(whole, Share(shape, axis, ranges), splits_rows=axis == 0)
+        part.add(d, part.fold(a), offsets, got)
+    assert (got - want).norm() <= 1e-6 * want.norm() > 0
 
 
 class _Meeting:
