@@ -122,7 +122,7 @@ def test_columns_that_vary_between_the_responses_of_a_prompt_are_not_the_prompts
         ({"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "1"}}, "`cropi rollout`"),
         ({"prompt": "p", "completion": "c"}, "a row a response needs 'reward', and has none"),
         (
-            {"prompt": "p", "made": {"responses": ["c"], "scores": [1]}},
+            {"prompt": "p", "easy": {"accuracy": 0.5}, "made": {"responses": ["c"], "scores": [1]}},
             "--columns responses=made.responses,rewards=made.scores",
         ),
         (

@@ -108,7 +108,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> d
                     f"there is no column {column!r} for {name!r}",
                     f"{did_you_mean(column, map(str, row))}its columns are {', '.join(map(str, row)):.300}; columns "
                     f"are named for all files together: where they differ, make records of each by `cropi convert`"
-                    f"{nested(row) if '.' in column else ''}",
+                    f"{nested(row, alone=True) if '.' in column else ''}",
                 )
             value = value[part] if column else None
         if value is not None:
@@ -148,8 +148,12 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
     return RECORD
 
 
-def nested(row: Mapping[str, Any]) -> str:
-    """Where a column holds columns of responses or rewards, how these are named; else nothing.
+def nested(row: Mapping[str, Any], *, alone: bool = False) -> str:
+    """Where a column holds columns of responses and rewards, how these are named; else nothing.
+
+    Args:
+        row: of a table, or a record.
+        alone: take one of the two, too: of prompts a ``metadata.accuracy`` says how hard they are.
 
     >>> nested({"prompt": "1+1=", "rollouts": {"responses": ["2", "3"], "scores": [1, 0]}})
     '; nested columns are named with dots: --columns responses=rollouts.responses,rewards=rollouts.scores'
@@ -162,7 +166,7 @@ def nested(row: Mapping[str, Any]) -> str:
             if name in (*_ANSWERS, *_SCORES):
                 wanted = "reward" if name in _SCORES else "response"
                 names.setdefault(f"{wanted}s" if isinstance(held, (list, tuple)) else wanted, f"{key}.{name}")
-        if names:
+        if names and (alone or {name.rstrip("s") for name in names} == {"response", "reward"}):
             rows = (
                 f"{key!r} is a list of rows: make a row of each (pandas: frame.explode({key!r})), and name "
                 if several

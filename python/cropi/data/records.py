@@ -208,7 +208,11 @@ def make_group(
     held = f"the record has {', '.join(map(repr, list(record)[:40])) or 'no key'}"
     for name in ("id", "rewards"):
         if values[name] is None:
-            remedy = [ID_REMEDY] if name == "id" else _near(name, extra) or [REWARDS_REMEDY + nested(extra)]
+            remedy = (
+                [ID_REMEDY]
+                if name == "id"
+                else _near(name, extra) or [REWARDS_REMEDY + nested(extra, alone=True)]
+            )
             raise RecordError(where, f"the key {name!r} is missing: {held}", *remedy)
     for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
         if values[text_key] is None and values[ids_key] is None:
