@@ -18,7 +18,7 @@ from support.made_data import write_lines
 from cropi.errors import CropiError
 from cropi.options import Influence
 from cropi.ranking import selection_files
-from cropi.ranking.influence import influence, score_rows, validation_means
+from cropi.ranking.influence import influence, left_out, score_rows, validation_means
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.report import best_and_worst, prompt_texts
 from cropi.ranking.scores import Scores
@@ -154,6 +154,8 @@ def test_bad_comparisons_are_refused(tmp_path: Path) -> None:
             train,
             [make_store(tmp_path / "v1", {"x": ("x", (1.0, 0.0)), "y1": ("y", None), "y2": ("y", None)})],
         )
+    both = "3 were left out (equal rewards, one response); give prompts that are solved sometimes and several responses"
+    assert left_out(["one response", "equal rewards", "one response"]).startswith(both)
     with pytest.raises(CropiError, match="'x': the mean of its gradients is zero"):
         influence(train, [make_store(tmp_path / "v2", {"p": ("x", (1.0, 0.0)), "q": ("x", (-1.0, 0.0))})])
     for number, (change, named) in enumerate([

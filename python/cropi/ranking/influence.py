@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.data.rewards import EQUAL_REWARDS
+from cropi.data.rewards import EQUAL_REWARDS, ONE_RESPONSE
 from cropi.errors import CropiError, article, warn
 from cropi.option_fields import one_of
 from cropi.options import Influence
@@ -335,8 +335,15 @@ def choose_members(
 
 def left_out(reasons: Sequence[str]) -> str:
     """How many prompts were left out and why, and what to give in their place."""
+    remedies = {
+        EQUAL_REWARDS: "prompts that are solved sometimes",
+        ONE_RESPONSE: "several responses to each prompt",
+    }
     # Gradients that vanish or overflow do so whatever the rewards, and an array's rows have none.
-    other = "prompts that are solved sometimes" if EQUAL_REWARDS in reasons else "others, finite and not zero"
+    other = (
+        " and ".join(words for why, words in remedies.items() if why in reasons)
+        or "others, finite and not zero"
+    )
     return f"{len(reasons)} were left out ({', '.join(sorted(set(reasons)))}); give {other}"
 
 
