@@ -93,8 +93,8 @@ class GradientSketcher:
     Raises:
         UncoveredParameterError: a trainable parameter has no tap; names it. Raised here, before any work.
         ValueError: adapters are merged into their base, nothing is left to sketch, a pattern matches nothing, a
-            parameter is in no group or in two, ``fused`` finds nothing to fuse, or 8-bit layers whose results depend on
-            other rows (LLM.int8's threshold).
+            parameter is in no group or in two, ``more`` would sketch other parameters, ``fused`` finds nothing to fuse,
+            or 8-bit layers whose results depend on other rows (LLM.int8's threshold).
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ..names import listed
 from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator
@@ -95,6 +96,13 @@ class TappedModel:
             raise ValueError(
                 f"more: the gradient of {name} is formed, for one sketch: give no more, or exclude it"
             )
+        # With exclude="uncovered" each kind leaves out what it has no tap for.
+        for plan in self.more:
+            if apart := set(self.plan.coverage.names) ^ set(plan.coverage.names):
+                kinds = f"{self.spec.kind!r} and {plan.acc.spec.kind!r}"
+                raise ValueError(
+                    f"more: of the kinds {kinds} one alone sketches {listed(sorted(apart), 3)}: exclude them"
+                )
 
     @property
     def coverage(self) -> Coverage:

@@ -88,3 +88,15 @@ def test_gradients_that_are_formed_are_those_of_one_sketch() -> None:
         ValueError, match="more: the gradient of 1.weight is formed, for one sketch: give no more"
     ):
         GradientSketcher(model, SPEC, more=OTHERS[:1])
+
+
+def test_what_one_kind_alone_sketches_is_named() -> None:
+    """Else the sketches would be of other parameters, and the coverage that of the first."""
+    model, other = moe.small("mixtral"), SketchSpec(dim=512, kind="countsketch")
+    for spec, more in ((SPEC, other), (other, SPEC)):
+        with pytest.raises(
+            ValueError, match=r"one alone sketches model\.layers\.0\.mlp\.experts.*: exclude them"
+        ):
+            GradientSketcher(model, spec, "uncovered", more=[more])
+    together = GradientSketcher(model, SPEC, ["uncovered", "*.experts.*"], more=[other])
+    assert not any("experts" in name for name in together.coverage.names)
