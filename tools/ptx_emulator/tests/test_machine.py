@@ -165,6 +165,11 @@ def test_copies_of_a_later_group_are_not_there_yet(operands: Operands) -> None:
         ("st.shared.b32 [%r4], %r1; st.shared.b32 [%r6], %r1;", "another warp wrote"),
         ("st.shared.b32 [smem], %r1;", "different values"),
         ("ld.shared.b32 %r8, [%r6]; cp.async.ca.shared.global [%r4], [%rd4], 0x4;", "others have read"),
+        # All read one word at once, and a thread of the last warp writes it.
+        (
+            "ld.shared.b32 %r8, [smem]; setp.eq.u32 %p1, %r1, 63; @%p1 st.shared.b32 [smem], %r1;",
+            "others have read",
+        ),
     ],
 )
 def test_races_in_shared_memory(body: str, message: str, operands: Operands) -> None:
@@ -178,7 +183,8 @@ def test_races_in_shared_memory(body: str, message: str, operands: Operands) -> 
         "ld.global.b32 %r7, [%rd4+4];",  # the last lane's is past the end
         "ld.global.b32 %r7, [%rd4+-4];",
         "st.global.b32 [%rd5+4], %r1;",
-        "ld.global.b64 %rd6, [%rd4];",  # not aligned
+        "ld.global.b32 %r7, [%rd1+2];",  # not aligned, as the next
+        "ld.shared.b64 %rd6, [%r4];",
         "st.shared.b32 [%r4+800], %r1;",
         "mov.b64 %rd6, 64; ld.global.b32 %r7, [%rd6];",
     ],
