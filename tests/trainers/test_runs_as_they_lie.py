@@ -19,6 +19,7 @@ from cropi.data.scan import LossyTokens, check_pool, scan
 from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.evaluated import EvaluatedStep
+from cropi.trainers.dumps.folders import files_of
 from cropi.trainers.dumps.nemo_gym import ClosingWords
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, group_rollouts
@@ -416,6 +417,20 @@ def test_a_folder_of_folders_stands_for_the_files_in_them(
     (records / "README.md").write_text("# A model card, as TRL writes one\n")
     assert main(["info", str(records)]) == 2
     assert f"{records} holds the folders a, b, which are not the steps of one run" in capsys.readouterr().err
+
+
+def test_marks_of_spark_and_dask_are_no_files_of_a_run_and_what_begins_alike_is_one(tmp_path: Path) -> None:
+    for name in (
+        "_SUCCESS",
+        "_metadata",
+        "_common_metadata",
+        "_committed_17",
+        "_started_17",
+        "_train",
+        "a.jsonl",
+    ):
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in files_of(tmp_path)) == ["_train", "a.jsonl"]
 
 
 def test_many_files_of_text_are_said_to_be_text_once(tmp_path: Path) -> None:

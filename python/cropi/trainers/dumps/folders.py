@@ -24,8 +24,8 @@ BESIDE = (
 DEPTH = 3
 # What they call the folder of a step.
 STEP = re.compile(r"^\d+$|(step|version|iter|iteration|epoch)[_-]?\d")
-# Files without an ending that Spark, Dask and pyarrow write beside the parts of a table.
-MARK = re.compile(r"_[A-Za-z0-9_]+")
+# What Spark, Databricks, Dask and pyarrow write beside the parts of a table.
+MARK = re.compile(r"_SUCCESS|_metadata|_common_metadata|_(started|committed)_\d+")
 
 
 def expanded(paths: Sequence[str | Path], say: Callable[[str], None] | None = None) -> list[str | Path]:
