@@ -59,7 +59,8 @@ class Lines:
     def update(self, n: int) -> None:
         """``n`` more are done."""
         self.n += n
-        self._say()
+        if n:
+            self._say()
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         """``text`` stands at the end of the next line."""

@@ -336,7 +336,7 @@ MISTAKES = {
         "is a file; give the folder",
         "influence --train {broken} --valid {broken} --out {out}",
     ),
-    "below a file": ("give another --out", "{sketch} {train} --out {broken}/below"),
+    "below a file": ("is a file; give a folder", "{sketch} {train} --out {broken}/below"),
     "unused behaviour model": (
         "does not use the behaviour model",
         "{sketch} {train} --behaviour current --behaviour-model {made}/other --out {out}",

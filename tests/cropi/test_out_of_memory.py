@@ -82,7 +82,7 @@ def test_the_sketcher_names_the_batch_and_stays_usable() -> None:
             batch.sketch(sketcher, weigh=full)
         assert "0.4 MiB" in str(error.value) and "fewer rows a call" in str(error.value)
         acc = sketcher._tapped.acc
-        assert acc.segments is None and acc._engine is None and not acc._folds
+        assert acc.segments is None and not acc._engines and not acc._folds
         assert torch.equal(batch.sketch(sketcher).sketches, want), "nothing of the failed call is left"
 
 

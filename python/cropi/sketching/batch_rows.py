@@ -49,7 +49,7 @@ class BatchRows:
 
     def cut(self, segments: torch.Tensor, budget: int, lengths: Lengths) -> Iterator[torch.Tensor]:
         """Numbers of rows that go through the model together: sorted by prompt, within the budget."""
-        order, step = torch.argsort(segments, stable=True), max(1, budget // self.length)
+        order, step = torch.argsort(segments, stable=True), max(1, int(budget) // self.length)
         if lengths.switch is None:
             yield from order.split(step)
             return

@@ -127,7 +127,6 @@ class _Filling:
     Attributes:
         done: prompts whose rows are there already.
         flushed: when the store was last flushed.
-        added: rows that the bar has not counted yet.
     """
 
     store: Behind
@@ -138,45 +137,35 @@ class _Filling:
     participant: Participant
     done: frozenset[str]
     flushed: float = field(default_factory=time.monotonic)
-    added: int = 0
 
     def compute(self, chunk: Chunk, batches: Iterable[MicroBatch]) -> None:
         """Compute a chunk. If the user asks to stop, it ends early, and ``summary.interrupted`` is set."""
-        for row in chunk.rows:
-            self._add(row)
-        self._show()
+        # Prompts of a batch are counted at once: a rate by the first of them was several times too low.
+        self.bar.update(sum(map(self._add, chunk.rows)))
         for batch in batches:
-            for row, vector in self.passes.run(batch):
-                self._add(row, vector, chunk)
+            added = sum(self._add(row, vector, chunk) for row, vector in self.passes.run(batch))
             if self.summary.wall:  # no pass has been looked at before the second was launched
                 self.bar.set_postfix_str(
                     f"{self.summary.model_tokens / self.summary.wall:.0f} tokens/s", refresh=False
                 )
-            self._show()
+            self.bar.update(added)
             if time.monotonic() - self.flushed > FLUSH_SECONDS:
                 self.store.flush()
                 self.flushed = time.monotonic()
             if self.participant.agreed(self.interrupt.asked):
                 self.summary.interrupted = True
                 break
-        for row, vector in self.passes.end():
-            self._add(row, vector, chunk)
-        self._show()
+        self.bar.update(sum(self._add(row, vector, chunk) for row, vector in self.passes.end()))
         if not self.summary.interrupted:
             self.summary.interrupted = self.participant.agreed(self.interrupt.asked)
 
-    def _add(self, row: RowInfo, vector: torch.Tensor | None = None, chunk: Chunk | None = None) -> None:
+    def _add(self, row: RowInfo, vector: torch.Tensor | None = None, chunk: Chunk | None = None) -> bool:
         """Add a row that is not there yet; of the prompts in a batch those of its chunk, the others only fill it."""
-        if row.id not in self.done and (chunk is None or row.id in chunk.prompts):
-            self.summary.count(row)
-            self.store.add(row, vector)
-            self.added += 1
-
-    def _show(self) -> None:
-        """Count the rows of a batch at once: a rate by the first of them was several times too low."""
-        if self.added:
-            self.bar.update(self.added)
-        self.added = 0
+        if row.id in self.done or (chunk is not None and row.id not in chunk.prompts):
+            return False
+        self.summary.count(row)
+        self.store.add(row, vector)
+        return True
 
 
 def _sketcher(
