@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from cropi import pipeline
 from cropi.atomic import replacing
 from cropi.data.prompt_ids import column_values
+from cropi.data.scan import listed
 from cropi.errors import CropiError, as_keywords, shown
 from cropi.files import failure_of, is_file, reason
 from cropi.model.policy import Policy
@@ -228,13 +229,13 @@ class LiveRun:
             )  # fmt: skip
         parts = ranks.gather(mine)
         names = [name for part in parts for name in part[0]]
-        without = Counter(pair for part in parts for pair in part[2])
-        for gone in sorted({name for name, _ in without} - set(names)):
-            reasons = ", ".join(
-                f"{n} with {why}" for (name, why), n in sorted(without.items()) if name == gone
-            )
+        lost: dict[str, Counter[str]] = defaultdict(Counter)
+        for name, why in [pair for part in parts for pair in part[2]]:
+            lost[name][why] += 1
+        for gone in sorted(lost.keys() - set(names)):
             problem = (
-                f"stage {stage}: no prompt of the validation set {gone!r} has a usable gradient ({reasons})"
+                f"stage {stage}: no prompt of the validation set {gone!r} has a usable gradient "
+                f"({listed(lost[gone])})"
             )
             if not later:
                 raise CropiError(
