@@ -26,6 +26,15 @@ def canonical_name(name: str) -> str:
     return _BASE_LAYER.sub("", _PEFT_PREFIX.sub("", _WRAPPERS.sub("", name)))
 
 
+def module_name(path: str) -> str:
+    """:func:`canonical_name` of a module's path, which a wrapper may end.
+
+    >>> module_name("_orig_mod.layers.0._checkpoint_wrapped_module")
+    'layers.0'
+    """
+    return canonical_name(f"{path}.")[:-1]
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """The names in a message: at most so many, and how many more there are.
 

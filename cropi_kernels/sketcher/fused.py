@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..names import canonical_name
+from ..names import module_name
 from ..ops.rms_norm import rms_norm_backward
 from . import sharded
 from .accumulator import Accumulator
@@ -183,7 +183,7 @@ def find_fusion(model: nn.Module, plan: Attachment, wanted: bool) -> Fusion:
         raise ValueError(f"fused=True: the model is split over ranks, which is not supported: {remedy}")
     fusion = Fusion(plan.acc)
     for path, module in model.named_modules():
-        where = canonical_name(path + ".")[:-1]
+        where = module_name(path)
         for looks, against, fused in (
             (looks_like_norm, against_norm, fusion.norms),
             (looks_like_gate, against_gate, fusion.gates),

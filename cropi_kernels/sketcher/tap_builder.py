@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from ..names import canonical_name
+from ..names import module_name
 from ..plan import Role, VectorPlan, plan_vector
 from . import exact
 from .accumulator import Accumulator
@@ -53,7 +53,7 @@ class TapBuilder:
         modules = dict(model.named_modules())
         for path, module in modules.items():
             if module not in formed:
-                self._visit(canonical_name(path + ".")[:-1] if path else "", module)
+                self._visit(module_name(path), module)
         users = _users_of(modules.values())
         for module in modules.values():
             self._form(module, users)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..names import canonical_name, listed
+from ..names import listed, module_name
 from .attach import Attachment
 from .decoder import evaluating
 from .hooks import hooked
@@ -83,7 +83,7 @@ def _tried(plan: Attachment, run: Run, ids: torch.Tensor) -> tuple[dict[str, str
             if y.requires_grad:
                 y.backward(torch.ones_like(y))
         if cut:
-            names = {m: canonical_name(n + ".")[:-1] for n, m in model.named_modules()}
+            names = {m: module_name(n) for n, m in model.named_modules()}
             layers = listed([f"{names[m]} ({type(m).__name__})" for m in cut], 10)
             raise ValueError(
                 f"no gradient passes through {layers}: quantised weights whose kernel has no "

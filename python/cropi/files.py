@@ -269,13 +269,19 @@ def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
 
 
 def meant(path: str | Path) -> str:
-    """Why no file may be at a path: it is a folder, or a link to nothing, or a pattern, or ``"did you mean 'x'? "``
-    with the name in its folder that is nearest to a misspelt one. With a blank behind; or nothing."""
+    """Why no file may be at a path: it is a folder, or a link to nothing or in a circle, or a pattern, or
+    ``"did you mean 'x'? "`` with the name in its folder that is nearest to a misspelt one. With a blank behind; or
+    nothing."""
     path = Path(path)
     if os.path.isdir(path):
         return "it is a folder; "
     if os.path.islink(path):
-        return f"it is a link to {shown(os.readlink(path))}, which is not there; "
+        try:
+            os.stat(path)
+        except OSError as error:
+            circle = error.errno == errno.ELOOP
+            end = "and links from there lead round in a circle" if circle else "which is not there"
+            return f"it is a link to {shown(os.readlink(path))}, {end}; "
     pattern = "a pattern is for the shell, which replaces it outside of quotes, or glob.glob in Python; "
     near = (
         did_you_mean(path.name, (other.name for other in entries(path.parent)))

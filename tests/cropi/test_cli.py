@@ -289,7 +289,7 @@ def mistaken(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 MISTAKES = {
-    "no file": ("there is no such trajectory file", "{sketch} --trajectories {folder}/no.jsonl --out {out}"),
+    "no file": ("there is no such file", "{sketch} --trajectories {folder}/no.jsonl --out {out}"),
     "near a file": (
         "file; did you mean 'long.jsonl'? give",
         "{sketch} --trajectories {folder}/lnog.jsonl --out {out}",
@@ -364,7 +364,7 @@ def test_every_mistake_is_one_clear_line(
 
 def test_debug_shows_where_an_error_was_raised(mistaken: dict[str, str]) -> None:
     line = "{sketch} --debug --trajectories {folder}/no.jsonl --out {out}".format_map(mistaken)
-    with pytest.raises(ValueError, match="there is no such trajectory file"):
+    with pytest.raises(ValueError, match="there is no such file"):
         cropi(line)
 
 

@@ -263,6 +263,11 @@ def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to("b.jsonl")
     with pytest.raises(CropiError, match="a.jsonl: .* it is a link to 'b.jsonl', which is not there"):
         list(read(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(
+        CropiError, match="link to 'b.jsonl', and links from there lead round in a circle; give"
+    ):
+        list(read(tmp_path / "a.jsonl"))
     (tmp_path / "run[1].jsonl").mkdir()
     (tmp_path / "link").symlink_to("run[1].jsonl")
     assert meant(tmp_path / "link") == "it is a folder; "
@@ -293,9 +298,9 @@ def test_folders_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:
         ([1, 2], r"records\[0\]: a record is a dictionary"),
         ([{"id": 1}, "t.jsonl"], "paths and records are mixed"),
         ((row for row in records()), "is a generator, which can be read once"),
-        ("none.jsonl", "there is no such trajectory file"),
+        ("none.jsonl", "there is no such file"),
         ("parts/*.jsonl", "a pattern is for the shell, which replaces it outside of quotes"),
-        ("x" * 5000, "there is no such trajectory file"),
+        ("x" * 5000, "there is no such file"),
     ],
 )
 def test_sources_that_are_none(source: Any, words: str) -> None:

@@ -298,3 +298,7 @@ def test_scores_are_saved_and_opened(scores: Scores, tmp_path: Path) -> None:
         assert again.select(0.1).weights == scores.select(0.1).weights
     with pytest.raises(CropiError, match="nowhere: there is no such score table"):
         Scores.open(tmp_path / "nowhere")
+    with pytest.raises(
+        CropiError, match="no such score table; a pattern is for .* in Python; give the path of one$"
+    ):
+        Scores.open(tmp_path / "scores*")

@@ -137,9 +137,7 @@ def test_json_is_all_that_standard_output_gets(
     assert found["store verify"][str(stores / "train")]["prompts"] == 20
     assert main(["info", str(tmp_path / "nothing.jsonl"), "--json"]) == 2
     failed, told = printed(capsys)
-    assert (
-        failed["status"] == 2 and "there is no such trajectory file" in failed["error"] and "error:" in told
-    )
+    assert failed["status"] == 2 and "there is no such file" in failed["error"] and "error:" in told
 
 
 def test_quiet_and_verbose(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,7 @@ def test_duplicate_id_names_both_places_also_across_files(tmp_path: Path) -> Non
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CropiError, match="no such trajectory file"):
+    with pytest.raises(CropiError, match="no such file"):
         list(read(tmp_path / "none.jsonl"))
     with pytest.raises(CropiError, match="is a folder; give trajectory files"):
         list(read(tmp_path))

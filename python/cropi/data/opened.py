@@ -45,7 +45,7 @@ def check_file(path: Path) -> None:
                 f"{path}: there is only {path.name}.part, which is not finished; run the command that writes it again"
             )
         raise CropiError(
-            f"{shortened(str(path), 500)}: there is no such trajectory file; {meant(path)}give the path of one"
+            f"{shortened(str(path), 500)}: there is no such file; {meant(path)}give the path of one"
         )
     if not os.path.isfile(path):
         raise CropiError(

@@ -124,10 +124,7 @@ def influence(
     _warn_shared(rows, valid)
     table = np.ascontiguousarray(streamed[:, :count])
     if not np.isfinite(table).all(axis=1).any():
-        raise CropiError(
-            f"{train.path}: no training prompt has a usable sketch: "
-            f"{left_out([row.reason for row in rows if row.status != OK])}"
-        )
+        raise none_usable(train)
     meta: dict[str, Any] = {
         "metric": given.metric, "mean": given.mean, "max_valid": given.max_valid, "seed": given.valid_seed,
         "train": _origin(train), "valid": [_origin(store) for store in valid],
@@ -331,6 +328,12 @@ def choose_members(
             candidates = [candidates[i] for i in picked]
         chosen[name] = set(candidates)
     return chosen
+
+
+def none_usable(train: SketchStore) -> CropiError:
+    """The error for a store of training prompts of which none has a usable sketch."""
+    reasons = [row.reason for row in train.rows() if row.status != OK]
+    return CropiError(f"{train.path}: no training prompt has a usable sketch: {left_out(reasons)}")
 
 
 def left_out(reasons: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from cropi.checked import fits
 from cropi.data.rows_out import write_jsonl
 from cropi.errors import CropiError
 from cropi.ranking.given import given_stores
-from cropi.ranking.influence import SAME_LENGTH, check_stores, choose_members, left_out
+from cropi.ranking.influence import SAME_LENGTH, check_stores, choose_members, none_usable
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sealed import summed
@@ -271,9 +271,7 @@ def neighbours(
                 ]
                 heap[column] = heapq.nsmallest(k, heap[column] + pairs)
     if rows and not best[0]:
-        raise CropiError(
-            f"{train.path}: no training prompt has a usable sketch: {left_out([row.reason for row in train.rows()])}"
-        )
+        raise none_usable(train)
     return {
         row.id: (
             [Neighbour(name, -value) for value, name in best[i]],

@@ -125,9 +125,9 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
         raise CropiError(f"{file} is a folder; its score table is {file / SCORES}: give that")
     if not os.path.isfile(file):
         check_name(file)
-        raise CropiError(
-            f"{file}: there is no such score table; {meant(file)}make one with `cropi influence --out {file}`"
-        )
+        near = meant(file)
+        remedy = "give the path of one" if near else f"make one with `cropi influence --out {file}`"
+        raise CropiError(f"{file}: there is no such score table; {near}{remedy}")
     try:
         with reading(file, missing=True), ExitStack() as stack:
             table, schema, *_ = coded.opened(

@@ -37,6 +37,8 @@ from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of, warn_text
 from cropi.trainers.dumps.traces import rows_of_traces
 
+WARM = "sampling_args.temperature"
+
 
 def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
     """The rollouts in one file. Those that ended in an error are left out, as in training.
@@ -57,9 +59,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
         name = f"{task}-{name}" if task else name
         if reading.id_key is not None:
             name = id_of(row, reading.id_key, row["prompt"], where)
-        warm = reading.temperature
-        if warm is None:
-            warm = nested(row, "sampling_args.temperature")
+        warm = reading.warmth(nested(row, WARM), WARM, where)
         tokens = sequence(row.get("trajectory"), where)
         if tokens is None:
             warn_text(path, left)
