@@ -157,12 +157,12 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("nemo-rl", "token_loss_mask", [1] * 8, "token_loss_mask: marks the first token"),
     ("nemo-rl", "token_loss_mask", [0, 0, 3, 0, 0, 0, 0, 0], "token_loss_mask[2]: should be 0 or 1, got 3"),
     ("nemo-rl", "generation_logprobs", [0.0], "generation_logprobs: has 1 entries for 5 tokens"),
-    ("nemo-rl", "name", None, "name: a prompt's id should be text or an integer, got None"),
+    ("nemo-rl", "name", None, "name: is missing, which --id-key names"),
     ("verl", "responses", torch.tensor([[1]]), "responses: should have one dimension"),
     ("verl", "responses", torch.tensor([1.5]), "responses[0]: should be an integer, got 1.5"),
     ("verl", "response_mask", torch.ones(2), "response_mask: has 2 entries for 3 response tokens"),
     ("verl", "rollout_log_probs", torch.zeros(7), "rollout_log_probs: has 7 entries for 3 response tokens"),
-    ("verl", "extra_info", {}, "extra_info.id: is missing, which is the only stable id"),
+    ("verl", "extra_info", {}, "extra_info.id: is missing, which --id-key names"),
     ("verl", "extra_info", 3, "extra_info.id: is missing"),
     ("verl", "keys", "b_0_1", "keys: one of several outputs of a rollout"),
     ("verl", "data_source", [1], "data_source: a prompt's id should be text"),
@@ -170,7 +170,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("verl text", "step", "7", "step: should be an integer, got '7'"),
     ("verl text", "input", 5, "input: should be text, got 5"),
     ("verl text", "output", None, "output: should be text, got None"),
-    ("verl text", "uid", None, "'uid': is missing in this row"),
+    ("verl text", "uid", None, "uid: is missing, which --id-key names"),
 ]  # fmt: skip
 
 

@@ -118,7 +118,12 @@ def test_the_reward_of_several_is_named(tmp_path: Path) -> None:
         CropiError, match="there is no 'wrong', which --columns reward= names; there are 'right', 'form'"
     ):
         rewards(path, columns={"reward": "wrong"})
-    expected = rewards(write(tmp_path / "8.pt", made("slime")))
+    plain = write(tmp_path / "8.pt", made("slime"))
+    with pytest.raises(
+        CropiError, match=r"reward: is 1\.0, no table with the 'right' that --columns reward= names; leave"
+    ):
+        rewards(plain, columns={"reward": "right"})
+    expected = rewards(plain)
     assert rewards(path, columns={"reward": "right"}) == expected
     assert rewards(path, columns={"reward": "right+form"}) == [[one + 0.5 for one in row] for row in expected]
     path = write(tmp_path / "completions_00001.parquet", made("trl"))

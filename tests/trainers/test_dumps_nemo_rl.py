@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.made_dumps import ROLLOUTS, made, words, write
 
 from cropi.cli import main
@@ -26,6 +27,24 @@ def test_rewards_beside_filtered_ones_are_those_of_other_rollouts(tmp_path: Path
         line |= {"filtered_rewards": line["rewards"], "rewards": others}
     found = [reward for group in converted(tmp_path, content) for reward in group.rewards]
     assert found == [reward for one in right for reward in one]
+
+
+def test_ids_may_be_nested_and_one_that_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a line and of every rollout in it; the file is NeMo-RL's all the same."""
+    content = made("nemo-rl")
+    names = [line["name"][0] for line in content]
+    for line, name in zip(content, names, strict=True):
+        line["extra"] = {"key": name} if name == names[0] else [{"key": name}]
+    path = write(tmp_path / "train_data_step7.jsonl", content)
+    convert = words("nemo-rl", path, tmp_path / "out.jsonl")
+    at = convert.index("--id-key") + 1
+    assert main([*convert[:at], "extra.key", *convert[at + 1 :]]) == 0
+    assert [group.id for group in read(tmp_path / "out.jsonl")] == sorted(set(names))
+    assert main([*convert[:at], "extra.no", *convert[at + 1 :]]) == 2
+    error = capsys.readouterr().err
+    assert "extra.no: is missing, which --id-key names" in error and "not training data" not in error
 
 
 def test_turns_of_the_assistant_in_a_prompt_are_part_of_it(tmp_path: Path) -> None:

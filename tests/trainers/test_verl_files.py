@@ -50,7 +50,7 @@ def test_dumps_of_the_transfer_queue_are_read(tmp_path: Path, capsys: pytest.Cap
     check_queue_records(out)
     assert {group.policy for group in read(out)} == {"step 4"}
     assert main([*words, "--id-key", "extra_info.name"]) == 2
-    assert "extra_info.name: is missing, which is the only stable id" in capsys.readouterr().err
+    assert "extra_info.name: is missing, which --id-key names" in capsys.readouterr().err
 
 
 @verl_only

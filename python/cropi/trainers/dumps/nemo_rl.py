@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.data.forms import hashed
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
@@ -26,14 +25,13 @@ from cropi.trainers.dumps.fields import (
     log_probs,
     loss_mask,
     names,
-    prompt_id,
     shown,
     token_ids,
     whole,
 )
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
-from cropi.trainers.dumps.rows import rows_of_dump
+from cropi.trainers.dumps.rows import id_of, rows_of_dump
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
 LOGPROBS = ("generation_logprobs", "prev_logprobs")
@@ -54,7 +52,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
 
 def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[str, dict[str, Any]]]:
     """The rollouts of a line, each as its own object. What is not a list (``idx``) describes the line."""
-    for name in (*COLUMNS, *([id_key] if id_key else [])):
+    for name in COLUMNS:
         if name not in line:
             raise BadSample(
                 where,
@@ -67,7 +65,9 @@ def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[st
         return [(where, line)]
     columns = {name: values for name, values in line.items() if isinstance(values, list)}
     count = len(line["rewards"])
-    others = [name for name in (SAMPLE_MASK, *LOGPROBS, id_key) if name in columns]
+    # Of a key with dots, the column that it leads into.
+    held = id_key if id_key is None or id_key in line else id_key.partition(".")[0]
+    others = [name for name in (SAMPLE_MASK, *LOGPROBS, held) if name in columns]
     for name in (*COLUMNS, *others):
         values = columns.get(name)
         if values is None or len(values) != count:
@@ -75,7 +75,7 @@ def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[st
             raise BadSample(
                 where, shown(name), f"should have one value for each of {count} rollouts, got {got}"
             )
-    single = {id_key: line[id_key]} if id_key and id_key not in columns else {}
+    single = {held: line[held]} if held in line and held not in columns else {}
     return [
         (f"{where}, rollout {i}", {name: columns[name][i] for name in (*COLUMNS, *others)} | single)
         for i in range(count)
@@ -110,9 +110,9 @@ def _rollout(
     if values is not None and len(values) < end:
         raise BadSample(where, str(source), f"has {len(values)} entries for {length} tokens")
     probs = None if values is None else log_probs(values[start:end], end - start, mask, str(source), where)
-    name = prompt_id(row[id_key], id_key, where) if id_key else hashed(" ".join(map(str, tokens[:start])))
     return checked(Rollout(
-        id=name, reward=finite(row["rewards"], "rewards", where), step=step, where=where, prompt_ids=tokens[:start],
+        id=id_of(row, id_key, " ".join(map(str, tokens[:start])), where),
+        reward=finite(row["rewards"], "rewards", where), step=step, where=where, prompt_ids=tokens[:start],
         response_ids=tokens[start:end], logprobs=probs, loss_mask=mask, temperature=temperature,
     ))  # fmt: skip
 

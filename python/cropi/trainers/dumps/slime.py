@@ -151,6 +151,11 @@ def _reward(held: Any, key: str | None, where: str) -> float:
                 "name the one that is trained on (slime's --reward-key) with --columns reward=NAME, or pass --skip-bad",
             )  # fmt: skip
         held = named_reward(held, key, where)
+    elif key is not None:
+        raise BadSample(
+            where, "reward", f"is {shown(held)}, no table with the {shown(key)} that --columns reward= names",
+            "leave --columns out, or pass --skip-bad",
+        )  # fmt: skip
     return finite(held, "reward", where)
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from cropi.data.formats import ending_of
-from cropi.data.forms import hashed
 from cropi.errors import CropiError, optional
 from cropi.trainers.dumps.fields import (
     BadSample,
@@ -32,14 +31,13 @@ from cropi.trainers.dumps.fields import (
     check_keys,
     finite,
     names,
-    prompt_id,
     shown,
     whole,
 )
 from cropi.trainers.dumps.pickled import load_dump
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
-from cropi.trainers.dumps.rows import named_reward, rows_of_dump
+from cropi.trainers.dumps.rows import id_of, named_reward, rows_of_dump
 from cropi.trainers.dumps.text_rows import warn_text
 from cropi.trainers.dumps.verl_batch import SEVERAL, rollouts_of_proto, rollouts_of_table
 
@@ -73,7 +71,6 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
 
 
 def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
-    id_key = reading.id_key
     warn_text(path, left, "text without special tokens", "dump token ids to be exact (skip.rollout_tq)")
 
     def read(line: tuple[str, dict[str, Any]]) -> Rollout:
@@ -84,15 +81,10 @@ def _text(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             raise Unused(where, "output", "is empty")
         if isinstance(row.get("uid"), str) and re.fullmatch(r".+_\d+_[1-9]\d*", row["uid"]):
             raise BadSample(where, "uid", f"{shown(row['uid'])}: {SEVERAL}")
-        name = hashed(prompt)
-        if id_key is not None:
-            if row.get(id_key) is None:
-                raise BadSample(where, shown(id_key), f"is missing in this row, which holds {names(row)}")
-            name = prompt_id(row[id_key], shown(id_key), where)
         return checked(Rollout(
-            id=name, reward=_score(row, reading.columns.get("reward"), where), where=where,
-            step=whole(row["step"], "step", where), prompt=prompt, response=response, answer=row.get("gts"),
-            temperature=reading.temperature, extra={"lossy": True},
+            id=id_of(row, reading.id_key, prompt, where), step=whole(row["step"], "step", where), where=where,
+            reward=_score(row, reading.columns.get("reward"), where), prompt=prompt, response=response,
+            answer=row.get("gts"), temperature=reading.temperature, extra={"lossy": True},
         ))  # fmt: skip
 
     yield from left.each(rows_of_dump(path, left), read)
