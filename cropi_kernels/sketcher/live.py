@@ -145,6 +145,8 @@ class LiveSketcher:
             raise RuntimeError("this LiveSketcher is already active: leave its `with` block first")
         if self._forget_another_shape():
             self._audits, self.loss = Schedule(), None
+        if self.loss == COUPLED:  # which was caught; the loss may be another now
+            self.loss = None
         try:
             self._hook()
         except BaseException:
@@ -321,7 +323,7 @@ class LiveSketcher:
     def _note(self, check: LossCheck) -> None:
         """What a batch has shown; one that shows less takes nothing back."""
         self._sorts = check.sorts
-        if self.loss == COUPLED and not str(check.verdict).startswith(SUM):
+        if self.loss == COUPLED:  # it couples other prompts than those of this batch
             return
         if not str(self.loss).startswith(SUM) or check.verdict == SUM:  # which was perhaps linear before
             self.loss = check.verdict or UNSEEN

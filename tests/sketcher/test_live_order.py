@@ -39,14 +39,18 @@ def by_rank(logits: torch.Tensor, step: Step, kind: str, moved: bool) -> torch.T
 def test_a_loss_by_ranks_is_looked_at_in_every_batch(kind: str) -> None:
     """Against constants a sum over prompts, against each other none once orders differ (in a batch that is not
     compared with autograd)."""
-    model, step = zoo.make("llama"), Step()
+    model, step, found = zoo.make("llama"), Step(), False
     with LiveSketcher(model, SPEC) as live:
-        for moved in (False, False, True):
+        for moved in (False, False, True, False):
             coupled = moved and kind != "aot"
             wrong = pytest.raises(CoupledLossError, match="not a sum over prompts")
             with wrong if coupled else contextlib.nullcontext(), live.batch(step.prompts, shape=step.shape):
                 by_rank(made.logits_of(model, step), step, kind, moved).backward()
-            assert live.loss == f"{'not ' if coupled else ''}a sum over prompts"
+            found = found or coupled
+            assert live.loss == f"{'not ' if found else ''}a sum over prompts"
+    with live, live.batch(step.prompts, shape=step.shape):
+        made.cross_entropy(made.logits_of(model, step), step, step.rows(None)).backward()
+    assert live.loss == "a sum over prompts"
 
 
 def test_what_may_pair_prompts() -> None:
