@@ -93,8 +93,15 @@ def test_choices_that_cannot_be_made_are_errors_before_the_first_stage() -> None
         ("the groups get 5 prompts, but 4 are chosen", {"quota": ["sums=5"], "count": 4}),
         ("the groups get 4 prompts, but 3 are chosen", {"quota": ["3=4"], "fraction": 0.75}),
         ("'sums' is to give 2 prompts, but train_dataset has 1 of it; lower it", {"quota": ["sums=2"]}),
+        (
+            "'sums' is to give 2 prompts, but train_dataset has 1 of it",
+            {"quota": ["sums=0.5"], "fraction": 1.0},
+        ),
+        ("'sums' is to give 2 prompts, but train_dataset has 1 of it", {"quota": ["sums=0.5"], "count": 4}),
+        ("get 2 of 4 prompts and no other group is left", {"quota": ["sums=1", "3=1"], "count": 4}),
+        (None, {"quota": ["sums=0.5"], "fraction": 1.0, "pool": "usable"}),
         ("count 5 is more than the 4 prompts that the first stage records", {"count": 5}),
-        (None, {"quota": ["sums=1", "3=0.5"], "count": 4}),
+        (None, {"quota": ["sums=1", "3=0.75"], "count": 4}),
         (None, {"quota": ["3=3"], "fraction": 0.75}),
     ):
         raises = contextlib.nullcontext() if told is None else pytest.raises(CropiError, match=told)

@@ -151,9 +151,18 @@ def with_quotas(n: int, quotas: Mapping[str, float], usable: Mapping[str, int], 
             raise CropiError(
                 f"quota: {name!r} is to give {number} prompts, but {usable[name]} of it have a gradient; lower it"
             )
-    if taken < n and set(quotas) == set(usable):
+    check_rest(n, taken, quotas, usable)
+    return counts
+
+
+def check_rest(n: int, taken: int, quotas: Collection[str], known: Collection[str]) -> None:
+    """Check that where quotas take fewer than ``n`` prompts, a group without one is left for the rest.
+
+    Raises:
+        CropiError: none is.
+    """
+    if taken < n and set(quotas) == set(known):
         raise CropiError(
             f"quota: the groups get {taken} of {n} prompts and no other group is left for the rest; raise the "
             f"quotas, or choose {taken} (count)"
         )
-    return counts

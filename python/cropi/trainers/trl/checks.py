@@ -15,7 +15,7 @@ from cropi.data.prompt_ids import column_values
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
 from cropi.files import check_room
-from cropi.ranking.shares import check_groups, how_many, numbers_of, read_quotas
+from cropi.ranking.shares import check_groups, check_rest, how_many, numbers_of, read_quotas
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.sampler import check_enough
 from cropi.trainers.trl.scoring import _evaluating
@@ -142,17 +142,22 @@ def _check_choice(trainer: Any, options: Curriculum) -> None:
         return
     quotas = read_quotas(options.quota)
     batch = int(trainer.args.generation_batch_size // trainer.num_generations)
-    counts, _ = numbers_of(options.count or how_many(options.fraction, most, batch), quotas)
+    n = options.count or how_many(options.fraction, most, batch)
+    counts, taken = numbers_of(n, quotas)
     if options.per == "file":
         return
     _, [values] = column_values(dataset, "task") if "task" in options.recording.columns else ([], [None])
     tasks = Counter("" if value is None else str(text_value(value, "task")) for value in values or [None])
     check_groups(quotas, tasks, "task")
+    # A fraction of the prompts with a gradient is of a number that is not known yet, and so are shares of it.
+    known = options.count is not None or options.pool == "all"
     for name, number in counts.items():
-        if not isinstance(quotas[name], float) and number > tasks[name]:
+        if (known or not isinstance(quotas[name], float)) and number > tasks[name]:
             raise CropiError(
                 f"quota: {name!r} is to give {number} prompts, but train_dataset has {tasks[name]} of it; lower it"
             )
+    if known:
+        check_rest(n, taken, quotas, tasks)
 
 
 def check_policy(model: Any, options: Curriculum) -> None:
