@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import library
+from torch.autograd import forward_ad
 
 from . import _fork, _native, memory
 
@@ -67,6 +68,18 @@ def no_autocast(*args: Any) -> contextlib.AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def refuse_forward_mode(op: str, **operands: torch.Tensor | None) -> None:
+    """PyTorch drops the tangent of an operator's operand without a word: `torch.func.jvp` would give zeros."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in operands.items():
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{op} has no derivative in forward mode, and {name} has a tangent (of torch.func.jvp or jacfwd, say): "
+                f"differentiate in reverse, by backward() or torch.autograd.grad, or give {name}.detach()"
+            )
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ def reduce_sketch(sketch: torch.Tensor, dim: int, *, seed: int = 0, version: int
         ValueError: ``dim`` or the sketch's own size is not a power of two, or ``dim`` is the larger one.
     """
     one_thread_after_fork()
-    n = sketch.shape[-1]
+    n = sketch.shape[-1] if sketch.ndim else 0
     if n < 1 or n & (n - 1):
         raise ValueError(f"sketch has {n} numbers per row: a sketch has a power of two")
     whole = as_int(dim, 1, n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from cropi_kernels import (
     linear_logprob,
     norm_grad,
     project,
+    project_transpose,
     sketch_embedding,
     sketch_linear,
     sketch_vector,
@@ -207,13 +209,15 @@ def test_several_ops_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("op", [*OPS, "project"])
+@pytest.mark.parametrize("op", [*OPS, "project", "project, out"])
 def test_autocast_rounds_nothing(op: str, backend: str | None) -> None:
     """On a GPU without the CUDA C++ build plain torch serves dense projections, products that autocast would round."""
     spec = ProjectionSpec(64, kind="gaussian")
 
     def run() -> Any:
-        return project(A, spec, backend=backend) if op == "project" else OPS[op](backend)
+        if op in OPS:
+            return OPS[op](backend)
+        return project(A, spec, out=None if op == "project" else torch.ones(9, 64), backend=backend)
 
     want = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -243,6 +247,23 @@ def test_no_sketch_has_a_gradient() -> None:
     ]
     results += [fold_inputs(a.double(), PLAN, backend="reference"), bias_grad(a.double(), OFFSETS)]
     assert not any(r.requires_grad for r in results)
+
+
+@pytest.mark.parametrize(
+    ("named", "run"),
+    [
+        ("linear_logprob .* hidden", lambda x: linear_logprob(x, HEAD, ROWS)),
+        ("project .* x", lambda x: project(x, ProjectionSpec(40))),
+        ("project_transpose .* y", lambda x: project_transpose(x, ProjectionSpec(40), 30)),
+    ],
+)
+def test_what_has_a_gradient_refuses_forward_mode(named: str, run: Callable[[Any], Any]) -> None:
+    """PyTorch takes an operator's results for constants there: derivatives were zeros."""
+    for ask in (lambda: torch.func.jvp(run, (A,), (A,)), lambda: torch.func.jacfwd(run)(A)):
+        with pytest.raises(RuntimeError, match=named.replace(".*", "has no derivative in forward mode, and")):
+            ask()
+    with torch.autograd.forward_ad.dual_level():
+        run(A)  # which has no tangent
 
 
 def test_fake_tensors_pass_through() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from ... import _native, dispatch, memory
 from ..._fork import one_thread_after_fork
-from ..._library import no_autocast
+from ..._library import no_autocast, refuse_forward_mode
 from ..._spec_base import as_int, check_int
 from .._checks import check_plain
 from . import chunks, ops
@@ -56,9 +56,11 @@ def linear_logprob(
 
     Raises:
         ValueError: names the argument, its value and the remedy; a target out of range by its index and value.
-        RuntimeError: the backend that was named cannot serve the call.
+        RuntimeError: the backend that was named cannot serve the call; a derivative in forward mode or a second one is
+            asked for.
     """
     settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
+    refuse_forward_mode("linear_logprob", hidden=hidden, head=head, bias=bias)
     if torch.is_grad_enabled():
         for given, tensor in (("head", head), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:

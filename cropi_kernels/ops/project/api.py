@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ..._fork import one_thread_after_fork
-from ..._library import refuse_misaligned
+from ..._library import no_autocast, refuse_forward_mode, refuse_misaligned
 from ..._spec_base import as_int
 from ...dispatch import checked
 from . import ops
@@ -53,20 +53,22 @@ def project(
 
     Raises:
         ValueError: names the argument, its value and the remedy.
-        RuntimeError: no kernel serves the tensor's device or dtype.
+        RuntimeError: no kernel serves the tensor's device or dtype; a derivative in forward mode is asked for.
 
     Sources: Charikar, Chen and Farach-Colton (2002); Kane and Nelson (2014) for sparse Johnson-Lindenstrauss maps.
     """
     _check_input("x", x, spec, "[B, P]")
     offset = check_range(offset, x.shape[1], spec)
     check_nonfinite(nonfinite)
+    refuse_forward_mode("project", x=x, out=out)
     failed, y = None, out
     if y is None:
         y = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend))
     else:
         _check_out(y, x, spec)
         failed = None if nonfinite == "ignore" else ~torch.isfinite(y).all(dim=1)
-        ops.accumulate(x, spec, y, offset, checked(backend))
+        with no_autocast(x):
+            ops.accumulate(x, spec, y, offset, checked(backend))
     if nonfinite != "ignore":
         bad = torch.isnan(y.detach()[:, 0])
         report(bad if failed is None else bad & ~failed, offset, nonfinite)
@@ -84,7 +86,7 @@ def project_transpose(
 
     Raises:
         ValueError: names the argument, its value and the remedy.
-        RuntimeError: no kernel serves the tensor's device or dtype.
+        RuntimeError: no kernel serves the tensor's device or dtype; a derivative in forward mode is asked for.
 
     >>> spec, x = ProjectionSpec(64), torch.randn(1, 500)
     >>> y = torch.randn(1, 64)
@@ -101,6 +103,7 @@ def project_transpose(
     if whole is None:
         raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
     offset = check_range(offset, whole, spec)
+    refuse_forward_mode("project_transpose", y=y)
     result: torch.Tensor = torch.ops.cropi.project_transpose(y, whole, offset, spec.recipe, checked(backend))
     return result
 
