@@ -173,7 +173,7 @@ def test_training_in_this_process_with_trl(
     for changes, words in (
         ({"rewards": "x"}, "'rewards' is not known; did you mean 'reward'?"),
         ({}, "'reward' is missing"),
-        ({"reward": "nowhere.py:f"}, "'nowhere.py:f' cannot be loaded"),
+        ({"reward": "nowhere.py:f"}, "trl.reward: there is no file nowhere.py"),
         ({**options, "args": {"learning_rat": 1}}, "did you mean 'learning_rate'?"),
         ({**options, "args": {"max_steps": 1}}, "'max_steps' is set by the stage"),
     ):

@@ -121,6 +121,17 @@ def test_what_a_reward_function_imports_beside_it_counts(
     )
 
 
+def test_a_file_beside_is_found_when_the_function_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late.py").write_text(
+        "def f(prompt, response):\n    from later_beside import g\n    return g()\n"
+    )
+    (tmp_path / "later_beside.py").write_text("def g(): return 3.0\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert _function(f"{tmp_path}/late.py:f")("", "") == 3.0
+
+
 def test_of_an_installed_package_its_own_modules_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

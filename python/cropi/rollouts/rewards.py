@@ -65,11 +65,7 @@ class Reward:
         self.name = given if isinstance(given, str) else getattr(given, "__qualname__", repr(given))
         self.function = _function(given) if isinstance(given, str) else given
         self.version = "" if isinstance(given, str) and given in VERIFIERS else _version(given, self.function)
-        if not callable(self.function):
-            raise CropiError(
-                f"reward: {self.name} is {article(type(self.function).__name__)}, which cannot be called; name a "
-                "function"
-            )
+        check_callable(self.function, self.name, "reward")
         try:
             parameters = inspect.signature(self.function).parameters
         except (TypeError, ValueError) as error:
@@ -235,50 +231,77 @@ def _last_line(error: Exception) -> str:
 def _function(name: str) -> Callable[..., Any]:
     if name in VERIFIERS:
         return VERIFIERS[name]()
-    place, mark, attribute = name.rpartition(":")
-    if not mark or not place or not attribute:
+    if ":" not in name:
         hint = did_you_mean(name, VERIFIERS)
         raise CropiError(
             f"reward {name!r}: give FILE.py:function, package.module:function, or one of {', '.join(VERIFIERS)}"
             f"{'; ' + hint.strip() if hint else ''}"
         )
-    module = _file(place) if place.endswith(".py") else _module(place)
-    function: Callable[..., Any] | None = getattr(module, attribute, None)
+    return named_function(name, "reward")
+
+
+def named_function(name: str, what: str) -> Callable[..., Any]:
+    """The function that ``FILE.py:function`` or ``package.module:function`` names; ``what`` begins messages.
+
+    Raises:
+        CropiError: there is none, or the user's code cannot be imported.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise CropiError(f"{what}: {name!r} should be FILE.py:function or package.module:function")
+    module = _file(place, what) if place.endswith(".py") else _module(place, what)
+    function = getattr(module, attribute, None)
     if function is None:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise CropiError(
-            f"reward: {place} has no {attribute!r}; {did_you_mean(attribute, known)}it has {', '.join(known) or 'none'}"
+            f"{what}: {place} has no {attribute!r}; {did_you_mean(attribute, known)}it has {', '.join(known) or 'none'}"
         )
-    return function
+    return check_callable(function, name, what)
 
 
-def _file(path: str) -> Any:
-    """The module in a file, run as a script's neighbours would import it: its own folder comes first."""
+def check_callable(function: Any, name: str, what: str) -> Callable[..., Any]:
+    """The function; a CropiError where it is none."""
+    if not callable(function):
+        raise CropiError(
+            f"{what}: {name} is {article(type(function).__name__)}, which cannot be called; name a function"
+        )
+    made: Callable[..., Any] = function
+    return made
+
+
+def _file(path: str, what: str = "reward") -> Any:
+    """The module in a file, run as a script's neighbours would import it: its own folder comes first.
+
+    Behind all others, the folder stays there for what is imported when the function is called.
+    """
     if not os.path.isfile(path):  # also for links in a circle and for names that no system takes
         check_name(path)
-        raise CropiError(f"reward: there is no file {path}")
+        raise CropiError(f"{what}: there is no file {path}")
     file = Path(os.path.realpath(path))
+    folder = str(file.parent)
     spec = importlib.util.spec_from_file_location(f"cropi_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look it up
-    sys.path.insert(0, str(file.parent))
+    sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code
-        raise _unloaded(path, error) from error
+        raise _unloaded(path, what, error) from error
     finally:
-        sys.path.remove(str(file.parent))
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
     return module
 
 
-def _module(name: str) -> Any:
+def _module(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # it is the user's code, or no name of a module
-        raise _unloaded(repr(name), error) from error
+        raise _unloaded(repr(name), what, error) from error
 
 
-def _unloaded(name: str, error: Exception) -> CropiError:
+def _unloaded(name: str, what: str, error: Exception) -> CropiError:
     told = f"{type(error).__name__}: {shown(str(error), 200)}{_last_line(error)}"
-    return CropiError(f"reward: {name} cannot be imported: {told}")
+    return CropiError(f"{what}: {name} cannot be imported: {told}")

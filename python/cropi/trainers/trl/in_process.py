@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import gc
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional, shown
 from cropi.files import failure_of, reason
 from cropi.model.load import DTYPES, check_device, load_model
+from cropi.rollouts.rewards import named_function
 from cropi.sealed import sealed
 from cropi.trainers.trl.as_scored import prompts_as_scored
 from cropi.trainers.trl.checkpoints import newest_whole
@@ -61,7 +60,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if key in options and not fits(options[key], wanted):
             raise CropiError(f"trl: {key} must be {in_words(wanted)}, got {shown(options[key])}")
     for name in _names(options["reward"]):
-        reward_function(name)
+        named_function(name, "trl.reward")
     check_version()
     if options.get("dtype", "float32") not in DTYPES:
         raise CropiError(f"trl: dtype must be one of {', '.join(DTYPES)}, got {options['dtype']!r}")
@@ -108,39 +107,6 @@ def prompts_a_batch(options: Mapping[str, Any]) -> int:
     """Different prompts in one generation batch."""
     config = make_config(options, 1, Path("checked"))
     return int(config.generation_batch_size // config.num_generations)
-
-
-def reward_function(name: str) -> Callable[..., Any]:
-    """The function that ``FILE.py:NAME`` or ``MODULE:NAME`` names.
-
-    Raises:
-        CropiError: there is none.
-    """
-    source, _, attribute = name.rpartition(":")
-    if not source:
-        raise CropiError(f"trl.reward: {name!r} should be FILE.py:NAME or MODULE:NAME")
-    try:
-        if source.endswith(".py"):
-            key = f"cropi_reward_{Path(source).stem}"
-            spec = importlib.util.spec_from_file_location(key, source)
-            if spec is None or spec.loader is None:
-                raise ImportError(source)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[key] = module
-            folder = str(Path(source).resolve().parent)
-            if folder not in sys.path:
-                sys.path.append(folder)  # it may import the files beside it, as a script may
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        function = getattr(module, attribute)
-    except Exception as error:  # it is the user's code that runs here
-        raise CropiError(
-            f"trl.reward: {name!r} cannot be loaded ({type(error).__name__}: {error})"
-        ) from error
-    if not callable(function):
-        raise CropiError(f"trl.reward: {name!r} is not a function; give FILE.py:NAME or MODULE:NAME of one")
-    return function
 
 
 def train_stage(
@@ -195,8 +161,9 @@ def train_stage(
             "(generation_batch_size / num_generations in trl.args), so TRL would train nothing; raise fraction, or "
             "make the batch smaller"
         )
+    rewards = [named_function(name, "trl.reward") for name in _names(options["reward"])]
     trainer = trl.GRPOTrainer(
-        model=policy, reward_funcs=[reward_function(name) for name in _names(options["reward"])], args=arguments,
+        model=policy, reward_funcs=rewards, args=arguments,
         train_dataset=datasets.Dataset.from_dict(columns_of(rows)), processing_class=tokenizer,
     )  # fmt: skip
     new = out / "policy"
