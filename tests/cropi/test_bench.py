@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cropi.bench import table, timing
+from cropi.bench import table
 from cropi.cli import main
 
 
@@ -22,8 +22,8 @@ def test_medians_are_those_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None
     def second() -> None:
         now[0] += minutes.pop() if minutes and now[0] > 12 else 3.0
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    assert timing.medians([first, second], torch.device("cpu"), 5) == [1.0, 3.0]
+    monkeypatch.setattr(table.time, "perf_counter", lambda: now[0])
+    assert table.medians([first, second], torch.device("cpu"), 5) == [1.0, 3.0]
     assert not minutes
 
 
@@ -34,9 +34,9 @@ def test_short_calls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
         calls[0] += 1
         now[0] += 1e-3
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    (seconds,) = timing.medians([short], torch.device("cpu"), 3)
-    assert seconds == pytest.approx(1e-3) and calls[0] == 2 + 3 * round(timing.LEAST / 1e-3)
+    monkeypatch.setattr(table.time, "perf_counter", lambda: now[0])
+    (seconds,) = table.medians([short], torch.device("cpu"), 3)
+    assert seconds == pytest.approx(1e-3) and calls[0] == 2 + 3 * round(table.LEAST / 1e-3)
 
 
 def test_a_table_holds_shares_and_ratios() -> None:
@@ -57,7 +57,7 @@ def test_a_table_holds_shares_and_ratios() -> None:
 def test_the_command_measures_every_op_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(timing, "LEAST", 0.0)
+    monkeypatch.setattr(table, "LEAST", 0.0)
     monkeypatch.setattr(table, "SHAPES", {"cpu": (16, 8, 32, 40)})
     monkeypatch.setattr(table, "_rates", lambda device, dtype, rounds: (1e9, 1e9))
     out = tmp_path / "figures.json"

@@ -12,7 +12,7 @@ from support.made_curriculum import config, curriculum, make_folder, report
 from cropi.curriculum.learnt import nothing_learnt, read_training
 from cropi.curriculum.state import State
 from cropi.sealed import sealed
-from cropi.trainers.trl.history import training_summary
+from cropi.trainers.trl.in_process import training_summary
 
 
 def entry(step: int, reward: float | None, equal: float | None = 0.0) -> dict[str, float | int | None]:

@@ -17,6 +17,7 @@ from support.stores import sketches_of
 
 import cropi
 from cropi.cli import main
+from cropi.cli.info import token_lines
 from cropi.curriculum.plan import Plan
 from cropi.data.export import export
 from cropi.data.readers import HashedIds, read
@@ -24,7 +25,6 @@ from cropi.data.scan import scan
 from cropi.data.share import without
 from cropi.errors import CropiError, RecordError
 from cropi.gradient.estimators import make_estimator
-from cropi.gradient.shown import token_lines
 from cropi.gradient.tokenize import Tokenize
 from cropi.options import Selecting
 from cropi.pipeline.checks import Setup

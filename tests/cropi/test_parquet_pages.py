@@ -15,7 +15,7 @@ import pytest
 from cropi.data import coded
 from cropi.data.export import read_dataset
 from cropi.data.parquet_delta import total
-from cropi.data.parquet_footer import parts_of
+from cropi.data.parquet_pages import parts_of
 from cropi.data.readers import read
 from cropi.errors import CropiError
 

@@ -7,13 +7,14 @@ large matrix product in the same dtype. ``share`` is floor / time: 1 is as fast 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
 
-from cropi.bench.timing import medians
 from cropi.errors import CropiError
 from cropi_kernels import (
     ProjectionSpec,
@@ -31,6 +32,8 @@ from cropi_kernels import (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Of SmolLM2-135M on a CPU, of a model of 1.5 billion parameters on a GPU.
 SHAPES = {"cpu": (1024, 576, 1536, 49152), "cuda": (4096, 1536, 8960, 151936)}
+
+LEAST = 0.02  # seconds of one measurement: short calls are repeated
 
 
 @dataclass(frozen=True)
@@ -178,3 +181,29 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[Op]:
 
 def _plain_logprobs(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax((h @ weight.T).float(), -1).gather(1, targets[:, None])
+
+
+def once(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds of a call, of ``repeats`` in a row."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begun) / repeats
+
+
+def medians(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int) -> list[float]:
+    """The median seconds of each call, over rounds in which they take turns in a rotating order."""
+    repeats = []
+    for call in calls:
+        once(call, device, 1)  # compiles, allocates
+        repeats.append(max(1, min(1000, round(LEAST / max(once(call, device, 1), 1e-7)))))
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds):
+        for i in range(len(calls)):
+            place = (i + turn) % len(calls)
+            times[place].append(once(calls[place], device, repeats[place]))
+    return [median(values) for values in times]

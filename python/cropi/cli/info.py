@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cropi.amounts import setting
 from cropi.cli import options
@@ -16,7 +16,10 @@ from cropi.cli.manners import tell
 from cropi.cli.parser import option_group
 from cropi.errors import printable
 from cropi.files import is_folder, is_there
-from cropi.options import Reading
+from cropi.options import Reading, Tokens
+
+if TYPE_CHECKING:
+    from cropi.gradient.tokenize import TokenGroup
 
 EXAMPLE = "cropi info train.jsonl"
 
@@ -32,31 +35,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--skip-bad", action="store_true", help="count bad records instead of stopping at the first"
     )
-    command.add_argument(
-        "--columns",
-        metavar="NAME=COLUMN,...",
-        help="columns of trajectories under other names, as for cropi sketch",
-    )
-    tokens = option_group(command, "trajectories")
+    options.add(command, Tokens, leave=("max_length", "too_long"))
+    tokens = option_group(command, "tokens")
     tokens.add_argument(
-        "--show-tokens",
-        type=int,
-        metavar="N",
+        "--show-tokens", type=int, metavar="N",
         help="show the tokens of the first N prompts, and which are scored",
-    )
+    )  # fmt: skip
     tokens.add_argument(
-        "--model",
-        metavar="PATH_OR_ID",
+        "--model", metavar="PATH_OR_ID",
         help="the model whose tokenizer and chat template make the tokens (for --show-tokens)",
-    )
-    tokens.add_argument(
-        "--chat-template",
-        default="auto",
-        metavar="auto|none|FILE",
-        help="as for cropi sketch (default: auto)",
-    )
-    tokens.add_argument("--template-date", metavar="YYYY-MM-DD", help="as for cropi sketch")
-    tokens.add_argument("--no-eos", dest="eos", action="store_false", help="as for cropi sketch")
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
     if args.show_tokens is not None:
         _tokens(args)
         return 0
-    for name in ("model", "chat_template", "template_date", "eos"):
-        if getattr(args, name) != args.parser.get_default(name):
-            flag = "no-eos" if name == "eos" else name.replace("_", "-")
-            args.parser.error(f"--{flag} is for --show-tokens N; give it too, or leave --{flag} out")
+    for action in args.parser._actions:
+        of_tokens = action.dest in ("model", "chat_template", "template_date", "eos")
+        if of_tokens and getattr(args, action.dest) != action.default:
+            flag = action.option_strings[0]
+            args.parser.error(f"{flag} is for --show-tokens N; give it too, or leave {flag} out")
     described = _described(args, path)
     tell(args, path=args.path, **described)
     return 0
@@ -112,7 +101,6 @@ def _tokens(args: argparse.Namespace) -> None:
     """Show what the first prompts become, as ``cropi sketch`` would read them."""
     from cropi.data.readers import read
     from cropi.errors import CropiError
-    from cropi.gradient.shown import token_lines
     from cropi.gradient.tokenize import Tokenize
     from cropi.model.policy import Policy
 
@@ -121,23 +109,35 @@ def _tokens(args: argparse.Namespace) -> None:
     policy = Policy(args.model, eos=args.eos) if args.model else None  # its weights are not loaded
     tokenizer, ends = (policy.tokenizer, policy.ends) if policy else (None, ())
     tokens = Tokenize(
-        tokenizer,
-        2**31,
-        chat_template=args.chat_template,
-        eos=args.eos,
-        ends=ends,
-        template_date=args.template_date,
-    )
-    for group in islice(
-        read(
-            options.opened(args, args.path, policy),
-            skip_bad=args.skip_bad,
-            columns=args.columns,
-            rewards=None,
-        ),
-        args.show_tokens,
-    ):
+        tokenizer, 2**31, chat_template=args.chat_template, eos=args.eos, ends=ends, template_date=args.template_date
+    )  # fmt: skip
+    opened = options.opened(args, args.path, policy)
+    groups = read(opened, skip_bad=args.skip_bad, columns=args.columns, rewards=None)
+    for group in islice(groups, args.show_tokens):
         print("\n".join(token_lines(tokens(group), tokenizer)))
+
+
+def token_lines(group: TokenGroup, tokenizer: Any) -> Iterator[str]:
+    """Lines that show a group: its prompt, and every response in pieces of scored tokens and of tokens only read.
+
+    Text is shown as Python writes strings, so that line ends and odd characters can be seen; without a tokenizer the
+    token ids are shown.
+    """
+    record, scored = group.group, group.scored
+    exact = "stored token ids" if record.response_ids is not None else "tokenised from text"
+    yield f"prompt {group.id} ({record.where}): {len(group.prompt)} tokens, {scored} tokens scored ({exact})"
+    yield f"  prompt    {_shown(group.prompt, tokenizer)}"
+    for k, (ids, reward) in enumerate(zip(group.responses, record.rewards, strict=True)):
+        yield f"  response {k}" + ("" if record.demonstrations else f", reward {reward:g}")
+        mask = group.masks[k] if group.masks is not None else [1] * len(ids)
+        for kept, part in groupby(zip(mask, ids, strict=True), key=lambda pair: bool(pair[0])):
+            yield f"    {'scored ' if kept else 'read   '} {_shown([token for _, token in part], tokenizer)}"
+
+
+def _shown(ids: list[int], tokenizer: Any) -> str:
+    if tokenizer is None:
+        return str(ids)
+    return repr(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _store(path: Path) -> dict[str, Any]:

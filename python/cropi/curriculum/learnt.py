@@ -20,7 +20,8 @@ FLAT = 0.95
 
 def read_training(folder: Path) -> dict[str, Any]:
     """``{"training": ...}`` of a trainer's folder, or nothing where the trainer left no :data:`TRAINING`, or, with a
-    warning, another one than `cropi.trainers.trl.history.training_summary` makes: the training is done all the same."""
+    warning, another one than :func:`cropi.trainers.trl.in_process.training_summary` makes: the training is done all the
+    same."""
     try:
         summary = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         checksum = summary.pop(CHECKSUM, None) if isinstance(summary, dict) else None

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from cropi.data.opened import LARGEST_RATIO, RATIO_FROM
-from cropi.data.parquet_footer import parts_of
-from cropi.data.parquet_pages import Part
+from cropi.data.parquet_pages import Part, parts_of
 from cropi.data.spilled import mapped
 from cropi.errors import CropiError, optional, printable
 from cropi.files import open_to_read

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from cropi.atomic import replacing
+from cropi.checked import fits
 from cropi.data import coded
 from cropi.errors import CropiError, optional, printable, shown
 from cropi.files import check_name, is_file, meant, reading
-from cropi.form import check_form, is_writable
+from cropi.form import check_form, is_number, is_writable, wrong_form
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
-from cropi.ranking.table_form import META
 from cropi.ranking.table_rows import TableRows, fill_numbers
 from cropi.store.rows import SCORED_AT
 
@@ -45,6 +45,26 @@ EXTRA = (*HEALTH, "file", SCORED_AT)
 FIELDS = {
     "id": "id", "set": "set", "task": "task", "pass_rate": "pass_rate", "n_tokens": "tokens", "norm": "norm",
     "status": "status", "reason": "reason",
+}  # fmt: skip
+
+# The form (:mod:`cropi.form`) of what a table says of how it was made.
+_SET = {
+    "name": str, "prompts": lambda count: fits(count, int) and count > 1, "stderr": is_number,
+    "stderr_at_cut": is_number, "signal": is_number, "from_responses?": is_number, "own?": is_number,
+}  # fmt: skip
+_UNCERTAINTY = {
+    "sets": [_SET], "overlap": is_number, "halves": is_number, "overlap_of_set": {str: is_number}, "draws": int,
+    "fraction": float, "own_signal?": is_number,
+}  # fmt: skip
+_PATHS = {"path?": str, "paths?": [str]}
+META = {
+    "metric?": str, "mean?": str, "uncertainty_missing?": str, "selection?": dict,
+    "train?": {
+        **_PATHS, "stage?": str | None, "model?": (str | None, {"weights?": str | None}),
+    },
+    "valid?": ([_PATHS | {"path": str}], None),
+    "groups?": lambda names: fits(names, list[str]) and len(set(names)) == len(names),
+    "uncertainty?": lambda held: not wrong_form(held, _UNCERTAINTY) and _is_whole(held),
 }  # fmt: skip
 
 
@@ -232,3 +252,9 @@ def _sealed(schema: Any, count: int, meta: str) -> str:
     """The SHA-256 of what pages do not hold: the columns' names and kinds, the number of rows, the metadata."""
     kinds = [(field.name, str(field.type)) for field in schema]
     return hashlib.sha256(json.dumps([kinds, count, meta]).encode()).hexdigest()
+
+
+def _is_whole(held: dict[str, Any]) -> bool:
+    # A set that is subtracted has an overlap, and no scores of its own.
+    names = [one["name"] for one in held["sets"]]
+    return len(set(names)) == len(names) and set(names) <= held["overlap_of_set"].keys()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,7 +28,6 @@ from cropi.rollouts.rewards import named_function
 from cropi.sealed import sealed
 from cropi.trainers.trl.as_scored import prompts_as_scored
 from cropi.trainers.trl.checkpoints import newest_whole
-from cropi.trainers.trl.history import training_summary
 from cropi.trainers.trl.versions import check_version
 
 KEYS = ("reward", "args", "dtype", "device")
@@ -212,3 +212,28 @@ def _saving(folder: Path) -> Iterator[None]:
 
 def _names(reward: Any) -> list[str]:
     return [reward] if isinstance(reward, str) else list(reward)
+
+
+def training_summary(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Reward and share of prompts with equal rewards at the beginning and at the end of a training.
+
+    Args:
+        history: what TRL logged, with ``step``, ``reward`` and ``frac_reward_zero_std``.
+
+    Returns:
+        ``reward`` and ``equal_rewards``, each ``[before, after]`` (means over the first and the last quarter of the
+        entries, at least one of each), and ``steps``, the logged ones; None where no reward was logged.
+    """
+    seen = [entry for entry in history if _number(entry.get("reward"))]
+    if not seen:
+        return None
+    size = max(1, len(seen) // 4)
+    summary: dict[str, Any] = {"steps": [int(seen[0].get("step", 0)), int(seen[-1].get("step", 0))]}
+    for name, key in (("reward", "reward"), ("equal_rewards", "frac_reward_zero_std")):
+        ends = [[float(e[key]) for e in part if _number(e.get(key))] for part in (seen[:size], seen[-size:])]
+        summary[name] = [sum(values) / len(values) if values else None for values in ends]
+    return summary
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
