@@ -16,27 +16,11 @@ from typing import Any
 
 # The extra of the distribution that brings each optional package.
 EXTRAS = {
-    "safetensors": "run",
-    "tqdm": "run",
-    "transformers": "run",
-    "pyarrow": "run",
-    "xxhash": "run",
-    "msgspec": "run",
-    "matplotlib": "run",
-    "scipy": "run",
-    "jinja2": "run",
-    "markupsafe": "run",
-    "huggingface_hub": "run",
-    "yaml": "run",
-    "tomli": "run",
-    "trl": "trl",
-    "ray": "ray",
-    "peft": "peft",
-    "shtab": "completion",
-    "sklearn": "sklearn",
-    "bitsandbytes": "quantize",
-    "math_verify": "rollout",
-}
+    **dict.fromkeys(("safetensors", "tqdm", "transformers", "pyarrow", "xxhash", "msgspec", "scipy"), "run"),
+    **dict.fromkeys(("matplotlib", "jinja2", "markupsafe", "huggingface_hub", "yaml", "tomli"), "run"),
+    **{name: name for name in ("trl", "ray", "peft", "sklearn")},
+    "shtab": "completion", "bitsandbytes": "quantize", "math_verify": "rollout",
+}  # fmt: skip
 
 
 # Longer messages are cut in the middle: a value of a megabyte must not become a message of a megabyte.

@@ -224,8 +224,6 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     from cropi.model.adapting import QUANTIZE
     from cropi.model.load import DTYPES
     from cropi.ranking.influence import METRICS
-    from cropi.ranking.selection import POOLS
-    from cropi.ranking.values import METHODS
     from cropi.store.codec import DTYPES as STORED
     from cropi_kernels import SketchSpec
     from cropi_kernels.spec import KINDS
@@ -238,8 +236,7 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     for name, wanted in (
         ("behaviour", BEHAVIOURS), ("estimator", ESTIMATORS), ("layout", LAYOUTS), ("too_long", TOO_LONG),
         ("dtype", ("auto", *DTYPES)), ("quantize", QUANTIZE),
-        ("metric", METRICS), ("method", METHODS), ("pool", POOLS),
-        ("store_dtype", STORED), ("kind", KINDS),
+        ("metric", METRICS), ("store_dtype", STORED), ("kind", KINDS),
     ):  # fmt: skip
         assert set(held[name].metadata["choices"]) == set(wanted), name
     for about in fields(SketchSpec):

@@ -54,10 +54,11 @@ def make_input(prompts: int = 60, sets: int = 2, **changes: Any) -> ReportInput:
     names = [f"set{i // 12}" for i in range(len(valid))]
     columns = [RowInfo(f"v{i:02d}", set=name) for i, name in enumerate(names)]
     pairs = Pairwise(rows, columns, train @ valid.T, np.linalg.norm(train, axis=1), valid @ valid.T)
+    means = np.stack([valid[pairs.members(name)].mean(axis=0) for name in pairs.sets])
     scores = Scores(
         rows,
         pairs.sets,
-        pairs.scores(),
+        train @ means.T / pairs.norms[:, None] / np.linalg.norm(means, axis=1),
         {"metric": "cosine", "train": {"stage": "0", "model": {"weights": "ab" * 16}}},
     )
     groups = [

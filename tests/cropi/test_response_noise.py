@@ -22,6 +22,7 @@ from cropi.gradient.estimators import group_advantages, make_estimator
 from cropi.gradient.noise import noise_of, noisy
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
+from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.response_noise import _noise_of, response_noise
 from cropi.ranking.table import read_scores
@@ -245,7 +246,7 @@ def test_the_part_of_the_responses_is_that_of_drawing_them_anew() -> None:
     for _ in range(60):
         valid, others = pool.draw(deltas)
         stores = made_store(train, "t"), [made_store(valid, "v", trajectories="v")]
-        scores.append(pairwise(*stores).scores()[:, 0])
+        scores.append(influence(*stores).table[:, 0])
         noise = [made_store(others, "v", trajectories="v", noise=True)]
         said.append(response_noise(*stores, noise).valid[:, 0])
     # A variance over 60 draws is known to sqrt(2 / 60) = 18 % for one training prompt, better for 20 that share the

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cropi.checked import check_fields
 from cropi.commands import check_template
@@ -17,8 +17,6 @@ from cropi.option_fields import changed
 from cropi.options import SOURCES, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
 from cropi.sketching.job import SketchJob
-
-T = TypeVar("T")
 
 WHEN = ("first", "every")
 IN_PROCESS = "trl"

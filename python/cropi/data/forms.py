@@ -22,7 +22,7 @@ from typing import Any
 from cropi.data.keys import ALIASES, FIELDS, REASONS
 from cropi.errors import CropiError, RecordError, did_you_mean, shown
 
-RECORD, RESPONSE, CONVERSATION, PROMPT = "record", "response", "conversation", "prompt"
+RECORD, RESPONSE, CONVERSATION = "record", "response", "conversation"
 HASHED = "text-"  # what ids begin with that are hashes
 # The keys that a hash is of.
 CONTENT = ("prompt", "messages", "prompt_ids", "prompt_token_ids", "answer", "tools")

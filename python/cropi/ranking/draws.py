@@ -9,8 +9,6 @@ import numpy as np
 
 from cropi.errors import CropiError
 
-DRAWS = ("best", "soft", "p_selected")
-
 
 def normal_scores(places: np.ndarray, size: int) -> np.ndarray:
     """The normal score of every place in a ranking of ``size``, from 1 (best): ``Phi^-1((size - place + 1/2) / size)``.

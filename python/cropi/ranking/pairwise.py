@@ -63,25 +63,6 @@ class Pairwise:
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.dots / self.norms[:, None] / lengths
 
-    def scores(self, *, metric: str = "cosine", mean: str = "plain", max: bool = False) -> np.ndarray:
-        """Scores against every set, float64 ``[n, sets]``: with the mean of its prompts, as
-        :func:`cropi.ranking.influence.influence` has them, or with the nearest of them (``max``)."""
-        table = []
-        for name in self.sets:
-            members = self.members(name)
-            if max:
-                values = self.cosines if metric == "cosine" else self.dots
-                table.append(values[:, members].max(axis=1))
-                continue
-            weights = self.weights(members, mean)
-            column = self.dots[:, members] @ weights
-            if metric == "cosine":
-                column = (
-                    column / self.norms / np.sqrt(weights @ self.gram[np.ix_(members, members)] @ weights)
-                )
-            table.append(column)
-        return np.stack(table, axis=1)
-
     def weights(self, members: np.ndarray, mean: str = "plain") -> np.ndarray:
         """The weight of each member in its set's mean, float64: ``1 / V``, or ``1 / (V |g_i|)`` if normalised."""
         lengths = np.sqrt(np.diagonal(self.gram))[members] if mean == "normalised" else np.ones(len(members))

@@ -42,8 +42,6 @@ if TYPE_CHECKING:  # a selection by scores alone needs no torch
     from cropi.ranking.distinct import Distinct
     from cropi.store.store import SketchStore
 
-POOLS = ("all", "usable")
-
 
 @dataclass(frozen=True)
 class Selection:

@@ -11,13 +11,11 @@ import numpy as np
 
 from cropi.errors import CropiError, optional
 
-METHODS = ("rrf", "rrf_classic", "max", "mean", "p_selected", "random", "learnability", "pass_rate")
 FROM_SCORES = ("rrf", "rrf_classic", "max", "mean")  # what a table of scores alone decides
 BY_REWARDS = ("learnability", "pass_rate")  # baselines that rank by pass rates
 STRIDE = 64
 # What messages say where scores that are not resampled lack something.
 SCORE_AGAIN = "score again with --draws 200 (draws=200) and two validation prompts a set at least"
-RRF_CONSTANT = 60  # Cormack, Clarke, Buettcher 2009
 
 
 def fuse_ranks(

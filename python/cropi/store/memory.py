@@ -47,10 +47,10 @@ class MemoryStore(SketchStore):
     ([('a', torch.Size([1, 64]))], 2)
     """
 
-    def __init__(self, manifest: Mapping[str, Any], *, shard_rows: int = 1024) -> None:
+    def __init__(self, manifest: Mapping[str, Any]) -> None:
         values = new_manifest({"dtype": "float32", **manifest})
         check_dtype(values["dtype"], int(values["spec"]["dim"]))
-        super().__init__(Path(f"memory-{next(_numbers)}"), values, shard_rows=shard_rows)
+        super().__init__(Path(f"memory-{next(_numbers)}"), values, shard_rows=1024)
 
     def _write_shard(
         self, path: Path, rows: list[RowInfo], tensors: Mapping[str, torch.Tensor], replaces: Sequence[int]

@@ -17,7 +17,7 @@ from cropi.errors import CropiError, RecordError
 from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import names
 
-RECORDS, PROMPTS = "records", "prompts"
+RECORDS = "records"
 # What the sources are called in words.
 WORDS = {
     RECORDS: "trajectory records", "verl": "rollouts of verl", "slime": "a rollout dump of slime",
