@@ -74,7 +74,7 @@ $(STAMPS)/torch: constraints.txt scripts/install_torch.py | $(STAMPS)/venv
 
 # TRAK's package has no wheel: setuptools builds it. Only a torch that pip installed brings setuptools along.
 $(STAMPS)/deps: pyproject.toml $(STAMPS)/torch
-	$(call BEGIN,packages from the registry) \
+	$(call BEGIN,packages from the registry: a minute or two without a word) \
 	if [ -z "$(OFFLINE)" ]; then \
 	  $(PIP) -c $(PINS) scikit-build-core hatch-fancy-pypi-readme pybind11 cmake ninja setuptools; \
 	  $(PIP) -c $(PINS) --no-build-isolation --only-deps '.[run,triton,test,bench,dev]'; \
@@ -87,7 +87,7 @@ $(STAMPS)/model: $(STAMPS)/deps
 
 CXX_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 $(STAMPS)/build: $(STAMPS)/deps $(CXX_SOURCES) cropi_kernels/_version.py
-	$(call BEGIN,build) \
+	$(call BEGIN,build: the C++ kernels take 80 s of one core) \
 	command -v "$${CXX:-c++}" > /dev/null \
 	  || { echo "no C++ compiler: install g++ 12 or newer (Debian: apt-get install g++), or set CXX" >&2; exit 1; }; \
 	$(PIP) --no-build-isolation --no-deps --editable . $(END)
@@ -96,8 +96,10 @@ build: $(STAMPS)/build
 model: $(STAMPS)/model
 
 # ------------------------------------------------------------------------------------------------ work
+# Threads that wait for each other sleep: beside other work, those that spin take several times the processor time.
 demo: build model
-	time $(BIN)/cropi run --config examples/demo.toml
+	@echo "== demo: about three minutes on two idle cores; after Ctrl-C, make demo goes on where it was"
+	time OMP_WAIT_POLICY=passive $(BIN)/cropi run --config examples/demo.toml
 
 # What a contributor runs between two edits, under 90 s on two cores: tests/support/quick.py says which tests these are.
 quick: build
@@ -138,8 +140,7 @@ docs: $(STAMPS)/docs
 	$(BIN)/mkdocs build --strict --config-file build/mkdocs.yml
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/packaging/test_docs.py tests/packaging/test_readme.py $(ARGS)
 
-# What a stopped run has left is removed: a trainer refuses the rollouts of another run. Threads that wait for each other sleep:
-# beside other work, those that spin take several times the processor time.
+# What a stopped run has left is removed: a trainer refuses the rollouts of another run. Threads sleep as in the demo.
 notebooks: $(STAMPS)/docs model
 	rm -rf build/notebook
 	OMP_WAIT_POLICY=passive $(BIN)/python scripts/run_notebooks.py examples/notebooks

@@ -107,7 +107,10 @@ def test_signals_of_schedulers_keep_what_is_done(tmp_path: Path, name: str) -> N
     assert 3 <= sum(row.status == "ok" for row in store.rows()) and len(store) < 40
 
 
-def test_a_second_signal_acts_as_usual_and_an_ignored_one_stays_so() -> None:
+def test_a_second_signal_acts_as_usual_and_an_ignored_one_stays_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "isatty", lambda fd: fd == 2)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupting = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -118,6 +121,8 @@ def test_a_second_signal_acts_as_usual_and_an_ignored_one_stays_so() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
             assert interrupt.asked
+            told = "\nstopping after this batch; Ctrl-C again stops at once\n"
+            assert capfd.readouterr().err == told, "a terminal is told why nothing happens yet"
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)

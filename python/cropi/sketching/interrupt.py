@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -15,6 +17,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 class Interrupt:
     """Turns the first signal into a flag, so that the work in hand is finished; the second one acts as usual.
+
+    A terminal is told so after Ctrl-C.
 
     SIGTERM and SIGHUP stay ignored where they are (``nohup``); SIGINT, which a shell has its background jobs ignore, is
     noted even so.
@@ -38,6 +42,10 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self._restore()
+        # A batch may take half a minute, in which the terminal seemed dead. Not by print: the signal may come while it writes.
+        if number == signal.SIGINT and os.isatty(2):
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this batch; Ctrl-C again stops at once\n")
 
     def _restore(self) -> None:
         for number, before in self._before.items():
