@@ -387,7 +387,7 @@ def test_run_that_has_nothing_to_select_ends_before_the_model_is_loaded(
     for train, against, words in (
         (equal, valid, "train.jsonl: there is nothing to select: none of the 8 training prompts"),
         (good, half, "no trajectory covers the validation set 'y' usefully: none of its 4 prompts"),
-        ([{**good[0], "id": None}], valid, "train.jsonl:1: the key 'id' is missing: the record has "),
+        ([{**good[0], "id": None}], valid, "train.jsonl:1: the key 'id' is null: the record has "),
     ):
         files = {"train": write_lines(tmp_path / "train.jsonl", train)}
         files["valid"] = write_lines(tmp_path / "valid.jsonl", against)

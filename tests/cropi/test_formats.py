@@ -289,12 +289,16 @@ def test_folders_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:
         read(datasets.DatasetDict({"train": datasets.Dataset.from_list(records())}))
 
 
+Polars = type("DataFrame", (), {"__module__": "polars.dataframe.frame", "to_arrow": None})
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         ([], "is empty; give at least one record"),
         ({"id": 1}, "is one dictionary; give a list of records"),
-        (7, "must be a path, a list of paths or of records, or a datasets.Dataset, got int"),
+        (7, "must be a path, .*, a pyarrow table or a pandas frame, got int$"),
+        (Polars(), r"got polars.DataFrame; give records\.to_arrow\(\)$"),
         ([1, 2], r"records\[0\]: a record is a dictionary"),
         ([{"id": 1}, "t.jsonl"], "paths and records are mixed"),
         ((row for row in records()), "is a generator, which can be read once"),

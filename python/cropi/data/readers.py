@@ -303,7 +303,7 @@ class _State:
             try:
                 group = self.reader(row, where)
             except RecordError as error:
-                if self.hashed is False or not error.problem.startswith("the key 'id' is missing"):
+                if self.hashed is False or not error.problem.startswith("the key 'id' is "):
                     raise
             else:
                 self.hashed = False

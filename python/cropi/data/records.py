@@ -213,12 +213,14 @@ def make_group(
                 if name == "id"
                 else _near(name, extra) or [REWARDS_REMEDY + nested(extra, alone=True)]
             )
-            raise RecordError(where, f"the key {name!r} is missing: {held}", *remedy)
+            lack = "null" if name in record else "missing"
+            raise RecordError(where, f"the key {name!r} is {lack}: {held}", *remedy)
     for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
         if values[text_key] is None and values[ids_key] is None:
             remedy = _near(text_key, extra)
+            lack = "null" if text_key in record else "missing"
             raise RecordError(
-                where, f"the key {text_key!r} is missing (and {ids_key!r} too): {held}", *remedy
+                where, f"the key {text_key!r} is {lack} (and {ids_key!r} missing): {held}", *remedy
             )
     if demonstrations and not values["rewards"]:
         raise RecordError(where, "'responses' must be a list with at least one response")

@@ -42,7 +42,7 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self._restore()
-        # A batch may take half a minute, in which the terminal seemed dead. Not by print: the signal may come while it writes.
+        # A batch takes up to half a minute. Not by print: the signal may come while it writes.
         if number == signal.SIGINT and os.isatty(2):
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this batch; Ctrl-C again stops at once\n")
