@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,15 @@ from support.trl_runs import SPEC, Seen, selected, staged  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
 from cropi.model.policy import Policy  # noqa: E402
+from cropi.pipeline import NothingToFollow  # noqa: E402
 from cropi.ranking.influence import influence  # noqa: E402
 from cropi.ranking.selection import select  # noqa: E402
 from cropi.sketching.job import SketchJob  # noqa: E402
 from cropi.sketching.run import sketch  # noqa: E402
 from cropi.store.store import SketchStore  # noqa: E402
+from cropi.trainers.trl import Curriculum  # noqa: E402
 from cropi.trainers.trl.sampler import StagePlan, StageSampler  # noqa: E402
+from cropi.trainers.trl.stages import Stages  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +288,22 @@ def test_checkpoint_state_is_plain_json(files: dict[str, Path], tmp_path: Path) 
     assert state["stage"] == 0 and state["selected"] == selected(tmp_path, 0)
     log = tmp_path / "cropi/rollouts/train-rank00000.jsonl"
     assert state["logs"] == {log.name: log.stat().st_size}
+
+
+def test_a_trl_run_keeps_its_prompts_where_all_gradients_vanish(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def choose(*args: Any, later: bool, **options: Any) -> Any:
+        assert later
+        raise NothingToFollow("no prompt of the validation set 'x' has a usable gradient")
+
+    monkeypatch.setattr("cropi.trainers.trl.stages.choose_prompts", choose)
+    options = Curriculum(stage_steps=2)
+    run = SimpleNamespace(
+        options=options, model=None, _chosen=["a"], prompts=1, ids=[], ranks=None, seed=0,
+        trainer=SimpleNamespace(_tokenizer=None, args=SimpleNamespace(disable_tqdm=True)),
+        _check_recorded=lambda *_: None, _valid=lambda *_: ([], options), _sources=lambda *_: [],
+    )  # fmt: skip
+    kept = Stages._score(run, 3, tmp_path, 0.0)  # type: ignore[arg-type]
+    assert kept is not None and kept.ids == ["a"] and kept.figures == {"kept": True}
+    assert "stage 3: no prompt of the validation set 'x'" in caplog.text and "before are kept" in caplog.text

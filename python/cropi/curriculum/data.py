@@ -20,6 +20,7 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked
+from cropi.pipeline.lost import usable_sets, warn_lost
 from cropi.trainers.dumps import auto
 
 
@@ -103,12 +104,24 @@ def check(plan: Plan, files: Files, source: Source, stage: int, policy: Policy) 
         CropiError: no training prompt has a gradient, or a validation set has no prompt with one.
     """
     names = set_names(source.valid)
+    valid = {name: files([path]) for name, path in zip(names, source.valid, strict=True)}
+    sets, setup = plan.sets, plan.setup
+    if stage and plan.renews("valid"):
+        given = setup.influence
+        (name,) = names  # the command's file
+        groups, lost = usable_sets(valid[name], given.minus)
+        warn_lost(lost, f"stage {stage}: ")
+        if groups is not None:
+            valid = {name: groups}
+        if given.minus in lost:
+            setup = replace(setup, influence=replace(given, minus=None, minus_weight=1.0))
+        sets = [one for one in sets if one not in lost]
     checked = pipeline.check(
         policy,
         files(source.train),
-        {name: files([path]) for name, path in zip(names, source.valid, strict=True)},
-        plan.setup,
-        sets=plan.sets,
+        valid,
+        setup,
+        sets=sets,
         option="sets",
         before=f"stage {stage}: ",
     )

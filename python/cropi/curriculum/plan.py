@@ -158,6 +158,10 @@ class Plan:
         """How every stage's prompts are chosen."""
         return Setup(self.job, self.influence, self.select)
 
+    def renews(self, name: str) -> bool:
+        """Whether every stage's own rollouts are its ``train`` or ``valid`` trajectories."""
+        return self.rollouts_when == "every" and f"{{{name}}}" in (self.rollouts or "")
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """Everything that results depend on, by the step that uses it. Files count by content, not by name.
 

@@ -24,11 +24,12 @@ from cropi.curriculum.plan import IN_PROCESS, Plan
 from cropi.curriculum.state import State
 from cropi.data.export import export
 from cropi.data.trainer_rows import FILES
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.files import is_file, is_there, writing
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked, Part
+from cropi.pipeline.lost import LostSets, NothingToFollow, usable_sets, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew, training_store
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.selection import select
@@ -123,7 +124,19 @@ def rollouts(stage: Stage) -> Result:
             raise CropiError(f"rollouts: the command succeeded, but wrote no {{{name}}} file ({path})")
         _keep(path)
         made[name] = [str(folder / path.name)]
+    if stage.number and "valid" in made and (lost := _solved(stage, made["valid"])):
+        warn(f"stage {stage.number}: {lost}; the validation rollouts before are kept", LostSets)
+        del made["valid"]
     return made
+
+
+def _solved(stage: Stage, valid: list[str]) -> str:
+    """Why no validation set of new rollouts can be selected for any more; nothing where one can be."""
+    try:
+        groups, lost = usable_sets(stage.files(valid), stage.plan.influence.minus)
+    except CropiError:
+        return ""  # the step that reads them for its sketches says what is wrong
+    return "" if groups is not None else "; ".join(lost.values())
 
 
 def sketch_all(stage: Stage) -> Result:
@@ -183,7 +196,8 @@ def _anew(stage: Stage, checked: Checked, valid: Mapping[str, Result], begun: fl
         seconds=sum(one.get("seconds", 0.0) for one in timed), passed=sum(one.get("tokens", 0) for one in timed),
     )  # fmt: skip
     part = anew.settle(
-        Alone(), checked.train, lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid], plan.setup
+        Alone(), checked.train, lambda: [SketchStore.open(folder / f"valid-{name}") for name in valid],
+        replace(plan.setup, later=stage.number > 0),
     )  # fmt: skip
     return part, anew
 
@@ -223,9 +237,17 @@ def influence_all(stage: Stage) -> Result:
     folder = stage.folder / "sketches"
     names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
     stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
-    scores = pipeline.score(
-        training_store(folder), stores, stage.plan.influence, stage.plan.select, checked=True
-    )
+    given = stage.plan.influence
+    if stage.number:
+        try:
+            stores, given, lost = usable_stores(stores, given)
+        except NothingToFollow as error:
+            raise CropiError(
+                f"stage {stage.number}: {error}, and no other set is left to select for: give other validation "
+                "prompts, or an estimator that clips less"
+            ) from None
+        warn_lost(lost, f"stage {stage.number}: ")
+    scores = pipeline.score(training_store(folder), stores, given, stage.plan.select, checked=True)
     write_scores(stage.folder / SCORES, scores)
     return {"sets": scores.sets, "scored": int(scores.usable.sum())}
 

@@ -8,6 +8,7 @@ Its parts can be called alone: a curriculum keeps its state between them.
 
 from cropi.pipeline.checks import Checked, Part, Setup, check
 from cropi.pipeline.choosing import choose, conclude, score
+from cropi.pipeline.lost import NothingToFollow
 from cropi.pipeline.sketches import (
     Sketches,
     noise_stores,
@@ -19,6 +20,7 @@ from cropi.pipeline.sketches import (
 
 __all__ = [
     "Checked",
+    "NothingToFollow",
     "Part",
     "Setup",
     "Sketches",

@@ -31,13 +31,17 @@ from cropi.sketching.run import check_tokens, scan_groups
 class Setup:
     """How prompts are chosen. The job's trajectories and store are filled in for every part.
 
-    ``least`` prompts are chosen, where there are so many usable ones and the fraction would choose fewer.
+    ``least`` prompts are chosen, where there are so many usable ones and the fraction would choose fewer. ``later``:
+    prompts were chosen before, so that a validation set without a usable gradient is left out, with a warning that
+    begins with ``before``; else it is an error.
     """
 
     job: SketchJob = field(default_factory=lambda: SketchJob((), None))
     influence: Influence = field(default_factory=Influence)
     selecting: Selecting = field(default_factory=Selecting)
     least: int = 0
+    later: bool = False
+    before: str = ""
 
     def __post_init__(self) -> None:
         check_rewards(self.selecting.method, self.job.estimator.to_dict())

@@ -16,6 +16,7 @@ from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.checks import Checked, Setup, check
+from cropi.pipeline.lost import NothingToFollow, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.influence import NUMBERED, influence
@@ -64,6 +65,7 @@ def choose(
 
     Raises:
         CropiError: as by :func:`check`, before anything is sketched.
+        NothingToFollow: no validation set has a usable gradient, where ``setup.later``.
         Interrupted: Ctrl-C; finished prompts are in the stores.
     """
     setup, who = setup or Setup(), ranks or Alone()
@@ -85,19 +87,34 @@ def choose(
     if anew is None:
 
         def sketched() -> dict[str, SketchStore]:
-            return sketch_all(policy, parts, setup.job, stores.here, ranks=who, say=say, progress=progress)
+            return sketch_all(
+                policy,
+                parts,
+                setup.job,
+                stores.here,
+                ranks=who,
+                say=say,
+                progress=progress,
+                later=setup.later,
+            )
 
         stores.mine.update(who.agree(sketched))
     else:
         _sketch_anew(policy, parts, setup, stores, anew, say, progress)
 
-    def finish() -> Selection:
+    def finish() -> Selection | NothingToFollow:
         joined = {part.name: stores.joined(part.name) for part in parts.valid}
         joined["train"] = stores.joined("train", [anew.kept] if anew is not None else [])
-        return conclude(joined, setup, root)
+        try:
+            return conclude(joined, setup, root)
+        except NothingToFollow as error:
+            return error
 
-    result = who.agree(lambda: finish() if who.first else None)
-    return who.share(result)
+    result: object = who.share(who.agree(lambda: finish() if who.first else None))
+    if isinstance(result, NothingToFollow):  # on every rank
+        raise result
+    assert isinstance(result, Selection)
+    return result
 
 
 @dataclass(frozen=True)
@@ -157,7 +174,11 @@ def conclude(
 ) -> Selection:
     """The last part of :func:`choose`: from the stores of all parts to the selection, and its files in ``folder``."""
     valid = [store for name, store in stores.items() if name != "train"]
-    scores = score(stores["train"], valid, setup.influence, setup.selecting, noise, checked=True)
+    given = setup.influence
+    if setup.later:
+        valid, given, lost = usable_stores(valid, given)
+        warn_lost(lost, setup.before)
+    scores = score(stores["train"], valid, given, setup.selecting, noise, checked=True)
     chosen = select(scores, setup.selecting, least=setup.least, sketches=stores["train"])
     if folder is not None:
         with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores

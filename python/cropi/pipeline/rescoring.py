@@ -31,6 +31,7 @@ from cropi.errors import CropiError
 from cropi.files import is_file
 from cropi.options import Influence, Rescoring
 from cropi.pipeline.checks import Part, Setup
+from cropi.pipeline.lost import usable_stores
 from cropi.ranking.cut import Drift, affordable, anew, spreads
 from cropi.ranking.influence import influence
 from cropi.ranking.rule import Rule
@@ -181,7 +182,10 @@ class Anew:
         """The plan, as it is written."""
         total = float(pool.costs.sum())
         tokens = self._tokens(total, earlier is not None, world)
-        table, ages, sets = _earlier_scores(pool.ready, earlier, valid, setup.influence)
+        given = setup.influence
+        if setup.later:
+            valid, given, _ = usable_stores(valid, given)
+        table, ages, sets = _earlier_scores(pool.ready, earlier, valid, given)
         drift, known, rule = _drift_of(self.last), np.isfinite(table).all(axis=1), _rule(setup, pool)
         chosen = anew(
             table, ages, pool.costs, [row.id for row in pool.ready], rule, tokens=tokens, drift=drift,

@@ -9,8 +9,9 @@ settings.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,15 @@ class SketchStore(StoredSketches):
             joined._rows.update(store._rows)
         joined.paths = [path for store in stores for path in store.paths]
         return joined
+
+    def without(self, ids: Container[str]) -> SketchStore:
+        """The store as if it held no prompt of some ids, none of which has a sketch; this one stays as it is."""
+        made = copy.copy(self)
+        made._rows = {name: row for name, row in self._rows.items() if name not in ids}
+        if "prompts" in self.manifest:
+            gone = len(self) - len(made)
+            made.manifest = self.manifest | {"prompts": self.manifest["prompts"] - gone}
+        return made
 
     def add(self, row: RowInfo, sketch: torch.Tensor | None = None) -> list[str]:
         """Add a row; ``sketch`` is float ``[dim]``, or None for a prompt without one.

@@ -15,10 +15,10 @@ import torch
 from cropi import pipeline
 from cropi.atomic import replacing
 from cropi.data.prompt_ids import column_values
-from cropi.data.scan import listed
 from cropi.errors import CropiError, as_keywords, shown
 from cropi.files import failure_of, is_file, reason
 from cropi.model.policy import Policy
+from cropi.pipeline.lost import LEFT_OUT, no_gradient
 from cropi.ranking.alike import prompt_features
 from cropi.ranking.origin import Known
 from cropi.ranking.selector import Selector
@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 
 PLACES = "cropi_places"  # of a generation batch: the place of each row's prompt in the dataset
 STATE = "cropi_selector.pt"
-# What becomes of a validation set without a gradient, where a training has begun.
-LEFT_OUT = "the set does not count until it has one again"
+# What becomes of a validation set without a gradient, where a training has begun and no other set has one.
 KEPT = "the validation means before are kept"
 
 
@@ -233,10 +232,7 @@ class LiveRun:
         for name, why in [pair for part in parts for pair in part[2]]:
             lost[name][why] += 1
         for gone in sorted(lost.keys() - set(names)):
-            problem = (
-                f"stage {stage}: no prompt of the validation set {gone!r} has a usable gradient "
-                f"({listed(lost[gone])})"
-            )
+            problem = f"stage {stage}: {no_gradient(gone, lost[gone])}"
             if not later:
                 raise CropiError(
                     f"{problem}, though rewards differ: see whether any of its tokens are trained on (loss_mask), "

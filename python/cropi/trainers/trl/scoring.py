@@ -19,9 +19,7 @@ from typing import Any
 import torch
 
 from cropi import pipeline
-from cropi.data.readers import PromptGroups
-from cropi.data.scan import NothingToSelect, Scan, by_set, check_covered, check_pool, listed, scan
-from cropi.data.share import without
+from cropi.data.scan import NothingToSelect, Scan, check_covered, check_pool, scan
 from cropi.errors import CropiError, as_keywords
 from cropi.files import entries, is_folder
 from cropi.gradient.behaviour import behaviour_source
@@ -64,6 +62,7 @@ def choose_prompts(
     ranks: Ranks,
     seed: int,
     least: int = 0,
+    later: bool = False,
     others: float = math.nan,
     progress: bool = True,
 ) -> Chosen:
@@ -80,11 +79,13 @@ def choose_prompts(
         ranks: the processes that share the work.
         seed: of the draws.
         least: prompts that a generation batch takes: so many are chosen, where the fraction would choose fewer.
+        later: as in :class:`cropi.pipeline.Setup`.
         others: seconds that the steps of a stage take, for ``options.budget``.
         progress: show bars (on rank 0).
 
     Raises:
         NothingToSelect: all rewards are equal, prompt by prompt.
+        NothingToFollow: no validation set has a usable gradient, where ``later``.
         CropiError: a validation set that nothing usable covers, no training prompt that the dataset knows, or bad
             records. Raised on every rank, before anything is sketched.
     """
@@ -96,7 +97,8 @@ def choose_prompts(
             [] if last is None else entries(last, f"{TRAINING}*"), others=others,
             spent=lambda: time.monotonic() - begun, say=logger.info,
         )  # fmt: skip
-    policy, setup = Policy(model, tokenizer), replace(setup_of(options, stage, seed), least=least)
+    policy = Policy(model, tokenizer)
+    setup = replace(setup_of(options, stage, seed), least=least, later=later, before=f"stage {stage}: ")
     # A run that was killed right here may have left stores of another policy, or of another number of ranks.
     ranks.agree(lambda: _clean(folder) if ranks.first else None)
     with _evaluating(model):
@@ -114,10 +116,15 @@ def choose_prompts(
                 otherwise=OTHERWISE,
             )  # fmt: skip
         )
-        chosen = pipeline.choose(
-            policy, train, valid, setup, folder, ranks, checked=checked, progress=progress and ranks.first, anew=anew,
-            store_at=lambda name, rank: folder / f"sketches-{name}-{rank:05d}",
-        )  # fmt: skip
+        try:
+            chosen = pipeline.choose(
+                policy, train, valid, setup, folder, ranks, checked=checked, progress=progress and ranks.first,
+                anew=anew, store_at=lambda name, rank: folder / f"sketches-{name}-{rank:05d}",
+            )  # fmt: skip
+        except pipeline.NothingToFollow:  # training goes on
+            if ranks.first and not options.keep_sketches:
+                _clean(folder)
+            raise
     if ranks.first and not options.keep_sketches:
         _clean(folder, but=() if anew is None else (TRAINING,))
     size = checked.usable if options.pool == "usable" else checked.prompts
@@ -198,23 +205,6 @@ def check_files(
             f"each other; set behaviour='current'{'' if stored else ', or Recording(logprobs=False)'}"
         )
     return scans
-
-
-def usable_sets(groups: PromptGroups, minus: str | None = None) -> tuple[PromptGroups | None, dict[str, str]]:
-    """Validation prompts without the sets of which none has a gradient by its rewards, and of these what is wrong, by
-    name; None: no set is left but perhaps ``minus``, which counts against a prompt."""
-    counts = scan(groups)
-    sets = by_set({DEFAULT_SET: counts})
-    lost = {
-        name: f"none of the {reasons.total()} prompts of the validation set {name!r} has a gradient ({listed(reasons)})"
-        for name, reasons in sorted(sets.items())
-        if not reasons.pop("", 0)
-    }
-    if set(sets) - set(lost) <= {minus}:
-        return None, lost
-    if lost:
-        groups = without(groups, counts, {group.id for group in groups if (group.set or DEFAULT_SET) in lost})
-    return groups, lost
 
 
 def folder_of(stage: int) -> str:

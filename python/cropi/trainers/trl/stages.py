@@ -28,6 +28,7 @@ from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
 from cropi.files import entries, is_file, is_there, writing
 from cropi.model.policy import Policy
+from cropi.pipeline.lost import LEFT_OUT, NothingToFollow, usable_sets
 from cropi.sealed import read_sealed, sealed
 from cropi.sketching.job import make_tokenize
 from cropi.store.differences import first_difference
@@ -41,7 +42,7 @@ from cropi.trainers.trl.checks import (
     recorded_first,
     with_template_values,
 )
-from cropi.trainers.trl.live import KEPT, LEFT_OUT, LiveRun, features_of
+from cropi.trainers.trl.live import KEPT, LiveRun, features_of
 from cropi.trainers.trl.losses import REMEDY, check_own_loss, estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
@@ -54,10 +55,10 @@ from cropi.trainers.trl.scoring import (
     forget_sketches,
     own_randomness,
     setup_of,
-    usable_sets,
 )
 
 STATE = "cropi_state.json"
+KEPT_PROMPTS = "the prompts of the stage before are kept"
 _FORM = {"stage": int, "selected": list[str] | None, "logs": {str: int}, "settings": dict}
 logger = logging.getLogger(__name__)
 
@@ -308,16 +309,19 @@ class Stages(Recorder):
             return choose_prompts(
                 self.model, self.trainer._tokenizer, used, stage=stage,
                 # In stage 0 too small a fraction raises an error; later, an error would lose work.
-                least=self.prompts if stage else 0, others=others,
+                least=self.prompts if stage else 0, later=self._chosen is not None, others=others,
                 folder=folder, train=self._sources("train", folder),
                 valid=valid, known=self.ids.__contains__, ranks=self.ranks,
                 seed=self.seed, progress=not self.trainer.args.disable_tqdm,
             )  # fmt: skip
+        except NothingToFollow as error:
+            logger.warning("stage %d: %s; %s", stage, error, KEPT_PROMPTS)
+            return Chosen(self._chosen or [], {"kept": True})
         except NothingToSelect as error:
             scored = not isinstance(error, NothingScored)
             if options.on_nothing == "error" or (options.on_nothing == "auto" and scored):
                 raise
-            logger.warning("%s; the prompts of the stage before are kept", error)
+            logger.warning("%s; %s", error, KEPT_PROMPTS)
             return None if self._chosen is None else Chosen(self._chosen, {"kept": True})
 
     def seconds(self) -> float:
@@ -370,7 +374,7 @@ class Stages(Recorder):
             return source, options
         job = setup_of(options, stage, self.seed).job
         groups, lost = self.ranks.agree(lambda: usable_sets(job.read(source, "valid"), options.minus))
-        kept = KEPT if self.live is not None else "the prompts of the stage before are kept"
+        kept = KEPT if self.live is not None else KEPT_PROMPTS
         for words in lost.values():
             logger.warning("stage %d: %s; %s", stage, words, kept if groups is None else LEFT_OUT)
         if options.minus in lost:

@@ -1,0 +1,86 @@
+"""Validation sets that no prompt can be chosen for any more: solved or hopeless by now, or clipped in every token.
+
+A training does not end there. Such a set is left out, with a warning, until it has a gradient again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from cropi.data.readers import PromptGroups
+from cropi.data.scan import by_set, listed, scan
+from cropi.data.share import without
+from cropi.errors import CropiError, warn
+from cropi.options import Influence
+from cropi.ranking.scores import DEFAULT_SET
+from cropi.store.rows import OK
+from cropi.store.store import SketchStore
+
+# What becomes of such a set.
+LEFT_OUT = "the set does not count until it has one again"
+
+
+class LostSets(UserWarning):
+    """A validation set has no gradient any more, and is left out."""
+
+
+class NothingToFollow(CropiError):
+    """No validation set is left to choose prompts for."""
+
+
+def usable_sets(groups: PromptGroups, minus: str | None = None) -> tuple[PromptGroups | None, dict[str, str]]:
+    """Validation prompts without the sets of which none has a gradient by its rewards, and of these what is wrong, by
+    name; None: no set is left but perhaps ``minus``, which counts against a prompt."""
+    counts = scan(groups)
+    sets = by_set({DEFAULT_SET: counts})
+    lost = {
+        name: f"none of the {reasons.total()} prompts of the validation set {name!r} has a gradient ({listed(reasons)})"
+        for name, reasons in sorted(sets.items())
+        if not reasons.pop("", 0)
+    }
+    if set(sets) - set(lost) <= {minus}:
+        return None, lost
+    if lost:
+        groups = without(groups, counts, {group.id for group in groups if (group.set or DEFAULT_SET) in lost})
+    return groups, lost
+
+
+def no_gradient(name: str, reasons: Counter[str]) -> str:
+    """That no sketch of a set can be used, in words."""
+    return f"no prompt of the validation set {name!r} has a usable gradient ({listed(reasons)})"
+
+
+def usable_stores(
+    stores: Sequence[SketchStore], given: Influence
+) -> tuple[list[SketchStore], Influence, dict[str, str]]:
+    """Validation stores without the sets of which no prompt has a sketch, the options without a ``minus`` that no store
+    holds any more, and of the sets that are left out what is wrong, by name.
+
+    Raises:
+        NothingToFollow: no set is left but perhaps ``minus``.
+    """
+    sets: dict[str, Counter[str]] = {}
+    for store in stores:
+        for row in store.rows():
+            sets.setdefault(row.set or DEFAULT_SET, Counter())["" if row.status == OK else row.reason] += 1
+    lost = {
+        name: no_gradient(name, reasons) for name, reasons in sorted(sets.items()) if not reasons.pop("", 0)
+    }
+    left = set(sets) - set(lost)
+    if left <= {given.minus}:
+        raise NothingToFollow("; ".join(lost.values()) or "there is no validation set besides minus")
+    if given.minus is not None and given.minus not in left:
+        given = replace(given, minus=None, minus_weight=1.0)
+    kept = [
+        store.without({row.id for row in store.rows() if (row.set or DEFAULT_SET) in lost})
+        for store in stores
+    ]
+    return [store for store in kept if len(store)], given, lost
+
+
+def warn_lost(lost: Mapping[str, str], before: str = "") -> None:
+    """Say which sets are left out; ``before``: what messages begin with."""
+    for words in lost.values():
+        warn(f"{before}{words}; {LEFT_OUT}", LostSets, stacklevel=2)

@@ -1,0 +1,99 @@
+"""Validation sets without a gradient, where prompts were chosen before: left out, with a warning, and no end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.made_curriculum import config, curriculum, make_folder, report
+
+from cropi.errors import CropiError
+from cropi.options import Influence, Selecting
+from cropi.pipeline import NothingToFollow, conclude
+from cropi.pipeline.checks import Setup
+from cropi.pipeline.lost import LostSets
+from cropi.store.memory import MemoryStore
+from cropi.store.rows import SKIPPED, RowInfo
+from cropi_kernels import SketchSpec
+
+SPEC = SketchSpec(dim=64)
+
+
+def store(rows: dict[str, bool], name: str | None = None) -> MemoryStore:
+    """Sketches of prompts, and prompts whose gradients are zero though their rewards differ."""
+    made = MemoryStore({"spec": SPEC.to_dict(), "stage": "1", "prompts": len(rows)})
+    for number, (key, usable) in enumerate(rows.items()):
+        row = RowInfo(key, set=name and key[0], pass_rate=0.5)
+        sketch = torch.randn(SPEC.dim, generator=torch.Generator().manual_seed(number))
+        made.add(*((row, sketch) if usable else (RowInfo(key, SKIPPED, "zero gradient", set=row.set),)))
+    made.finish()
+    return made
+
+
+def chosen(valid: dict[str, bool], later: bool = True, **given: Any) -> Any:
+    stores = {"train": store({f"t{i}": True for i in range(4)}), "valid": store(valid, "valid")}
+    setup = Setup(
+        influence=Influence(**given), selecting=Selecting(fraction=0.5), later=later, before="stage 1: "
+    )
+    return conclude(stores, setup, None)
+
+
+def test_a_set_whose_gradients_vanish_is_left_out() -> None:
+    """It ended every stage: sequence ratios that are all clipped, say."""
+    valid = {"x1": True, "x2": True, "y1": False, "y2": False}
+    with pytest.raises(CropiError, match="validation set 'y' has no usable prompt"):
+        chosen(valid, later=False)
+    words = r"^stage 1: no prompt of the validation set 'y' has a usable gradient \(2 with zero gradient\); the set"
+    with pytest.warns(LostSets, match=words):
+        found = chosen(valid)
+    assert found.scores.sets == ["x"]
+    alone = chosen({"x1": True, "x2": True})
+    assert found.ids == alone.ids and (found.scores.table == alone.scores.table).all()
+    with pytest.warns(LostSets):
+        without = chosen(valid, minus="y", minus_weight=0.5)
+    assert (without.scores.table == alone.scores.table).all() and "minus" not in without.scores.meta
+    for given in ({}, {"minus": "x"}):
+        left = valid if given else dict.fromkeys(valid, False)
+        with pytest.raises(
+            NothingToFollow, match="no prompt of the validation set 'y' has a usable gradient"
+        ):
+            chosen(left, **given)
+
+
+@pytest.mark.long
+def test_rollouts_of_sets_that_are_solved_by_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One set in the second stage, all in the third: each ended the run, whose rollouts were of every stage."""
+    made = make_folder(tmp_path / "made")
+    script = tmp_path / "roll.py"
+    script.write_text(
+        "import json, sys\n"
+        "source, train, valid, stage = sys.argv[1:]\n"
+        "lines = [json.loads(line) for line in open(source)]\n"
+        "with open(train, 'w') as file:\n"
+        "    file.writelines(json.dumps(line) + '\\n' for line in lines[:6])\n"
+        "with open(valid, 'w') as file:\n"
+        "    for i, line in enumerate(lines[6:14]):\n"
+        "        name = 'xy'[i % 2]\n"
+        "        solved = name in ['', 'y', 'xy'][int(stage)]\n"
+        "        rewards = [float(not solved and k == 0) for k, _ in enumerate(line['rewards'])]\n"
+        "        file.write(json.dumps(line | {'set': name, 'rewards': rewards, 'made_at': stage}) + '\\n')\n"
+    )
+    roll = f"{sys.executable} {script} {made / 'train.jsonl'} {{train}} {{valid}} {{stage}}"
+    out = tmp_path / "run"
+    path = config(
+        made, out, train=None, valid=None, rollouts=roll, rollouts_when="every", stages=3, fraction=0.5,
+        sets=["x", "y"], influence={"minus": "y", "minus_weight": 0.5}, behaviour="current",
+    )  # fmt: skip
+    assert curriculum(path) == 0
+    assert [sorted(row["scores"]) for row in report(out)] == [["x"]] * 3
+    words = "none of the 4 prompts of the validation set 'y' has a gradient (4 with equal rewards)"
+    said = capsys.readouterr().err
+    assert f"stage 1: {words}; the set does not count until" in said
+    assert f"; {words}; the validation rollouts before are kept" in said
+    done = json.loads((out / "state.json").read_text())["done"]
+    sketched = [entry["valid"]["valid"]["files"] for entry in done if entry["step"] == "sketch"]
+    assert [Path(file).parent.parent.name for (file,) in sketched] == ["stage-00", "stage-01", "stage-01"]
