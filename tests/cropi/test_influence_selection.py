@@ -15,12 +15,12 @@ import torch
 from support.commands import json_lines
 from support.made_data import write_lines
 
+from cropi.cli.select import best_and_worst, prompt_texts
 from cropi.errors import CropiError
 from cropi.options import Influence
 from cropi.ranking import selection_files
 from cropi.ranking.influence import influence, left_out, score_rows, validation_means
 from cropi.ranking.plot import plot_scores
-from cropi.ranking.report import best_and_worst, prompt_texts
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import CopiedPrompts, write_selected_records, write_selection

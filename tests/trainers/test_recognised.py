@@ -23,7 +23,7 @@ from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
 from cropi.trainers.dumps.auto import opened
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.recognise import SOURCES, WORDS, recognise
+from cropi.trainers.dumps.recognise import SOURCES, recognise
 from cropi.trainers.dumps.vocabulary import bytes_of_tokens
 
 ALL = KINDS | MORE
@@ -113,7 +113,7 @@ def test_convert_writes_records_and_says_what_it_took_the_file_for(
     assert (
         main(["convert", str(path), "--out", str(out), "--id-key", ALL[kind][3], "--temperature", "0.7"]) == 0
     )
-    assert f"read as       {WORDS[kind.split()[0]]}" in capsys.readouterr().out
+    assert f"read as       {SOURCES[kind.split()[0]].words}" in capsys.readouterr().out
     groups = list(read(out))
     assert [group.rewards for group in groups] == [[1.0, 0.0], [0.5, 1.0]]
     steps = {"atropos": ["step 0", "step 1"]}.get(kind, ["step 7"] * 2)  # whose lines name none

@@ -136,7 +136,7 @@ def _source(args: argparse.Namespace) -> str:
     """
     from cropi.errors import CropiError
     from cropi.trainers.dumps.folders import expanded
-    from cropi.trainers.dumps.recognise import RECORDS, WORDS, recognise
+    from cropi.trainers.dumps.recognise import RECORDS, SOURCES, recognise
 
     source: str = args.source
     if source == "auto" and (args.dataset or args.model or args.reward):
@@ -150,7 +150,9 @@ def _source(args: argparse.Namespace) -> str:
             "--dataset and --model are needed together: prompts are found by what the model's template makes of them"
         )
     if args.reward and source not in ("vllm", "openai"):
-        raise CropiError(f"--reward is for vLLM's outputs and chat completions; {WORDS[source]} hold rewards")
+        raise CropiError(
+            f"--reward is for vLLM's outputs and chat completions; {SOURCES[source].words} hold rewards"
+        )
     return source
 
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from cropi import options
 from cropi.data.forms import parse_columns
 from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
@@ -20,24 +21,11 @@ from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.folders import expanded, is_name
 from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
-from cropi.trainers.dumps.recognise import RECORDS, SOURCES, WORDS, recognise
+from cropi.trainers.dumps.recognise import RECORDS, SOURCES, recognise
 from cropi.trainers.dumps.rollout import Rollout, Written, group_rollouts, write_groups
 from cropi.trainers.dumps.steps import logs_together, newest_of_steps
 
 AUTO = "auto"
-# The modules whose ``read_dump`` reads a source; the other sources are rows of text.
-READERS = {
-    "verl": "verl", "slime": "slime", "nemo-rl": "nemo_rl", "vllm": "vllm", "openai": "openai", "trl": "trl",
-    "prime-rl": "verifiers", "ms-swift": "swift", "nemo-gym": "nemo_gym", "open-instruct": "open_instruct",
-    "atropos": "atropos", "art": "art", "roll": "roll",
-}  # fmt: skip
-
-# What of a Reading the readers of some sources alone look at.
-DUMPS = tuple(source for source in SOURCES if source != RECORDS)
-USED_BY = dict.fromkeys(("id_key", "temperature", "steps", "largest"), DUMPS) | {
-    "allow_pickle": ("slime", "verl", "vllm"),
-    "columns": (RECORDS, "slime", "verl", "trl", "ms-swift"),
-}
 
 
 def read_rollouts(
@@ -59,7 +47,7 @@ def read_rollouts(
     check_size(path, reading.largest)
     if source in text_rows.COLUMNS:
         return text_rows.read_dump(path, source, reading, left)
-    reader = importlib.import_module(f"cropi.trainers.dumps.{READERS[source]}")
+    reader = importlib.import_module(f"cropi.trainers.dumps.{SOURCES[source].reader}")
     rollouts: Iterator[Rollout] = reader.read_dump(path, reading, left)
     return rollouts
 
@@ -166,7 +154,7 @@ class Dumps:
         out = f"; {self.left.counts.total()} samples left out" if self.left.counts else ""
         shown = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
         return (
-            f"read as       {WORDS[self.source]}: {printable(shown)} ({self.written.prompts} prompts, "
+            f"read as       {SOURCES[self.source].words}: {printable(shown)} ({self.written.prompts} prompts, "
             f"{self.written.responses} responses; {some}{out})"
         )
 
@@ -184,7 +172,7 @@ def opened(
 
     Args:
         given: a path, a list of paths (a folder stands for the files in it), or anything else, which is left as it is.
-        source: what wrote the files: one of :data:`cropi.trainers.dumps.recognise.SOURCES`, or "auto".
+        source: what wrote the files: one of :data:`cropi.options.SOURCES`.
         skip_bad: leave bad samples of dumps out, and count them.
         columns: as for :func:`cropi.data.readers.read`.
         reading: how dumps are read.
@@ -193,8 +181,8 @@ def opened(
     Raises:
         CropiError: an unknown source, or as :func:`cropi.trainers.dumps.recognise.recognise` and the readers.
     """
-    if source not in (AUTO, *SOURCES):
-        raise CropiError(f"source must be one of {AUTO}, {', '.join(SOURCES)}, got {source!r}")
+    if source not in options.SOURCES:
+        raise CropiError(f"source must be one of {', '.join(options.SOURCES)}, got {source!r}")
     several = isinstance(given, (list, tuple))
     paths = list(given) if several else [given]
     if source == RECORDS or not paths or not all(isinstance(path, (str, Path)) for path in paths):
@@ -220,7 +208,10 @@ def opened(
     for kind, files in runs.items():
         if unused := unused_columns(kind, reading.columns):
             names = ", ".join(map(str, files))
-            warn(f"columns: {unused} no effect on {printable(names)}, read as {WORDS[kind]}", stacklevel=3)
+            warn(
+                f"columns: {unused} no effect on {printable(names)}, read as {SOURCES[kind].words}",
+                stacklevel=3,
+            )
         held = Dumps(files, kind, reading, skip_bad)
         if say is not None:
             say(held.line())
@@ -259,18 +250,20 @@ def _kind(path: str | Path, source: str, columns: Any) -> str:
 def unused_columns(kind: str, columns: Mapping[str, str]) -> str:
     """The names in ``columns`` at which the reader of ``kind`` does not look, and a verb; nothing where it looks at
     all."""
-    seen = columns if kind == RECORDS else ("reward",) if kind in USED_BY["columns"] else ()
+    seen = columns if kind == RECORDS else ("reward",) if SOURCES[kind].columns else ()
     names = [shown(name) for name in columns if name not in seen]
     return f"{', '.join(names)} {'have' if len(names) > 1 else 'has'}" if names else ""
 
 
 def _check_used(kind: str, reading: Reading) -> None:
-    if kind in USED_BY["columns"] and (unused := unused_columns(kind, reading.columns)):
-        raise CropiError(f"--columns: {unused} no effect on {WORDS[kind]}; leave out all but reward=")
-    for name, sources in USED_BY.items():
-        if kind not in sources and getattr(reading, name) != getattr(PLAIN, name):
+    source = SOURCES[kind]
+    if source.columns and (unused := unused_columns(kind, reading.columns)):
+        raise CropiError(f"--columns: {unused} no effect on {source.words}; leave out all but reward=")
+    used = dict.fromkeys(("id_key", "temperature", "steps", "largest"), kind != RECORDS)
+    for name, looked_at in (used | {"allow_pickle": source.pickled, "columns": source.columns}).items():
+        if not looked_at and getattr(reading, name) != getattr(PLAIN, name):
             option = "max-gib" if name == "largest" else name.replace("_", "-")
-            raise CropiError(f"--{option} has no effect on {WORDS[kind]}; leave it out")
+            raise CropiError(f"--{option} has no effect on {SOURCES[kind].words}; leave it out")
 
 
 def groups_of(
@@ -286,11 +279,11 @@ def groups_of(
     paths = [path for part in found for path in part]
     kinds = {str(path): _kind(path, source, reading.columns) for path in paths}
     if len(set(kinds.values())) > 1:
-        told = ", ".join(f"{path} ({WORDS[kind]})" for path, kind in list(kinds.items())[:6])
+        told = ", ".join(f"{path} ({SOURCES[kind].words})" for path, kind in list(kinds.items())[:6])
         raise CropiError(f"the files are of several kinds: {told}; convert each kind by itself")
     kind = next(iter(kinds.values()))
     if source == AUTO:
-        say(f"read as       {WORDS[kind]}")
+        say(f"read as       {SOURCES[kind].words}")
     _check_used(kind, reading)
     if kind == RECORDS:
         from cropi.data.readers import read

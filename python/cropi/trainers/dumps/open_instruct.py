@@ -23,7 +23,7 @@ from cropi.trainers.dumps.fields import (
     whole,
 )
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, answer, checked
+from cropi.trainers.dumps.rollout import Rollout, checked, plain_answer
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump
 from cropi.trainers.dumps.text_rows import step_of
 
@@ -51,7 +51,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             reward=reward_of(row["reward"], "reward", where), where=where,
             step=step if row.get("step") is None else whole(row["step"], "step", where), prompt_ids=prompt,
             response_ids=ids, logprobs=log_probs(row.get("logprobs"), len(ids), None, "logprobs", where),
-            answer=answer(row.get("ground_truth"), "ground_truth", where), temperature=reading.temperature,
+            answer=plain_answer(row.get("ground_truth"), "ground_truth", where), temperature=reading.temperature,
             extra={"task": task} if isinstance(task, str) and task else {},
         ))  # fmt: skip
 

@@ -7,6 +7,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,38 +19,54 @@ from cropi.files import open_to_read
 from cropi.trainers.dumps.fields import names
 
 RECORDS = "records"
-# What the sources are called in words.
-WORDS = {
-    RECORDS: "trajectory records", "verl": "rollouts of verl", "slime": "a rollout dump of slime",
-    "nemo-rl": "training data of NeMo-RL", "trl": "completions of TRL", "vllm": "outputs of vLLM",
-    "openai": "chat completions", "openrlhf": "batch inference of OpenRLHF",
-    "prime-rl": "rollouts of prime-rl (verifiers)",
-    "skyrl": "results of SkyRL", "areal": "a rollout dump of AReaL", "ms-swift": "completions of ms-swift",
-    "nemo-gym": "rollouts of NeMo-Gym", "open-instruct": "rollouts of open-instruct", "atropos": "groups of Atropos",
-    "art": "trajectories of ART", "roll": "rollouts of ROLL",
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program whose files are read.
+
+    Attributes:
+        words: what its files are called.
+        keys: those that a row has together, one of several layouts each.
+        reader: the module whose ``read_dump`` reads them; "": rows of text (:mod:`cropi.trainers.dumps.text_rows`).
+        pickled: whether there are pickles among them.
+        columns: whether the reader looks at the columns that a user names.
+    """
+
+    words: str
+    keys: tuple[str, ...] = ()
+    reader: str = ""
+    pickled: bool = False
+    columns: bool = False
+
+
+# A row is of the first source that has its keys.
+SOURCES = {
+    RECORDS: Source("trajectory records", columns=True),
+    "vllm": Source("outputs of vLLM", ("request_id outputs", "prompt_token_ids outputs"), "vllm", pickled=True),
+    "nemo-rl": Source("training data of NeMo-RL", ("token_ids token_loss_mask rewards",), "nemo_rl"),
+    "verl": Source("rollouts of verl", ("input output score step",), "verl", pickled=True, columns=True),
+    "skyrl": Source("results of SkyRL", ("input_prompt output_response score",)),
+    "areal": Source("a rollout dump of AReaL", ("task_id head_version prompt completion",)),
+    "prime-rl": Source(
+        "rollouts of prime-rl (verifiers)", ("example_id prompt completion", "task nodes", "task traces"), "verifiers"
+    ),
+    "trl": Source("completions of TRL", ("step prompt completion advantage",), "trl", columns=True),
+    "ms-swift": Source(
+        "completions of ms-swift", ("step prompt completion advantages", "gen_step prompt completion"), "swift",
+        columns=True,
+    ),
+    "openrlhf": Source("batch inference of OpenRLHF", ("input output reward",)),
+    "nemo-gym": Source("rollouts of NeMo-Gym", ("responses_create_params response reward",), "nemo_gym"),
+    "open-instruct": Source(
+        "rollouts of open-instruct", ("prompt_tokens response_tokens reward",), "open_instruct"
+    ),
+    "atropos": Source("groups of Atropos", ("tokens masks scores",), "atropos"),
+    "roll": Source("rollouts of ROLL", ("global_step responses scores sampling_params",), "roll"),
+    "art": Source("trajectories of ART", ("group_index trajectory_index trajectory_json",), "art"),
+    "slime": Source("a rollout dump of slime", reader="slime", pickled=True, columns=True),
+    "openai": Source("chat completions", reader="openai"),
 }  # fmt: skip
-SOURCES = tuple(WORDS)
-# Rows are told by keys that they have together; the first that fits wins.
-KEYS: list[tuple[str, tuple[str, ...]]] = [
-    ("vllm", ("request_id", "outputs")),
-    ("vllm", ("prompt_token_ids", "outputs")),
-    ("nemo-rl", ("token_ids", "token_loss_mask", "rewards")),
-    ("verl", ("input", "output", "score", "step")),
-    ("skyrl", ("input_prompt", "output_response", "score")),
-    ("areal", ("task_id", "head_version", "prompt", "completion")),
-    ("prime-rl", ("example_id", "prompt", "completion")),
-    ("prime-rl", ("task", "nodes")),
-    ("prime-rl", ("task", "traces")),
-    ("trl", ("step", "prompt", "completion", "advantage")),
-    ("ms-swift", ("step", "prompt", "completion", "advantages")),
-    ("ms-swift", ("gen_step", "prompt", "completion")),
-    ("openrlhf", ("input", "output", "reward")),
-    ("nemo-gym", ("responses_create_params", "response", "reward")),
-    ("open-instruct", ("prompt_tokens", "response_tokens", "reward")),
-    ("atropos", ("tokens", "masks", "scores")),
-    ("roll", ("global_step", "responses", "scores", "sampling_params")),
-    ("art", ("group_index", "trajectory_index", "trajectory_json")),
-]
 # Of these keys, those that a sample without a reward leaves empty.
 SCORES = {"reward", "rewards", "score", "scores"}
 # Enough of a pickle to have met the keys of its outermost table and the first class.
@@ -117,9 +134,10 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
         CropiError: it holds a prompt alone.
     """
     held = {key for key, value in row.items() if value is not None}
-    for source, keys in KEYS:
-        if row.keys() >= set(keys) and set(keys) - held <= SCORES:
-            return source
+    for name, source in SOURCES.items():
+        for wanted in map(set, map(str.split, source.keys)):
+            if row.keys() >= wanted and wanted - held <= SCORES:
+                return name
     if "group_index" in held and _says_who_spoke(row.get("messages")):
         return "art"
     if "choices" in held or _answer(row.get("response")):

@@ -62,7 +62,7 @@ def messages(value: Any) -> Any:
         return None
 
 
-def answer(value: Any, field: str, where: str) -> Any:
+def plain_answer(value: Any, field: str, where: str) -> Any:
     """A reference answer in JSON's types.
 
     Raises:

@@ -33,8 +33,7 @@ from cropi.trainers.dumps.fields import (
 )
 from cropi.trainers.dumps.pickled import contents, items_of, load_dump
 from cropi.trainers.dumps.reading import Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, messages
-from cropi.trainers.dumps.rollout import answer as plain_answer
+from cropi.trainers.dumps.rollout import Rollout, checked, messages, plain_answer
 from cropi.trainers.dumps.rows import named_reward
 
 WHAT = "a rollout dump of slime"

@@ -28,8 +28,7 @@ from cropi.trainers.dumps.fields import (
     token_ids,
 )
 from cropi.trainers.dumps.reading import PLAIN, Reading
-from cropi.trainers.dumps.rollout import Rollout, checked, messages
-from cropi.trainers.dumps.rollout import answer as plain_answer
+from cropi.trainers.dumps.rollout import Rollout, checked, messages, plain_answer
 from cropi.trainers.dumps.rows import NOT_THERE
 from cropi.trainers.dumps.verl_tables import columns_of, parts_of_proto, rows_of
 from cropi.trainers.verl.selected import ID_KEY

@@ -27,8 +27,7 @@ from typing import Any
 from cropi.data.forms import content_id
 from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import BadSample, Unused, finite, log_probs, only_tokens, token_ids, whole
-from cropi.trainers.dumps.rollout import Rollout, checked
-from cropi.trainers.dumps.rollout import answer as plain_answer
+from cropi.trainers.dumps.rollout import Rollout, checked, plain_answer
 from cropi.trainers.response_log import ResponseLog
 from cropi.trainers.values import whole_text
 
