@@ -307,3 +307,17 @@ def test_a_trl_run_keeps_its_prompts_where_all_gradients_vanish(
     kept = Stages._score(run, 3, tmp_path, 0.0)  # type: ignore[arg-type]
     assert kept is not None and kept.ids == ["a"] and kept.figures == {"kept": True}
     assert "stage 3: no prompt of the validation set 'x'" in caplog.text and "before are kept" in caplog.text
+
+
+def test_a_reference_model_that_follows_the_policy_is_not_in_a_checkpoint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By hand: weights were 1e-3 off after two steps, and the next stage's prompts others."""
+    for beta, resumed in ((0.0, True), (0.1, False), (0.1, True)):
+        args = SimpleNamespace(
+            sync_ref_model=True, beta=beta, gradient_accumulation_steps=1, steps_per_generation=1
+        )
+        trainer = SimpleNamespace(args=args, num_iterations=1, _step=0)
+        Stages.go_on(SimpleNamespace(trainer=trainer, step=3, _resumed=resumed))  # type: ignore[arg-type]
+        assert trainer._step == 3 * resumed
+        assert ("keeps no reference model in a checkpoint" in caplog.text) == (beta > 0 and resumed)

@@ -242,6 +242,11 @@ class Stages(Recorder):
         if not self._resumed:
             return
         trainer, args = self.trainer, self.trainer.args
+        if args.sync_ref_model and args.beta:
+            logger.warning(
+                "args.sync_ref_model: TRL keeps no reference model in a checkpoint, so that this run's begins again as "
+                "it was before the first step, and training differs from that of a run that was not stopped"
+            )
         trainer._step = done = self.step * args.gradient_accumulation_steps
         every = args.steps_per_generation * trainer.num_iterations
         if done % every and self.step < trainer.state.max_steps:

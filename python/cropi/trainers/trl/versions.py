@@ -44,10 +44,10 @@ ATTRIBUTES = (
     "num_generations_eval", "rollout_func", "environment_factories",
 )  # fmt: skip
 OPTIONS = (
-    "chat_template_kwargs", "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size",
+    "beta", "chat_template_kwargs", "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size",
     "gradient_accumulation_steps",
     "importance_sampling_level", "loss_type", "max_steps", "output_dir", "scale_rewards", "seed",
-    "steps_per_generation",
+    "steps_per_generation", "sync_ref_model",
 )  # fmt: skip
 BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 METHODS = ("add_callback", "_get_output_dir", "get_batch_samples", "train")
