@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import nvcc
 from support.once import once
 
 import cropi_kernels
@@ -220,34 +221,22 @@ def test_the_struct_has_the_size_that_c_gives_it() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- compiled
-NVCC = shutil.which("nvcc") or next(
-    (str(p) for p in [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")] if p.exists()),
-    None,
-)
 # Registers are what a launch with these threads and blocks has; a few stage constants may live outside them.
 LIMITS = {"ProjectSparse": (128, 64), "ProjectTiles": (128, 0), "ProjectSparseAdjoint": (40, 0), "AddParts": (64, 0),
           "ProjectDense": (128, 0), "ProjectDenseAdjoint": (128, 0)}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed (PATH or CUDA_HOME)")
+@pytest.mark.skipif(nvcc.NVCC is None, reason="nvcc is not installed (PATH or CUDA_HOME)")
 @pytest.mark.parametrize("architecture", [80, 90] if os.environ.get("CROPI_AOT") == "all" else [90])
-@pytest.mark.parametrize("source", ["project_sparse", "project_dense", "api"])
-def test_nvcc_compiles_within_the_limits(source: str, architecture: int, tmp_path: Path) -> None:
-    assert NVCC is not None
-    command = [NVCC, "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", *INCLUDES]
-    command += [
-        "-Werror",
-        "all-warnings",
-        str(CSRC / "cuda" / f"{source}.cu"),
-        "-o",
-        str(tmp_path / "out.cubin"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("source", nvcc.SOURCES)
+def test_nvcc_compiles_within_the_limits(
+    source: str, architecture: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    said = (nvcc.compiled(tmp_path_factory, source, architecture) / "said.txt").read_text()
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers.*?(\d+) bytes smem"
-    kernels = re.findall(pattern, done.stderr, re.S)
-    assert kernels or source == "api", done.stderr
+    kernels = re.findall(pattern, said, re.S)
+    assert kernels or source == "api", said
     for name, spills, registers, shared in kernels:
         kind = next(k for k in sorted(LIMITS, key=len, reverse=True) if k in name)
         assert int(registers) <= LIMITS[kind][0] and int(spills) <= LIMITS[kind][1], (name, registers, spills)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,14 @@ import torch
 from ptx_emulator.machine import launch
 from ptx_emulator.memory import GlobalMemory
 from ptx_emulator.text import parse
-from support.once import once
+from support import nvcc
 
 from cropi_kernels import ProjectionSpec, _cuda, project, project_transpose
 from cropi_kernels.ops.project import cuda
 from cropi_kernels.testing import PROJECTION_CASES, projection_magnitudes, sum_error_bound
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[2] / "csrc"
-NVCC = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed (PATH)")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc.NVCC is None, reason="nvcc is not installed (PATH)")]
 
 OBSERVER = ctypes.CFUNCTYPE(
     None,
@@ -42,27 +38,9 @@ OBSERVER = ctypes.CFUNCTYPE(
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, str]]:
     """The library, its launches going nowhere yet, and the module of every kernel."""
-    folder = once(tmp_path_factory, "cuda", compile_all)
-    modules = [p.read_text() for p in folder.glob("*.ptx")]
+    path, modules = nvcc.library(tmp_path_factory, HERE.parent / "runtime.cpp", 90)
     kernels = {name: text for text in modules for name in re.findall(r"\.entry (\w+)", text)}
-    return _cuda.load(folder / "library.so"), kernels
-
-
-def compile_all(folder: Path) -> None:
-    sources = sorted(str(p) for p in (CSRC / "cuda").glob("*.cu"))
-    command = [
-        str(NVCC),
-        "-O3",
-        "-std=c++17",
-        "-shared",
-        "-Xcompiler=-fPIC",
-        "-cudart=none",
-        "-arch=compute_90",
-    ]
-    command += ["-code=compute_90", f"-I{CSRC / 'include'}", f"-I{CSRC}", "--keep", "--keep-dir", str(folder)]
-    command += [*sources, str(HERE.parent / "runtime.cpp"), "-o", str(folder / "library.so")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return _cuda.load(path), kernels
 
 
 @pytest.fixture
