@@ -35,8 +35,8 @@ END = ; mkdir -p $(STAMPS); touch $@; echo "== done in $$(($$(date +%s) - begin)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo quick test test-verl test-ray test-gpu-aot test-lowest test-newest sanitize build model wheel wheels sdist docs notebooks lint format bench \
-  tables check-ci check-version clean distclean
+.PHONY: help demo quick test test-verl test-ray test-gpu-aot test-lowest test-newest sanitize build model archives smoke wheel wheels sdist docs \
+  notebooks lint format bench tables check-ci check-version clean distclean
 
 help:
 	@echo "make demo    build, then pick the best prompts of the example data with SmolLM2-135M-Instruct"
@@ -190,14 +190,19 @@ tables: build model
 # The source archive is built first and the wheel from it, both in environments of their own, so that a file missing
 # from the archive shows. Then the wheel alone goes into an environment that has torch and numpy and nothing else.
 SMOKE := build/smoke
-wheel: $(STAMPS)/deps
-	rm -rf dist $(SMOKE)
+archives: $(STAMPS)/deps
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist/tagged dist/*.whl \
 	  && rm dist/*.whl && mv dist/tagged/*.whl dist/ && rmdir dist/tagged \
 	  || echo "auditwheel could not tag the wheel: it serves this machine only"
+
+smoke: $(STAMPS)/deps
+	rm -rf $(SMOKE)
 	$(PYTHON) -m venv $(SMOKE)/venv
 	$(SMOKE)/venv/bin/python scripts/install_torch.py constraints.txt $(SMOKE)/constraints.txt $(BORROW) $(INDEX)
+
+wheel: archives smoke
 	$(SMOKE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(SMOKE)/constraints.txt dist/*.whl
 	cp tests/packaging/smoke_wheel.py $(SMOKE)/ && cd $(SMOKE) && venv/bin/python smoke_wheel.py
 
