@@ -360,6 +360,8 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
         ["10", "j"],
     ]
     assert text[1].endswith("1+1=") and len(best_and_worst(scores, chosen, count=50).splitlines()) == 11
+    eighth = replace(scores, rows=[replace(row, pass_rate=1 / 8) for row in scores.rows])
+    assert best_and_worst(eighth, chosen, count=1).splitlines()[1].split()[3] == "0.13", "as on the page"
     begun = [{"id": name, "prompt": f"<system>\n{'Be helpful. ' * 9}<user>\n{name} + 1"} for name in "abc"]
     texts = prompt_texts([row | {"responses": ["2", "3"], "rewards": [1, 0]} for row in begun], ["a", "b"])
     assert texts == {"a": "...a + 1", "b": "...b + 1"}

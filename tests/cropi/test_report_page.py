@@ -223,6 +223,22 @@ def test_a_table_too_large_for_a_browser_lists_some(monkeypatch: pytest.MonkeyPa
     assert len(data_of(page)["columns"]["id"]) == 2000 and "of 2000 prompts:" not in page
 
 
+def test_the_table_shows_what_is_asked_not_what_stands_before_it() -> None:
+    given = make_input()
+    before = [
+        {"role": "user", "content": "Is 6 even or odd?"},
+        {"role": "assistant", "content": "Even. " * 20},
+    ]
+    ids = given.selection.ids[:2]
+    given.groups = [
+        PromptGroup(name, [*before, {"role": "user", "content": f"Is {i} even?"}], ["a", "b"], [1.0, 0.0])
+        for i, name in enumerate(ids)
+    ]
+    columns = data_of(render(given))["columns"]
+    text = dict(zip(columns["id"], columns["text"]))
+    assert [text[name] for name in ids] == ["Is 0 even?", "Is 1 even?"]
+
+
 def test_texts_have_room_beside_a_table_that_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     given, text = make_input(1000), 1000 * "word "
     given.groups = [PromptGroup(given.selection.ids[0], text, ["a", "b"], [1.0, 0.0])]

@@ -186,12 +186,13 @@ def best_and_worst(
     for group in (best, worst):
         for i in group:
             row, values = scores.rows[i], [f"{value:.4f}" for value in scores.table[i]]
+            # A pass rate of 1/8 is 0.13, as on the report's page: Python rounds it to 0.12, and 3/8 to 0.38.
             lines.append(
                 line(
                     str(order.index(i) + 1),
                     _begun(row.id),
                     _begun(row.task or "-"),
-                    f"{row.pass_rate:.2f}",
+                    f"{row.pass_rate + 1e-9:.2f}",
                     f"{selection.fused[i]:.3f}",
                     values,
                     (texts or {}).get(row.id, ""),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cropi.data.chat import last_text
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.ranking.scores import Scores
@@ -135,7 +136,9 @@ def _texts(
         if group.id not in some:
             continue
         prompt = _conversation(group.prompt) or "(token ids)"
-        snippets[group.id] = snippet(" ".join(prompt.split()))
+        # The beginning of a conversation is a system message or a solved example, the same for all prompts.
+        asked = last_text(group.prompt) or "(token ids)"
+        snippets[group.id] = snippet(" ".join(asked.split()))
         if group.id in full:
             rewards = group.rewards
             advantages = rewards if group.demonstrations else _advantages(rewards)
