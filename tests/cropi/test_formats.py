@@ -258,6 +258,18 @@ def test_a_file_that_was_cut_is_called_damaged(tmp_path: Path, name: str) -> Non
             list(read(tmp_path / name))
 
 
+def test_a_window_of_zstd_that_is_too_large_is_no_damage(tmp_path: Path) -> None:
+    """A frame without the content's size, with a window of 2 GiB, and one raw block, as `zstd --long=31` writes from a
+    pipe."""
+    line = json.dumps(records()[0]).encode()
+    block = (len(line) << 3 | 1).to_bytes(3, "little") + line
+    (tmp_path / "r.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\x88" + block)  # of 128 MiB
+    assert made(tmp_path / "r.jsonl.zst") == records()[:1]
+    (tmp_path / "r.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + block)
+    with pytest.raises(CropiError, match="with a window above 128 MiB, .* without --long"):
+        list(read(tmp_path / "r.jsonl.zst"))
+
+
 def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
     """The misspelt name that is nearest to it is its own. A link to a folder is none, and brackets need no pattern."""
     (tmp_path / "a.jsonl").symlink_to("b.jsonl")

@@ -128,6 +128,16 @@ def twice(pack: Callable[[bytes], bytes]) -> Callable[[list[bytes]], bytes]:
     return lambda lines: pack(joined(lines[:1])) + pack(joined(lines[1:]))
 
 
+def later_damaged(pack: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """The first line packed, and behind it the others, whose stream has another first byte."""
+
+    def made(data: bytes) -> bytes:
+        first, *others = data.splitlines(keepends=True)
+        return pack(first) + b"?" + pack(b"".join(others))[1:]
+
+    return made
+
+
 def joined(lines: list[bytes], end: bytes = b"\n") -> bytes:
     return b"".join(line + end for line in lines)
 
@@ -150,6 +160,7 @@ SAME: dict[str, Callable[[list[bytes]], bytes]] = {
     "zstd of several frames": twice(zstd),
     "bz2 of several streams": twice(bz2.compress),
     "xz of several streams": twice(lzma.compress),
+    "xz with padding": lambda lines: lzma.compress(joined(lines)) + bytes(8),
 }
 # No line can be read in these.
 NONE: dict[str, Callable[[bytes], bytes]] = {
@@ -168,6 +179,8 @@ NONE: dict[str, Callable[[bytes], bytes]] = {
     "zeros behind": lambda data: data + bytes(4096),
     "cut": lambda data: data[:-9],
     "gzip, cut": lambda data: gzip.compress(data)[:-9],
+    "bz2, a later stream damaged": later_damaged(bz2.compress),
+    "xz, a later stream damaged": later_damaged(lzma.compress),
     "lines of old Macs": lambda data: data.replace(b"\n", b"\r"),
 }
 NAMES = (

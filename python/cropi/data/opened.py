@@ -8,7 +8,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -77,6 +77,11 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
                 and error.errno is not None
             ):
                 raise
+            if "Frame requires too much memory" in str(error):
+                raise CropiError(
+                    f"{path} is packed by zstd with a window above 128 MiB, which is not read here; pack it again "
+                    "without --long (`zstd -dc --long=31` unpacks it)"
+                ) from error
             raise CropiError(
                 f"{path}: the {packing} stream is damaged after line {counted.lines} ({error}); copy it again"
             ) from error
@@ -86,11 +91,38 @@ def _unpacker(packing: str, file: IO[bytes]) -> Any:
     if packing == "gzip":
         return gzip.GzipFile(fileobj=file, mode="rb")
     if packing == "bz2":
-        return bz2.BZ2File(file, "rb")
+        return _Streams(bz2.BZ2Decompressor, file)
     if packing == "xz":
-        return lzma.LZMAFile(file, "rb")
+        return _Streams(lzma.LZMADecompressor, file, padding=b"\0")
     pyarrow = optional("pyarrow")
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+
+
+class _Streams:
+    """An unpacker of bz2 or xz streams that follow each other.
+
+    ``bz2.BZ2File`` and ``lzma.LZMAFile`` take a later stream whose first bytes are damaged for no stream, and leave out
+    all from there on without an error; padding behind xz streams, which xz allows, is an error there.
+    """
+
+    def __init__(self, make: Callable[[], Any], file: IO[bytes], padding: bytes = b"") -> None:
+        self._make, self._file, self._padding = make, file, padding
+        self._stream = make()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            data: bytes = b""
+            if self._stream.eof:
+                data = self._stream.unused_data.lstrip(self._padding)
+                while not data and (piece := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+                    data = piece.lstrip(self._padding)
+                if not data:
+                    return b""
+                self._stream = self._make()
+            elif self._stream.needs_input and not (data := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+                raise EOFError("it ends within a stream")
+            if made := self._stream.decompress(data, size):
+                return bytes(made)
 
 
 def peek(stream: IO[bytes]) -> bytes:
