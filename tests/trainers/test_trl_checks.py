@@ -73,7 +73,11 @@ def test_what_the_trainer_gives_to_its_template_files_get_too(
 def test_choices_that_cannot_be_made_are_errors_before_the_first_stage() -> None:
     """What is recorded in the first stage is chosen from after its training: here 4 prompts of the 8."""
     args = SimpleNamespace(
-        max_steps=4, steps_per_generation=1, gradient_accumulation_steps=1, generation_batch_size=8
+        max_steps=4,
+        steps_per_generation=1,
+        gradient_accumulation_steps=1,
+        generation_batch_size=8,
+        ignore_data_skip=False,
     )
     rows = [
         {"id": str(i), "prompt": "q", "task": task} for i, task in enumerate(["sums", 3, 3, 3, 3, 3, 3, 3])

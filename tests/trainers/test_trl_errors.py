@@ -262,6 +262,10 @@ def test_options(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"max_steps": -1}, "max_steps is -1.*max_steps=10 for 5 stages of 2"),
+        (
+            {"ignore_data_skip": True},
+            "ignore_data_skip is True: a resumed run would begin its stage's prompts anew",
+        ),
         ({"steps_per_generation": 4}, "stage_steps 2 x gradient_accumulation_steps 1 is not a multiple"),
         ({"eval_dataset": None}, "valid is None.*eval_dataset, which is missing"),
         ({"num_generations_eval": 1}, "num_generations_eval is 1"),

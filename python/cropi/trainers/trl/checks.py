@@ -44,6 +44,11 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
             f"args.max_steps is {args.max_steps}: the curriculum needs the number of optimizer steps in all, for "
             f"example max_steps={5 * steps} for 5 stages of {steps} (num_train_epochs is not used)"
         )
+    if args.ignore_data_skip:
+        raise CropiError(
+            "args.ignore_data_skip is True: a resumed run would begin its stage's prompts anew, so that the stage gets "
+            "more steps than stage_steps and later ones begin late; leave it out (skipping batches generates nothing)"
+        )
     every = args.steps_per_generation * trainer.num_iterations
     if (steps * args.gradient_accumulation_steps) % every:
         raise CropiError(

@@ -45,7 +45,7 @@ ATTRIBUTES = (
 )  # fmt: skip
 OPTIONS = (
     "beta", "chat_template_kwargs", "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "ignore_data_skip",
     "importance_sampling_level", "loss_type", "max_steps", "output_dir", "scale_rewards", "seed",
     "steps_per_generation", "sync_ref_model",
 )  # fmt: skip
