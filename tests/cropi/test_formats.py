@@ -258,6 +258,27 @@ def test_a_file_that_was_cut_is_called_damaged(tmp_path: Path, name: str) -> Non
             list(read(tmp_path / name))
 
 
+def test_a_stream_of_arrow_ends_as_its_file_does(tmp_path: Path) -> None:
+    """pyarrow itself reads a stream that was cut between two batches, and the first of two that follow each other."""
+    table, path, ends = pyarrow.Table.from_pylist(records()), tmp_path / "r.arrow", list[int]()
+    with open(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        for start in range(0, len(table), 4):
+            ends.append(file.tell())
+            stream.write_table(table.slice(start, 4))
+        ends.append(file.tell())
+    whole = path.read_bytes()
+    assert made(path) == records()
+    for data, words in (
+        (whole[: ends[1]], "after row 4 .its end is missing"),
+        (whole[: ends[-1]], f"after row {len(table)} .its end is missing"),
+        (whole[: ends[1]] + bytes(8), "after row 4 .* bytes stand behind its end"),
+        (whole + whole, f"after row {len(table)} .{len(whole)} bytes stand behind its end"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(CropiError, match=words):
+            list(read(path))
+
+
 def test_a_window_of_zstd_that_is_too_large_is_no_damage(tmp_path: Path) -> None:
     """A frame without the content's size, with a window of 2 GiB, and one raw block, as `zstd --long=31` writes from a
     pipe."""

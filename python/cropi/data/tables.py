@@ -203,12 +203,31 @@ def _arrow(path: Path, form: str, name: str) -> Iterator[tuple[int, Any]]:
             reader = pyarrow.ipc.open_file(source)
             batches: Iterator[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            batches = iter(pyarrow.ipc.open_stream(source))
+            batches = _stream(source)
         for batch in coded.unfolded(batches, path, name):
             rows = max(1, min(int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1)), MOST_ROWS))
             for start in range(0, batch.num_rows, rows):
                 yield first + start, batch.slice(start, rows)
             first += batch.num_rows
+
+
+def _stream(source: Any) -> Iterator[Any]:
+    """The batches of a stream, which is to end as its file does.
+
+    pyarrow takes a file that was cut between two batches for a whole one, and leaves out what stands behind the end.
+
+    Raises:
+        EOFError: the stream has no end, or the file goes on behind it.
+    """
+    reader = optional("pyarrow").ipc.open_stream(source)
+    read = source.tell()
+    for batch in reader:
+        read = source.tell()
+        yield batch
+    if source.tell() == read:
+        raise EOFError("its end is missing")
+    if behind := source.size() - source.tell():
+        raise EOFError(f"{behind} bytes stand behind its end")
 
 
 def _values(column: Any) -> list[Any]:
