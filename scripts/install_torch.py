@@ -35,9 +35,10 @@ def torch_of(python: str) -> tuple[str, str] | None:
     return version, folder
 
 
-def pip(*args: str) -> bool:
+def pip(*args: str, last: bool = True) -> bool:
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]
-    return subprocess.run(command).returncode == 0
+    # PyPI has no CPU build under its name: pip's red errors, which no -q hides, were what a new user saw first.
+    return subprocess.run(command, stderr=None if last else subprocess.DEVNULL).returncode == 0
 
 
 def install(constraints: Path, version: str, index: str | None) -> None:
@@ -54,9 +55,11 @@ def install(constraints: Path, version: str, index: str | None) -> None:
     else:
         attempts = [[f"torch=={version}", *pins]]
     for attempt in attempts:
-        if pip(*attempt):
+        last = attempt is attempts[-1]
+        if pip(*attempt, last=last):
             return
-        print(f"torch: `pip install {' '.join(attempt)}` found nothing for this machine", file=sys.stderr)
+        more = "" if last else "; another place is tried"
+        print(f"torch: `pip install {' '.join(attempt)}` found nothing{more}", file=sys.stderr)
     sys.exit(
         f"torch {version} could not be installed for Python {sysconfig.get_python_version()}. Name a torch you have: "
         "`make ... PYTHON=/path/to/a/python/with/torch`, or an index that carries one: `make ... TORCH_INDEX=URL`."

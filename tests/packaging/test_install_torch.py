@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "scripts").is_dir(), reason="needs the project's own files")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the default build is the CPU's")
+def test_a_place_without_a_cpu_build_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("install_torch", ROOT / "scripts" / "install_torch.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    done, tried = subprocess.run, []
+
+    def run(command: list[str], **options: Any) -> Any:
+        """PyPI, which has none and says so; then an index that has it."""
+        tried.append(command)
+        script = "import sys; print('ERROR', file=sys.stderr); sys.exit(1)" if len(tried) == 1 else ""
+        return done([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    module.install(Path("pins.txt"), "2.13.0", None)
+    assert len(tried) == 2 and "torch==2.13.0+cpu" in tried[0]
+    told = "torch: `pip install torch==2.13.0+cpu --quiet --constraint pins.txt` found nothing"
+    assert capfd.readouterr().err == f"{told}; another place is tried\n"
 
 
 @pytest.mark.long
