@@ -186,6 +186,9 @@ def test_folders_that_are_no_run(ran: Path, tmp_path: Path) -> None:
         report_folder(tmp_path / "none")
     with pytest.raises(CropiError, match="holds no scores.parquet: give what `cropi run --out` or"):
         report_folder(tmp_path)
+    (tmp_path / "half" / "sketches").mkdir(parents=True)
+    with pytest.raises(CropiError, match="half holds no scores.parquet yet: run the same command again"):
+        report_folder(tmp_path / "half")
     live = tmp_path / "live" / "cropi"
     live.mkdir(parents=True)
     (live / "stages.jsonl").write_text('{"stage": 0, "step": 0, "dataset": 9, "selected": 3, "seen": 0}\n')

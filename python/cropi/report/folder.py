@@ -93,6 +93,11 @@ def _report(
     every_text: bool,
     records: Callable[[SketchStore], Any],
 ) -> Path:
+    if not is_file(root / SCORES):
+        raise CropiError(
+            f"{root} holds no {SCORES} yet: run the same command again, which goes on, or score its sketches by "
+            f"`cropi influence --out {root / SCORES}`"
+        )
     scores = read_scores(root / SCORES)
     if not os.path.isfile(root / SELECTED):
         raise CropiError(
