@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,24 @@ def test_against_the_formula(way: str, n: int, vocab: int, features: int, settin
         least += 2.0**-24 * grad.double().abs()[:, None] / given.get("temperature", 1.0)
     assert ((dz - exact).abs() <= (unit + 4e-5) * exact.abs() + least).all()
     assert (dz[targets < 0] == 0).all()
+    size = exact.abs() @ head.double().abs()
+    assert ((got.double() - dhidden).abs() <= 3 * torch.finfo(HALF).eps * size + 1e-6).all()
+
+
+def test_words_that_are_barred(way: str) -> None:
+    """Their logits are -infinity: a tile without a finite number, one with both kinds, and a target among them."""
+    hidden, head, _, grad = made(5, 700, 136)
+    targets, bias = torch.tensor([5, 300, 699, -100, 450]), torch.zeros(700)
+    bias[:300] = -math.inf
+    given = {"bias": bias, "temperature": 0.7}
+    logp, entropy = linear_logprob(hidden, head, targets, return_entropy=True, backend="triton", **given)
+    wide = hidden.double(), head.double(), targets
+    right = oracle.linear_logprob(*wide, bias=bias.double(), temperature=0.7)
+    assert logp[0] == right.logp[0] == -math.inf
+    assert ((logp.double() - right.logp)[1:].abs() <= 1e-5 * (1 + right.logp[1:].abs())).all()
+    assert ((entropy.double() - right.entropy).abs() <= 1e-4 * (1 + right.entropy)).all()
+    _, got, _ = logprob_and_grad(hidden, head, targets, lambda p, a, b: grad[a:b], backend="triton", **given)
+    exact, dhidden = oracle.gradients(grad.double(), *wide, bias=bias.double(), temperature=0.7)
     size = exact.abs() @ head.double().abs()
     assert ((got.double() - dhidden).abs() <= 3 * torch.finfo(HALF).eps * size + 1e-6).all()
 

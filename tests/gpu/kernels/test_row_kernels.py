@@ -115,6 +115,19 @@ def test_rows_that_do_not_count_and_rows_that_are_broken() -> None:
     assert (dz[:3] == 0).all() and dz[3].isnan().all() and (dz[4] == 0).all()
 
 
+def test_a_block_without_a_finite_logit() -> None:
+    """What comes before the first finite logit weighs nothing."""
+    z = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
+    z[0, :5000] = float("-inf")
+    target, got = torch.tensor([8999, 3]), stats(2)
+    DeviceKernels(torch.float32).forward(z, target, RowMath(1.0, 0.0), got)
+    right = z.double().log_softmax(1)
+    terms = (right.exp() * right).where(right.isfinite(), 0.0)
+    assert got.entropy is not None
+    torch.testing.assert_close(got.logp.double(), right.gather(1, target[:, None])[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.entropy.double(), -terms.sum(1), rtol=1e-5, atol=0)
+
+
 def test_the_whole_op() -> None:
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(9, 12, generator=g, requires_grad=True), torch.randn(70, 12, generator=g)
@@ -137,18 +150,20 @@ def test_the_whole_op() -> None:
     assert seen == [(0, 4, (4, 70)), (4, 8, (4, 70)), (8, 9, (1, 70))]
 
 
-def test_offsets_that_decrease_write_only_what_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_that_decrease_touch_only_what_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device they are not checked. Segments that overlap have more chunks than their tokens have room for."""
-    tokens, segments, n, guard, empty = 260, 12, 16, 1 << 12, torch.empty
+    tokens, segments, n, guard, mark, empty = 260, 12, 16, 1 << 12, 1 << 30, torch.empty
     guards = []
 
     def guarded(*shape: int, **kwargs: Any) -> torch.Tensor:
         size = math.prod(shape)
         memory = empty(size + guard, **kwargs).fill_(7)
-        guards.append(memory[size:])
+        guards.append(memory[size:].fill_(mark))
         return memory[:size].view(shape)
 
     monkeypatch.setattr(torch, "empty", guarded)
     x, offsets = torch.ones(tokens, n), torch.tensor([0, tokens] * (segments // 2) + [0])
-    kernels.norm_grad(x, x, offsets, 1e-6, False, torch.zeros(segments, n), torch.zeros(segments, n))
-    assert guards and all((memory == 7).all() for memory in guards)
+    sums = torch.zeros(2, segments, n)
+    kernels.norm_grad(x, x, offsets, 1e-6, False, *sums)
+    assert guards and all((memory == mark).all() for memory in guards)
+    assert (sums.abs() < mark / 2).all(), "nor is it read"
