@@ -1,5 +1,5 @@
-"""What no GPU has run yet, before everything else: whether it is right; with ``times``, how long it takes, beside what
-was calculated for an H100. A row that has run goes to the part that it belongs to.
+"""What is new, before everything else: whether it is right; with ``times``, how long it takes, beside what was
+calculated for an H100. Slabs and experts have run on no GPU yet; the other rows were right on an H200.
 """
 
 from __future__ import annotations
@@ -23,11 +23,20 @@ import cropi
 from cropi.gradient.masks import ALIGNED, handed, prefix_mask
 from cropi.sketching import passes
 from cropi_kernels import GradientSketcher, SketchSpec, bias_grad, norm_grad, rms_norm, rms_norm_backward
+from cropi_kernels._triton import takes_turns
 from cropi_kernels.ops.norm_grad.reference import segment_sums
 from cropi_kernels.ops.rms_norm import reference
 from cropi_kernels.sketcher.attention import right_backward
 from cropi_kernels.testing import sum_error_bound
 
+# One matrix of 420 block pairs: rows, cols, width, tokens of the segments.
+SLAB = ([1536], 8960, None, [600, 0, 37, 64])
+FORMS: dict[str, dict[str, Any]] = {
+    "tiles of D that stay": {"HELD_FROM": 1},
+    "36 pairs a group": {"MOST_PAIRS": 36},
+    "36 pairs a group, tiles of D that stay": {"HELD_FROM": 1, "MOST_PAIRS": 36},
+}
+EXPERTS = ("odd rows", "experts of a real layer")
 NARROW = (1, 3, 18, 32, 64, 128)  # features of norms
 TOKENS, EPS = 700, 1e-6
 WIDE = 5_000_001  # features of a bias; a launch's second axis ends at 65535 blocks of 64
@@ -299,6 +308,14 @@ def main() -> None:
     if sys.argv[1:] == ["times"]:
         return times()
     results = common.Results("new")
+    # Only these take turns in multiplying and copying.
+    for name, values in FORMS.items() if takes_turns(torch.device("cuda:0")) else ():
+        results.attempt(
+            f"slabs: {name}",
+            lambda v=values: correctness.slabs_by_turns(*SLAB, torch.bfloat16, "out", **v),
+        )
+    for case in EXPERTS:
+        results.attempt(f"experts: {case}", lambda c=case: correctness.grouped(c, torch.bfloat16))
     for length in TILES:
         results.attempt(f"low scores of {length} tokens", lambda n=length: low_scores(n))
     for length in LENGTHS:
