@@ -18,10 +18,12 @@ from support.oracle import with_token_ids
 import cropi
 from cropi.cli import main
 from cropi.errors import CropiError
+from cropi.progress import bar_of
 from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection_files import read_selection
 from cropi.ranking.table import read_scores
+from cropi.sketching import groups
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import RowInfo
 
@@ -86,12 +88,17 @@ def test_memory_files_and_the_command_line_agree_to_the_bit(
     assert cropi.select(parts, 0.25).ids == scores.select(0.25).ids
 
 
-def test_other_holders_of_the_same_records(scores: Scores) -> None:
+def test_other_holders_of_the_same_records(scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed (the extra 'trl')")
     held = datasets.Dataset.from_list(TRAIN)
     sets = {"x": VALID[::2], "y": VALID[1::2]}
+    shown: list[str] = []
+    monkeypatch.setattr(
+        groups, "bar_of", lambda left, name, show: (shown.append(name), bar_of(left, name, show))[1]
+    )
     got = cropi.score(make_model(), held, sets, make_tokenizer(), **SMALL)
     assert got.sets == ["x", "y"]
+    assert shown == ["valid['x']", "valid['y']", "train"], "the bars named stores that nobody sees"
     np.testing.assert_array_equal(got.table, scores.table)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cropi.errors import CropiError, article
+from cropi.errors import CropiError, article, shortened
 from cropi.gradient.batches import MicroBatch
 from cropi.gradient.behaviour import Behaviour
 from cropi.gradient.layout import layout_of
@@ -28,6 +28,7 @@ from cropi.sketching.passes import Others, Passes
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary, peak_memory_gib
 from cropi.store.manifest import groups_in
+from cropi.store.memory import MemoryStore
 from cropi.store.rows import SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 from cropi_kernels import GradientSketcher, SketchSpec
@@ -91,7 +92,10 @@ def sketch_groups(
         left = None if total is None or participant else max(total - len(store), 0)
         participant = participant or EveryChunk()
         done = frozenset(row.id for row in store.rows()) | participant.done
-        with Interrupt() as interrupt, bar_of(left, Path(store.path).name, progress) as bar:
+        # A store in memory is called memory-1, which says nothing to a reader: the prompts have a name.
+        held = shortened(", ".join(job.names), 40)
+        name = held if isinstance(store, MemoryStore) else Path(store.path).name
+        with Interrupt() as interrupt, bar_of(left, name, progress) as bar:
             if layout.note:
                 bar.write(layout.note)
             chunks = make_chunks(
