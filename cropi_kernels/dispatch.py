@@ -9,10 +9,12 @@ machine that could do better says so once.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -96,6 +98,11 @@ def choose(
             stacklevel=_level_of_caller(),
         )
     return "reference"
+
+
+def kernels(package: str, backend: str) -> Any:
+    """The module of an op's folder that is named as the backend, imported when it first serves: Triton takes time."""
+    return importlib.import_module(f".{backend}", package)
 
 
 def _level_of_caller() -> int:

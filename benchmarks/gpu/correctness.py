@@ -29,9 +29,7 @@ from cropi_kernels import (
 )
 from cropi_kernels.ops._triton_segments import cut, reduce_partials
 from cropi_kernels.ops.linear_logprob import oracle, triton_tiles
-from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.ops.norm_grad.reference import segment_sums
-from cropi_kernels.ops.sketch_embedding.reference import sketch_embedding as embedding_reference
 from cropi_kernels.ops.sketch_grouped.reference import sketch_grouped as grouped_reference
 from cropi_kernels.ops.sketch_linear import triton as slab
 from cropi_kernels.testing import sketch_and_magnitudes, sum_error_bound
@@ -112,7 +110,8 @@ def embedding(role: str, dtype: torch.dtype, vocab: int = 1003, features: int = 
         torch.randint(0, vocab, (TOKENS,), generator=g),
     )
     ids[40:90] = 7
-    exact = embedding_reference(x.double(), ids, offsets, plan, torch.zeros(3, 32768, dtype=torch.float64))
+    exact = torch.zeros(3, 32768, dtype=torch.float64)
+    sketch_embedding(x.double(), ids, offsets, plan, exact, backend="reference")
     runs = [
         sketch_embedding(x.cuda(), ids.cuda(), offsets, plan, torch.zeros(3, 32768, device="cuda"))
         for _ in "ab"
@@ -160,8 +159,9 @@ def norms(n: int, centered: bool, dtype: torch.dtype) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(TOKENS, n, generator=g) + 2).to(dtype), torch.randn(TOKENS, n, generator=g).to(dtype)
     offsets = torch.tensor([1, 5, 5, TOKENS - 10])
-    got = norm_grad(x.cuda(), dy.cuda(), offsets, 1e-6, centered=centered, with_bias=True)
-    exact = norm_reference(x.double(), dy.double(), offsets, 1e-6, centered, True)
+    how = {"centered": centered, "with_bias": True}
+    got = norm_grad(x.cuda(), dy.cuda(), offsets, 1e-6, **how)
+    exact = norm_grad(x.double(), dy.double(), offsets, 1e-6, **how, backend="reference")
     assert got[1] is not None and exact[1] is not None
     bounds = norm_bounds(x.double(), dy.double(), offsets, centered)
     rows = [

@@ -99,11 +99,14 @@ def check_offset_values(offsets: torch.Tensor, n_tokens: int) -> None:
             )
 
 
-def on_host(offsets: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """``offsets`` for a CPU kernel, which trusts them: those that came from a device are checked now."""
-    if offsets.device.type != "cpu":
+def offsets_for(backend: str, offsets: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The ``offsets`` of the rows of ``x``, where the kernels of a backend want them."""
+    if backend == "triton":
+        return on_device(offsets, x.device)
+    if backend == "cpu" and offsets.device.type != "cpu":
         offsets = offsets.cpu()
-        check_offset_values(offsets, n_tokens)
+        # A CPU kernel trusts them: those that came from a device are checked now.
+        check_offset_values(offsets, x.shape[0])
     return offsets
 
 

@@ -97,8 +97,8 @@ def sketch_and_magnitudes(
     """
     shape = offsets.numel() - 1, plan.n_slabs * plan.slab_rows * plan.slab_cols
     exact, size = (torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2))
-    linear.sketch_linear(d.double(), a.double(), offsets, plan, exact, folded=True)
-    bucket, _ = linear._folded_coordinates(plan)
+    linear.sketch_linear(d.double(), a.double(), offsets, plan, exact)
+    bucket, _ = linear.folded_coordinates(plan)
     for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
         terms = d[begin:end].double().abs().T @ a[begin:end].double().abs()
         size[s].index_add_(0, bucket.reshape(-1), terms.reshape(-1))

@@ -6,9 +6,8 @@ import torch
 
 from ... import dispatch
 from ..._library import register
-from .._checks import check_devices, check_floating, check_offset_values, check_offsets, on_device, on_host
+from .._checks import check_devices, check_floating, check_offset_values, check_offsets, offsets_for
 from ..sketch_linear.ops import REMEDY
-from . import cpu, reference
 
 WIDEST = 8192  # features: a row has to fit into the registers of one program
 
@@ -25,15 +24,8 @@ def _norm(
     weight, bias = _norm_fake(x, dy, offsets, eps, centered, with_bias, backend)
     check_offset_values(offsets, x.shape[0])
     chosen = choose_for_rows("norm_grad", backend, x, dy)
-    if chosen == "triton":
-        from . import triton
-
-        triton.norm_grad(x, dy, on_device(offsets, x.device), eps, centered, weight, bias)
-    elif chosen == "cpu":
-        cpu.norm_grad(x, dy, on_host(offsets, x.shape[0]), eps, centered, weight, bias)
-    else:
-        weight, sums = reference.norm_grad(x, dy, offsets, eps, centered, with_bias)
-        bias = bias if sums is None else sums
+    kernels, offsets = dispatch.kernels(__package__, chosen), offsets_for(chosen, offsets, x)
+    kernels.norm_grad(x, dy, offsets, eps, centered, weight, bias)
     return weight, bias
 
 
@@ -54,14 +46,8 @@ def _bias(dy: torch.Tensor, offsets: torch.Tensor, backend: str | None) -> torch
     bias, no_weight = _bias_fake(dy, offsets, backend), _sums(dy, 0)
     check_offset_values(offsets, dy.shape[0])
     chosen = dispatch.choose("bias_grad", dy, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        triton.norm_grad(dy, dy, on_device(offsets, dy.device), 0.0, False, no_weight, bias)
-    elif chosen == "cpu":
-        cpu.norm_grad(dy, dy, on_host(offsets, dy.shape[0]), 0.0, False, no_weight, bias)
-    else:
-        bias = reference.segment_sums(dy.to(bias.dtype), offsets)
+    kernels, offsets = dispatch.kernels(__package__, chosen), offsets_for(chosen, offsets, dy)
+    kernels.norm_grad(dy, dy, offsets, 0.0, False, no_weight, bias)
     return bias
 
 

@@ -6,14 +6,24 @@ import torch
 
 
 def norm_grad(
-    x: torch.Tensor, dy: torch.Tensor, offsets: torch.Tensor, eps: float, centered: bool, with_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, dy = x.to(wide), dy.to(wide)
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    offsets: torch.Tensor,
+    eps: float,
+    centered: bool,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> None:
+    """Fills ``weight`` and ``bias`` [segments, n]; one of no rows is not wanted, and is not computed."""
+    x, dy = x.to(weight.dtype), dy.to(weight.dtype)
+    if bias.numel():
+        bias.copy_(segment_sums(dy, offsets))
+    if not weight.numel():
+        return
     if centered:
         x = x - x.mean(-1, keepdim=True)
     xhat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return segment_sums(dy * xhat, offsets), segment_sums(dy, offsets) if with_bias else None
+    weight.copy_(segment_sums(dy * xhat, offsets))
 
 
 def segment_sums(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import library
 
 from ... import _cuda, _native, dispatch
 from ..._library import LIB, NAMESPACE, register
-from . import cpu, cuda, reference
+from . import cpu
 from .columns import contiguous_columns
 from .spec import KEEP_ALL, ProjectionSpec
 
@@ -33,9 +32,7 @@ def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str | None, adjoint: 
         fallback=x.is_cuda and x.dtype != torch.float64,
         order=("triton", "cuda") if triton_first else ("cuda", "triton"),
     )
-    if name == "triton":
-        return importlib.import_module(".triton", __package__)  # late: importing Triton takes time
-    return {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
+    return dispatch.kernels(__package__, name)
 
 
 def accumulate(

@@ -25,11 +25,13 @@ def rms_norm_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
-    offsets: torch.Tensor,
+    offsets: torch.Tensor | None,
     dx: torch.Tensor,
     sums: torch.Tensor,
 ) -> None:
     """Fills ``dx`` and ``sums``; sums of no rows are not wanted, and are not computed."""
+    if offsets is None:
+        offsets = torch.tensor([0, x.shape[0]], device="cpu")
     dy, x = _native.rows_view(dy), _native.rows_view(x)
     weight, scale = weight.contiguous(), scale.contiguous()
     _native.native().rms_norm_backward(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ... import dispatch
 from ..._library import register
-from .._checks import check_devices, check_floating, check_offset_values, check_offsets, on_device, on_host
+from .._checks import check_devices, check_floating, check_offset_values, check_offsets, offsets_for
 from ..norm_grad.ops import choose_for_rows
 from ..sketch_linear.ops import REMEDY
-from . import cpu, reference
 
 
 def _forward(
@@ -16,14 +16,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, scale = _forward_fake(x, weight, eps, backend)
     chosen = choose_for_rows("rms_norm", backend, x, weight)
-    if chosen == "triton":
-        from . import triton
-
-        triton.rms_norm(x, weight, eps, y, scale)
-    elif chosen == "cpu":
-        cpu.rms_norm(x, weight, eps, y, scale)
-    else:
-        y, scale = reference.rms_norm(x, weight, eps)
+    dispatch.kernels(__package__, chosen).rms_norm(x, weight, eps, y, scale)
     return y, scale
 
 
@@ -46,22 +39,14 @@ def _backward(
     if offsets is not None:
         _check_cover(offsets, x.shape[0])
     chosen = choose_for_rows("rms_norm_backward", backend, dy, x, weight, scale)
-    if chosen == "triton":
-        from . import triton
-
-        if offsets is not None and offsets.device.type != "cpu":
+    if offsets is not None:
+        if offsets.device.type != "cpu":
             # Offsets on a device are not checked; NaN marks tokens that they leave out.
             dx.fill_(float("nan"))
-        where = None if offsets is None else on_device(offsets, x.device)
-        triton.rms_norm_backward(dy, x, weight, scale, where, dx, sums)
-    elif chosen == "cpu":
-        whole = (
-            torch.tensor([0, x.shape[0]], device="cpu") if offsets is None else on_host(offsets, x.shape[0])
-        )
-        _check_cover(whole, x.shape[0])
-        cpu.rms_norm_backward(dy, x, weight, scale, whole, dx, sums)
-    else:
-        dx, sums = reference.rms_norm_backward(dy, x, weight, scale, offsets)
+        offsets = offsets_for(chosen, offsets, x)
+    if offsets is not None and chosen == "cpu":
+        _check_cover(offsets, x.shape[0])
+    dispatch.kernels(__package__, chosen).rms_norm_backward(dy, x, weight, scale, offsets, dx, sums)
     return dx, sums
 
 

@@ -7,7 +7,7 @@ import torch
 from ... import dispatch
 from ..._library import register
 from .._checks import check_devices, check_plain
-from . import cpu, reference
+from . import cpu
 
 REMEDY = "give fewer rows a call"
 MOST_THREADS = 1024  # OpenMP takes any number, and ends the process where it cannot start them
@@ -24,10 +24,9 @@ def _rows(
     out = _rows_fake(rows, directions, scale, bits, threads, backend)
     against = None if rows.device.type == "cpu" else f"the rows are on {rows.device}"
     without = {"cpu": against, "triton": "no Triton kernel of this op exists"}
-    if dispatch.choose("row_products", directions, backend=backend, without=without) == "cpu":
-        cpu.row_products(rows, directions, scale, bits, threads, out)
-        return out
-    return reference.row_products(rows, directions, scale, bits)
+    chosen = dispatch.choose("row_products", directions, backend=backend, without=without)
+    dispatch.kernels(__package__, chosen).row_products(rows, directions, scale, bits, threads, out)
+    return out
 
 
 def _rows_fake(

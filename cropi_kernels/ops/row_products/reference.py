@@ -15,12 +15,18 @@ def unpack(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def row_products(
-    rows: torch.Tensor, directions: torch.Tensor, scale: torch.Tensor | None, bits: int
-) -> torch.Tensor:
-    """float64 [n, v + 1]: the products, and the squared lengths."""
+    rows: torch.Tensor,
+    directions: torch.Tensor,
+    scale: torch.Tensor | None,
+    bits: int,
+    threads: int,
+    out: torch.Tensor,
+) -> None:
+    """Fills ``out`` float64 [n, v + 1]: the products, and the squared lengths."""
     x = (unpack(rows, bits) if bits else rows).to(torch.float32)
     if scale is not None and x.numel():
         # In float32, as the rows are decoded: a scaled entry is rounded once.
         x = (x.view(*scale.shape, -1) * scale[..., None]).view_as(x)
     wide = x.double()
-    return torch.cat([wide @ directions.double().T, wide.square().sum(1, keepdim=True)], dim=1)
+    out[:, :-1] = wide @ directions.double().T
+    out[:, -1] = wide.square().sum(1)

@@ -14,11 +14,9 @@ from .._checks import (
     check_operand,
     check_out,
     check_plain,
-    on_device,
-    on_host,
+    offsets_for,
 )
 from ..sketch_linear.ops import REMEDY, fold
-from . import cpu, reference
 
 
 def _sketch(
@@ -38,15 +36,10 @@ def _sketch(
         )
     check_offset_values(offsets, x.shape[0])
     chosen = dispatch.choose("sketch_embedding", x, out, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        folded = fold(x, made, False, backend)
-        triton.sketch_embedding(folded, rows, on_device(offsets, x.device), made, out)
-    elif chosen == "cpu":
-        cpu.sketch_embedding(fold(x, made, False, backend), rows, on_host(offsets, x.shape[0]), made, out)
-    else:
-        reference.sketch_embedding(x, rows, offsets, made, out)
+    kernels, offsets = dispatch.kernels(__package__, chosen), offsets_for(chosen, offsets, x)
+    if chosen != "reference":
+        x = fold(x, made, False, backend)
+    kernels.sketch_embedding(x, rows, offsets, made, out)
 
 
 def _check(

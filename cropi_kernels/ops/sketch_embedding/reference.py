@@ -10,9 +10,8 @@ from ..sketch_linear.reference import sketch_matrix
 
 def sketch_embedding(
     x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
-) -> torch.Tensor:
+) -> None:
     for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
         gradient = out.new_zeros(plan.rows, plan.cols)
         gradient.index_add_(0, rows[begin:end], x[begin:end].to(out.dtype))
         out[s] += sketch_matrix(gradient, plan)
-    return out

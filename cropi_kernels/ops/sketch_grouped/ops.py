@@ -14,11 +14,9 @@ from .._checks import (
     check_offsets,
     check_operand,
     check_out,
-    on_device,
-    on_host,
+    offsets_for,
 )
 from ..sketch_linear.ops import REMEDY, fold
-from . import cpu, reference
 
 
 def step_of(d: torch.Tensor, row_step: int | None) -> int:
@@ -45,14 +43,8 @@ def _sketch(
     if a.shape[1] != made.folded_cols:
         a = fold(a, made, False, backend)
     chosen = dispatch.choose("sketch_grouped", d, a, out, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        triton.sketch_grouped(d, a, on_device(offsets, d.device), made, out, first_row, row_step)
-    elif chosen == "cpu":
-        cpu.sketch_grouped(d, a, on_host(offsets, d.shape[0]), made, out, first_row, row_step)
-    else:
-        reference.sketch_grouped(d, a, offsets, made, out, first_row, row_step)
+    kernels, offsets = dispatch.kernels(__package__, chosen), offsets_for(chosen, offsets, d)
+    kernels.sketch_grouped(d, a, offsets, made, out, first_row, row_step)
 
 
 def _check(

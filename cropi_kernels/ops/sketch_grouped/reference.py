@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...plan import MatrixPlan
-from ..sketch_linear.reference import _folded_coordinates
+from ..sketch_linear.reference import folded_coordinates
 
 
 def sketch_grouped(
@@ -18,7 +18,7 @@ def sketch_grouped(
     row_step: int,
 ) -> None:
     """``out[s] += S vec(G_s)``; ``a`` is already folded where the plan folds. Only groups with tokens cost anything."""
-    bucket, sign = _folded_coordinates(plan)
+    bucket, sign = folded_coordinates(plan)
     segments, bounds = out.shape[0], offsets.tolist()
     for q, (begin, end) in enumerate(zip(bounds, bounds[1:])):
         if begin == end:

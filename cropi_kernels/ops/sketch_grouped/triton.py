@@ -20,9 +20,9 @@ import triton.language as tl
 from ... import _native, _triton
 from ..._launch import Launch
 from ...plan import MatrixPlan
-from .._device_plan import cached, matrix_tables, pair_words, slab_row_signs
+from .._device_plan import cached, pair_words, slab_row_signs
 from .._triton_segments import _offset, cut, reduce_partials
-from ..sketch_linear.triton import SlabConfig, _pick, fold_columns, slab_config
+from ..sketch_linear.triton import SlabConfig, _pick, fold_columns, fold_tables, slab_config
 
 GROUP_PAIRS = 24  # entries of a partial result, where no limit below asks for more
 # Results of one slab and segment that are added up, 128 KiB each; more where one would have more than MOST_ENTRIES.
@@ -192,8 +192,7 @@ def sketch_grouped(
     n_groups = (offsets.numel() - 1) // n_segments
     entries = grouped_pairs(plan, n_groups, rows, first_row, row_step, d.device)
     if plan.col_fold is None:
-        tables = matrix_tables(plan, d.device)
-        a = fold_columns(a, tables.col_sign, tables.col_fold, plan.folded_cols)
+        a = fold_columns(a, *fold_tables(plan, d.device, rows=False), plan.folded_cols)
     row_sign = slab_row_signs((plan,), d.device, d.dtype)
     config = slab_config(plan.slab_cols, d.dtype, _triton.shared_memory(d.device))
     share_entries = min(MOST_ENTRIES, max(GROUP_PAIRS, _triton.ceil_div(entries.most, MOST_PARTIALS)))

@@ -13,10 +13,8 @@ from .._checks import (
     check_offsets,
     check_operand,
     check_out,
-    on_device,
-    on_host,
+    offsets_for,
 )
-from . import cpu, reference
 
 REMEDY = "give fewer tokens a call (a smaller micro-batch), or fewer segments"
 
@@ -39,13 +37,11 @@ def fold(x: torch.Tensor, plan: MatrixPlan, rows: bool, backend: str | None) -> 
     if offset is None:
         return x
     chosen = dispatch.choose("fold_columns", x, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        return triton.fold_outputs(x, plan) if rows else triton.fold_inputs(x, plan)
-    if chosen == "cpu":
-        return cpu.fold_columns(x, sign, offset, width)
-    return reference.fold_columns(x, torch.from_numpy(sign), torch.from_numpy(offset.astype("int64")), width)
+    kernels, tables = dispatch.kernels(__package__, chosen), (sign, offset)
+    if chosen == "triton":  # they are on the device already
+        tables = kernels.fold_tables(plan, x.device, rows)
+    folded: torch.Tensor = kernels.fold_columns(x, *tables, width)
+    return folded
 
 
 def _fold(x: torch.Tensor, plan: str, rows: bool, backend: str | None) -> torch.Tensor:
@@ -70,14 +66,8 @@ def _sketch(
     if a.shape[1] != made.folded_cols:
         a = fold(a, made, False, backend)
     chosen = dispatch.choose("sketch_linear", d, a, out, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        triton.sketch_linear(d, a, on_device(offsets, d.device), made, out)
-    elif chosen == "cpu":
-        cpu.sketch_linear(d, a, on_host(offsets, d.shape[0]), made, out)
-    else:
-        reference.sketch_linear(d, a, offsets, made, out, folded=True)
+    kernels, offsets = dispatch.kernels(__package__, chosen), offsets_for(chosen, offsets, d)
+    kernels.sketch_linear(d, a, offsets, made, out)
 
 
 def _check(

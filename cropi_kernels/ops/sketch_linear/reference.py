@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from ...plan import MatrixPlan
@@ -47,30 +48,30 @@ def sketch_matrix(gradient: torch.Tensor, plan: MatrixPlan) -> torch.Tensor:
     return out.index_add_(0, bucket.reshape(-1).to(gradient.device), values.reshape(-1))
 
 
-def fold_columns(x: torch.Tensor, sign: torch.Tensor, offset: torch.Tensor, width: int) -> torch.Tensor:
+def fold_columns(x: torch.Tensor, sign: np.ndarray, offset: np.ndarray, width: int) -> torch.Tensor:
     """``out[:, (c % width) ^ offset[c // width]] += sign[c] * x[:, c]``; half dtypes accumulate in float32."""
     c = torch.arange(x.shape[1], device=x.device)
-    to = (c % width) ^ offset.to(x.device, torch.int64)[c // width]
+    to = (c % width) ^ torch.from_numpy(offset.astype("int64")).to(x.device)[c // width]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    out = wide.new_zeros(x.shape[0], width).index_add_(1, to, wide * sign.to(wide))
+    out = wide.new_zeros(x.shape[0], width).index_add_(1, to, wide * torch.from_numpy(sign).to(wide))
     return out.to(x.dtype)
 
 
 def sketch_linear(
-    d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor, folded: bool
+    d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> None:
-    """``out[s] += S vec(sum_t d[t]^T a[t])``; ``folded``: ``d`` and ``a`` are already folded where the plan folds.
+    """``out[s] += S vec(sum_t d[t]^T a[t])``; ``d`` and ``a`` are already folded where the plan folds.
 
     The sum runs over tokens ``offsets[s] .. offsets[s + 1]``.
     """
-    bucket, sign = _folded_coordinates(plan) if folded else coordinates(plan)
+    bucket, sign = folded_coordinates(plan)
     bucket, sign = bucket.reshape(-1).to(out.device), sign.to(out)
     for s, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
         gradient = d[begin:end].to(out.dtype).T @ a[begin:end].to(out.dtype)
         out[s].index_add_(0, bucket, (gradient * sign).reshape(-1))
 
 
-def _folded_coordinates(plan: MatrixPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def folded_coordinates(plan: MatrixPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Coordinates behind the fold: signs that the fold has applied are 1."""
     ones = dataclasses.replace(
         plan,

@@ -105,14 +105,10 @@ def fold_rows(
     return out
 
 
-def fold_inputs(x: torch.Tensor, plan: MatrixPlan) -> torch.Tensor:
-    tables = matrix_tables(plan, x.device)
-    return fold_columns(x, tables.col_sign, tables.col_fold, plan.folded_cols)
-
-
-def fold_outputs(x: torch.Tensor, plan: MatrixPlan) -> torch.Tensor:
-    tables = matrix_tables(plan, x.device)
-    return fold_columns(x, tables.row_sign, tables.row_fold, plan.folded_rows)
+def fold_tables(plan: MatrixPlan, device: torch.device, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The signs and offsets of a fold of the outputs (``rows``), or of the inputs."""
+    tables = matrix_tables(plan, device)
+    return (tables.row_sign, tables.row_fold) if rows else (tables.col_sign, tables.col_fold)
 
 
 # ------------------------------------------------------------------------------------------------- slab

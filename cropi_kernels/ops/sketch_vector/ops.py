@@ -8,21 +8,13 @@ from ... import dispatch
 from ..._library import register
 from ...plan import vector_plan_of
 from .._checks import check_devices, check_floating, check_out
-from . import cpu, reference
 
 
 def _sketch(gradient: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None) -> None:
     _check(gradient, out, plan, backend)
     made = vector_plan_of(plan)
     chosen = dispatch.choose("sketch_vector", gradient, out, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        triton.sketch_vector(gradient, made, out)
-    elif chosen == "cpu":
-        cpu.sketch_vector(gradient, made, out)
-    else:
-        reference.sketch_vector(gradient, made, out)
+    dispatch.kernels(__package__, chosen).sketch_vector(gradient, made, out)
 
 
 def _check(gradient: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None) -> None:

@@ -7,6 +7,6 @@ import torch
 from ...plan import VectorPlan
 
 
-def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -> torch.Tensor:
+def sketch_vector(gradient: torch.Tensor, plan: VectorPlan, out: torch.Tensor) -> None:
     position = torch.from_numpy(plan.position).to(out.device)
-    return out.index_add_(1, position, gradient.to(out.dtype) * torch.from_numpy(plan.sign).to(out))
+    out.index_add_(1, position, gradient.to(out.dtype) * torch.from_numpy(plan.sign).to(out))

@@ -9,7 +9,6 @@ from ..._library import register
 from ...plan import matrix_plan_of
 from .._checks import check_devices, check_floating
 from ..sketch_linear.ops import check_unfolded, fold
-from . import cpu, reference
 
 REMEDY = "give fewer tokens a call (a smaller micro-batch)"
 
@@ -20,15 +19,11 @@ def _forward(
     h, folded = _forward_fake(gate, up, plan, backend)
     made = None if plan is None else matrix_plan_of(plan)
     chosen = dispatch.choose("swiglu", gate, up, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        triton.swiglu(gate, up, made, h, folded)
+    kernels = dispatch.kernels(__package__, chosen)
+    if chosen == "triton":  # one kernel makes both
+        kernels.swiglu(gate, up, made, h, folded)
         return h, folded
-    if chosen == "cpu":
-        cpu.swiglu(gate, up, h)
-    else:
-        h = reference.swiglu(gate, up)
+    kernels.swiglu(gate, up, h)
     return h, folded if made is None else fold(h, made, False, backend)
 
 
@@ -53,14 +48,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dgate, dup = _backward_fake(dh, gate, up, backend)
     chosen = dispatch.choose("swiglu_backward", dh, gate, up, backend=backend)
-    if chosen == "triton":
-        from . import triton
-
-        triton.swiglu_backward(dh, gate, up, dgate, dup)
-    elif chosen == "cpu":
-        cpu.swiglu_backward(dh, gate, up, dgate, dup)
-    else:
-        dgate, dup = reference.swiglu_backward(dh, gate, up)
+    dispatch.kernels(__package__, chosen).swiglu_backward(dh, gate, up, dgate, dup)
     return dgate, dup
 
 

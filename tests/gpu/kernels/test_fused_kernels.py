@@ -17,8 +17,6 @@ from cropi_kernels import (
     swiglu,
     swiglu_backward,
 )
-from cropi_kernels.ops.rms_norm import reference as norms
-from cropi_kernels.ops.swiglu import reference as gates
 from cropi_kernels.sketcher.engine import Norm, Operators, Site
 from cropi_kernels.sketcher.gpu_engine import GpuEngine
 from cropi_kernels.sketcher.segments import Segments
@@ -43,15 +41,16 @@ def test_norm(n: int, dtype: torch.dtype) -> None:
     x, dy = ((normal(seed, 50, n + 8) + 1).to(dtype)[:, :n] for seed in (0, 1))  # rows apart
     weight, offsets = (normal(2, n) + 1).to(dtype), torch.tensor([0, 40, 40, 41, 50])
     y, scale = rms_norm(x, weight, EPS, backend="triton")
-    exact, exact_scale = norms.rms_norm(x.double(), weight.double(), EPS)
+    exact, exact_scale = rms_norm(x.double(), weight.double(), EPS, backend="reference")
     depth = n + 10  # a sum in any order
     assert within(y, exact, exact, depth) and within(scale, exact_scale, exact_scale, depth)
     dx, sums = rms_norm_backward(dy, x, weight, scale, offsets, backend="triton")
     wide = dy.double(), x.double(), weight.double(), exact_scale, offsets
-    exact, exact_sums = norms.rms_norm_backward(*wide)
-    sizes = norms.rms_norm_backward(dy.double().abs(), -x.double().abs(), *wide[2:4], offsets)
-    assert sums is not None and within(dx, exact, _sizes(*wide[:4]), 2 * depth)
-    assert within(sums, exact_sums, sizes[1], 50 + depth)
+    exact, exact_sums = rms_norm_backward(*wide, backend="reference")
+    sizes = rms_norm_backward(wide[0].abs(), -wide[1].abs(), *wide[2:], backend="reference")[1]
+    assert sums is not None and exact_sums is not None and sizes is not None
+    assert within(dx, exact, _sizes(*wide[:4]), 2 * depth)
+    assert within(sums, exact_sums, sizes, 50 + depth)
     again = rms_norm_backward(dy, x, weight, scale, offsets, backend="triton")
     alone, nothing = rms_norm_backward(dy, x, weight, scale, backend="triton")
     assert all(map(torch.equal, again, (dx, sums))) and nothing is None and torch.equal(alone, dx)  # type: ignore[arg-type]
@@ -79,13 +78,13 @@ def test_gate(n: int, dtype: torch.dtype) -> None:
     gate = gate * 4
     gate[2], gate[3] = -130, 130
     wide = dh.double(), gate.double(), up.double()
-    exact = gates.swiglu(*wide[1:])
+    exact, _ = swiglu(*wide[1:], backend="reference")
     h, folded = swiglu(gate, up, backend="triton")
     lost = 130 * 2.0**-120  # below exp(-87): no normal numbers are left
     depth = 16  # of which the exponential may take 8
     assert folded is None and within(h, exact, exact.abs() + lost, depth)
     dgate, dup = swiglu_backward(dh, gate, up, backend="triton")
-    exact_gate, exact_up = gates.swiglu_backward(*wide)
+    exact_gate, exact_up = swiglu_backward(*wide, backend="reference")
     s = torch.sigmoid(wide[1])
     slope = (wide[0] * wide[2]).abs() * (s + s * (1 - s) * wide[1].abs())
     assert within(dgate, exact_gate, slope + lost, depth) and within(
@@ -119,7 +118,7 @@ def test_offsets_on_a_device_that_leave_tokens_out_show(monkeypatch: pytest.Monk
     class Elsewhere(torch.Tensor):
         device = Device()  # type: ignore[assignment]
 
-    monkeypatch.setattr(ops, "on_device", lambda offsets, device: offsets.as_subclass(torch.Tensor))
+    monkeypatch.setattr(ops, "offsets_for", lambda backend, offsets, x: offsets.as_subclass(torch.Tensor))
     monkeypatch.setattr(ops, "check_offsets", lambda offsets: offsets.numel() - 1)
     offsets = torch.tensor([0, 4, 7]).as_subclass(Elsewhere)
     dx, _ = ops._backward(x, x, weight, scale, offsets, "triton")

@@ -12,7 +12,7 @@ from rehearsal import INTERPRETER
 from cropi_kernels import MatrixPlan, SketchSpec, plan_matrix, sketch_grouped
 from cropi_kernels.ops.sketch_grouped import triton as kernels
 from cropi_kernels.ops.sketch_grouped.reference import sketch_grouped as reference
-from cropi_kernels.ops.sketch_linear.reference import _folded_coordinates
+from cropi_kernels.ops.sketch_linear.reference import folded_coordinates
 from cropi_kernels.testing import sum_error_bound
 
 # groups, rows, cols, width, dim, first row, rows to the next group
@@ -47,7 +47,7 @@ def exact_and_bound(
     shape = 3, plan.n_slabs * 32768
     exact, size = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     reference(d.double(), a.double(), offsets, plan, exact, **where)
-    bucket, _ = _folded_coordinates(plan)
+    bucket, _ = folded_coordinates(plan)
     for q, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
         row = where["first_row"] + q // 3 * where["row_step"]
         terms = d[begin:end].double().abs().T @ a[begin:end].double().abs()

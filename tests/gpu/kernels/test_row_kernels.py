@@ -16,7 +16,6 @@ from cropi_kernels.ops.linear_logprob import oracle
 from cropi_kernels.ops.linear_logprob.contract import RowMath, Stats
 from cropi_kernels.ops.linear_logprob.triton import DeviceKernels
 from cropi_kernels.ops.norm_grad import triton as kernels
-from cropi_kernels.ops.norm_grad.reference import norm_grad as norm_reference
 from cropi_kernels.testing import sum_error_bound
 
 
@@ -27,8 +26,8 @@ def test_norm_grad(n: int, centered: bool) -> None:
     x, dy = torch.randn(300, n, generator=g) + 3, torch.randn(300, n, generator=g)
     offsets = torch.tensor([1, 5, 5, 290])
     got = norm_grad(x, dy, offsets, 1e-6, centered=centered, with_bias=True, backend="triton")
-    exact = norm_reference(x.double(), dy.double(), offsets, 1e-6, centered, True)
-    sizes = norm_reference(x.double(), dy.double().abs(), offsets, 1e-6, centered, True)
+    wide, how = (x.double(), dy.double()), {"centered": centered, "with_bias": True, "backend": "reference"}
+    exact, sizes = (norm_grad(wide[0], g, offsets, 1e-6, **how) for g in (wide[1], wide[1].abs()))
     for value, right, size in zip(got, exact, sizes):
         assert value is not None and right is not None and size is not None
         # the statistics of a row are sums of n terms of size up to |x|
