@@ -15,8 +15,8 @@ import torch
 from cropi_kernels import SketchSpec, plan_vector
 from cropi_kernels.sketcher.engine import Norm, Operators, Site
 from cropi_kernels.sketcher.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.matrix import SlabMatrix
 from cropi_kernels.sketcher.segments import Segments
-from cropi_kernels.sketcher.slab import SlabMatrix
 
 HIDDEN, NARROW, INNER = 1536, 256, 8960
 BATCH, LENGTH = 4, 500

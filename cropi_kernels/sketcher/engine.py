@@ -25,8 +25,8 @@ from ..ops.sketch_vector import sketch_vector
 from ..ops.swiglu import swiglu, swiglu_backward
 from ..plan import VectorPlan
 from .hooks import packed
+from .matrix import MatrixSketch
 from .segments import Segments
-from .slab import MatrixSketch
 
 Matrix = tuple[int, int, int, int, int]  # as `_native.matrix`
 

@@ -26,9 +26,9 @@ from ..ops.sketch_vector import sketch_vector
 from ..plan import VectorPlan
 from .accumulator import Accumulator
 from .again import Replay, random_numbers, rows_of, same, view_axis
+from .matrix import MatrixSketch
 from .precision import autocast_eps, product_eps
 from .segments import Segments
-from .slab import MatrixSketch
 from .spread import Share, settled
 
 NO_LAYOUT = "none"  # of an output that does not hold every token once

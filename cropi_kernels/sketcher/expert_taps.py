@@ -20,10 +20,10 @@ from .accumulator import Accumulator
 from .engine import Site
 from .experts import Experts, Order, run_experts
 from .hooks import capture
+from .matrix import MatrixSketch
 from .parts import PartMatrix
 from .ranks import Ranks, into_parts, of_parts, parallel_forward
 from .replaced import Replaced, beneath, forward_beneath
-from .slab import MatrixSketch
 from .spread import local
 from .taps import Formed, LinearTap, Tap, vector_adders
 

@@ -27,8 +27,8 @@ from .beside import inside_compiled
 from .coverage import Coverage
 from .engine import Operators
 from .fusable import against_gate, against_norm, looks_like_gate, looks_like_norm
+from .matrix import MatrixSketch
 from .replaced import Replaced
-from .slab import MatrixSketch
 from .taps import Hook, LinearTap, NormTap
 
 NORM, GATE = "RMSNorm", "SwiGLU"

@@ -27,8 +27,8 @@ from ..ops.norm_grad.ops import WIDEST
 from ..plan import VectorPlan
 from ..spec import SLAB_SIZE
 from .engine import Norm, Operators, Site
+from .matrix import MatrixSketch
 from .segments import Segments
-from .slab import MatrixSketch
 
 TAIL = 16 << 20  # numbers of vectors' sums that wait, 64 MB; a vector that has more of them waits alone
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

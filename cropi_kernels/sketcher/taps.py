@@ -17,9 +17,9 @@ from .accumulator import Accumulator
 from .engine import Norm, Site
 from .hooks import Sink, capture, widened_input
 from .inputs import ordinary
+from .matrix import MatrixSketch
 from .one_row import one_row, widened
 from .segments import NotTokensError, Segments
-from .slab import MatrixSketch
 
 
 def count_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

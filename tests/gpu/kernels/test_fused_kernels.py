@@ -19,8 +19,8 @@ from cropi_kernels import (
 )
 from cropi_kernels.sketcher.engine import Norm, Operators, Site
 from cropi_kernels.sketcher.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.matrix import SlabMatrix
 from cropi_kernels.sketcher.segments import Segments
-from cropi_kernels.sketcher.slab import SlabMatrix
 from cropi_kernels.testing import sum_error_bound
 
 EPS = 1e-6

@@ -11,8 +11,8 @@ from rehearsal import set_stage
 from cropi_kernels import SketchSpec, dispatch, plan_vector, sketch_vector
 from cropi_kernels.sketcher.engine import Norm, Operators, Site
 from cropi_kernels.sketcher.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.matrix import SlabMatrix
 from cropi_kernels.sketcher.segments import Segments
-from cropi_kernels.sketcher.slab import SlabMatrix
 from cropi_kernels.testing import sum_error_bound
 
 SPEC = SketchSpec(width=128)
