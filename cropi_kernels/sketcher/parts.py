@@ -11,7 +11,6 @@ import torch
 from ..ops.norm_grad import bias_grad, norm_grad
 from ..ops.sketch_grouped import sketch_grouped
 from ..plan import VectorPlan
-from .accumulator import Accumulator
 from .engine import Operators, Site
 from .hooks import Sink, capture
 from .matrix import MatrixSketch
@@ -118,12 +117,15 @@ class Call:
 
 
 class PartTap(Tap):
-    """A tap of a module whose inputs and outputs may be spread over ranks.
+    """A tap of a module whose inputs and outputs may be spread over ranks: before another class of taps, which takes
+    the other arguments.
 
     ``shares`` of its parameters by their names in the module.
     """
 
-    shares: dict[str, Share]
+    def __init__(self, *args: Any, shares: dict[str, Share]) -> None:
+        super().__init__(*args)
+        self.shares = shares
 
     @property
     def splits(self) -> Share | None:
@@ -194,22 +196,9 @@ class PartTap(Tap):
 class PartLinearTap(PartTap, LinearTap):
     """A linear layer of which this rank has some outputs, some inputs, or all."""
 
-    def __init__(
-        self,
-        accumulator: Accumulator,
-        where: str,
-        matrix: MatrixSketch | None,
-        bias: VectorPlan | None,
-        turned: bool,
-        shares: dict[str, Share],
-        splits_outputs: bool,
-    ) -> None:
-        LinearTap.__init__(self, accumulator, where, matrix, bias, turned)
-        self.shares, self._outputs = shares, splits_outputs
-
     @property
     def splits_outputs(self) -> bool:
-        return self._outputs
+        return self.splits is not None and (self.splits.axis == 0) != self.turned
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         call, matrix = self.call(y, site), self.matrix
@@ -235,18 +224,6 @@ class PartLinearTap(PartTap, LinearTap):
 class PartEmbeddingTap(PartTap, EmbeddingTap):
     """An embedding of which this rank has some words, or some features of all."""
 
-    def __init__(
-        self,
-        accumulator: Accumulator,
-        where: str,
-        matrix: MatrixSketch,
-        padding_idx: int | None,
-        scale: float,
-        share: Share,
-    ) -> None:
-        EmbeddingTap.__init__(self, accumulator, where, matrix, padding_idx, scale)
-        self.shares = {"weight": share}
-
     @property
     def splits_outputs(self) -> bool:
         return self.shares["weight"].axis == 1
@@ -254,8 +231,10 @@ class PartEmbeddingTap(PartTap, EmbeddingTap):
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         if not is_spread(y):
             return super().attach(x, y, site)
+        from torch.distributed.tensor import Replicate
+
         call = self.call(y, self._sites[0])
-        ids = local(x.redistribute(placements=[_whole()])) if is_spread(x) else x  # type: ignore[attr-defined]
+        ids = local(x.redistribute(placements=[Replicate()])) if is_spread(x) else x  # type: ignore[attr-defined]
         return capture(y, self.sink_of(call, site), ids)
 
     def add_part(self, call: Call, site: Site, dy: torch.Tensor, kept: torch.Tensor | None = None) -> None:
@@ -264,10 +243,6 @@ class PartEmbeddingTap(PartTap, EmbeddingTap):
 
 class PartNormTap(PartTap, NormTap):
     """A norm that all ranks have, of tokens or heads that may be this rank's alone."""
-
-    def __init__(self, accumulator: Accumulator, where: str, norm: Any, shares: dict[str, Share]) -> None:
-        NormTap.__init__(self, accumulator, where, norm)
-        self.shares = shares
 
     def attach(self, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
         call = self.call(y, site)
@@ -286,12 +261,6 @@ class PartNormTap(PartTap, NormTap):
         for which, plan, gradient in zip(("weight", "bias"), (norm.weight, norm.bias), sums, strict=True):
             if plan is not None and gradient is not None:
                 self.vector(which, gradient, plan, call)
-
-
-def _whole() -> Any:
-    from torch.distributed.tensor import Replicate
-
-    return Replicate()
 
 
 def window(segments: Segments, y: torch.Tensor, axis: int, heads_first: bool) -> Segments:

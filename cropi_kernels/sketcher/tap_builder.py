@@ -88,13 +88,11 @@ class TapBuilder:
         if self.ranks is None:
             self.taps[module] = LinearTap(self.acc, path, matrix, bias, transposed)
             return
-        shares = {which: self.ranks.share(p) for which, p in own.items()}
-        split = shares.get("weight", shares.get("bias"))
-        outputs = split is not None and split.axis is not None and (split.axis == 0) != transposed
-        if outputs and (loose := shares.get("bias")) is not None and loose.axis is None:
+        tap = PartLinearTap(self.acc, path, matrix, bias, transposed, shares=self._shares(own))
+        if tap.splits_outputs and "bias" in own and tap.shares["bias"].axis is None:
             self.reasons[module] = "its outputs are split over ranks, and its bias is not"
             return
-        self.taps[module] = PartLinearTap(self.acc, path, matrix, bias, transposed, shares, outputs)
+        self.taps[module] = tap
 
     def _embedding(self, path: str, module: nn.Embedding, own: dict[str, nn.Parameter]) -> None:
         if module.scale_grad_by_freq:
@@ -110,15 +108,15 @@ class TapBuilder:
         if self.ranks is None:
             self.taps[module] = EmbeddingTap(self.acc, path, matrix, padding, scale)
         else:
-            share = self.ranks.share(own["weight"])
-            tap = self.taps[module] = PartEmbeddingTap(self.acc, path, matrix, padding, scale, share)
-            tap.adds = share.adds
+            shares = self._shares(own)
+            tap = self.taps[module] = PartEmbeddingTap(self.acc, path, matrix, padding, scale, shares=shares)
+            tap.adds = shares["weight"].adds
         self._cover(own["weight"], "embedding")
 
     def _norm(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
         if not takes_one_tensor(module) or (kind := norm_of(module)) is None:
             return
-        shares = {} if self.ranks is None else {which: self.ranks.share(p) for which, p in own.items()}
+        shares = self._shares(own)
         if any(share.axis is not None for share in shares.values()):
             return
         plans = {}
@@ -127,10 +125,10 @@ class TapBuilder:
             self._cover(p, "norm")
         centered, eps = kind
         norm = Norm(centered, eps, plans.get("weight"), plans.get("bias"))
-        if shares:
-            self.taps[module] = PartNormTap(self.acc, path, norm, shares)
-        else:
+        if self.ranks is None:
             self.taps[module] = NormTap(self.acc, path, norm)
+        else:
+            self.taps[module] = PartNormTap(self.acc, path, norm, shares=shares)
 
     def _experts(self, path: str, module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
         try:
@@ -147,12 +145,11 @@ class TapBuilder:
         if layout is None:
             return False
         matrices, biases = {}, {}
-        shares = {} if self.ranks is None else {name: self.ranks.share(p) for name, p in own.items()}
         for name, p in own.items():
             if name in layout.matrices():
                 experts, rows, cols = layout.rows_and_cols(p)
                 matrices[name] = matrix_sketch(self.spec, self.wanted[p], experts * rows, cols, "linear")
-                if (share := shares.get(name)) is not None and share.axis is not None:
+                if (share := self._share(p)).axis is not None:
                     matrices[name] = PartMatrix(matrices[name], share, (share.axis == 1) != layout.transposed)
             else:
                 biases[layout.weight_of(name)] = plan_vector(self.spec, self.wanted[p], p.numel())
@@ -183,12 +180,19 @@ class TapBuilder:
             self._cover(b, "bias")
         return matrix, bias
 
+    def _share(self, p: nn.Parameter) -> Share:
+        """What of a parameter this rank has, and adds: all of it, where no ranks share the model."""
+        return Share(tuple(p.shape)) if self.ranks is None else self.ranks.share(p)
+
+    def _shares(self, own: dict[str, nn.Parameter]) -> dict[str, Share]:
+        return {which: self._share(p) for which, p in own.items()}
+
     def _is_split(self, own: dict[str, nn.Parameter]) -> bool:
         return self._whole_share(own).axis is not None
 
     def _whole_share(self, own: dict[str, nn.Parameter]) -> Share:
         """The share of the first of a module's parameters that is split over ranks; if none is, of the first."""
-        shares = [Share(()) if self.ranks is None else self.ranks.share(p) for p in own.values()]
+        shares = [*self._shares(own).values()]
         return next((share for share in shares if share.axis is not None), shares[0])
 
     def _form(self, module: nn.Module, users: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
@@ -221,8 +225,7 @@ class TapBuilder:
             looked_up = any(isinstance(m, nn.Embedding) for m in users)
             role: Role = "tied" if looked_up and len(users) > 1 else "embedding" if looked_up else "linear"
             matrix = matrix_sketch(self.spec, self.wanted[weight], rows, cols, role)
-            share = None if self.ranks is None else self.ranks.share(weight)
-            if share is not None and share.axis is not None:
+            if (share := self._share(weight)).axis is not None:
                 matrix = PartMatrix(matrix, share, (share.axis == 0) != transposed)
             self._matrices[weight] = matrix
         return self._matrices[weight]
