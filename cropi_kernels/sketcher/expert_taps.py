@@ -22,7 +22,7 @@ from .experts import Experts, Order, run_experts
 from .hooks import capture
 from .matrix import MatrixSketch
 from .parts import PartMatrix
-from .ranks import Ranks, into_parts, of_parts, parallel_forward
+from .ranks import Ranks, into_parts, of_parts
 from .replaced import Replaced, beneath, forward_beneath
 from .spread import local
 from .taps import Formed, LinearTap, Tap, vector_adders
@@ -47,10 +47,7 @@ class ExpertsTap(Tap):
         self.ranks = ranks  # that have some outputs of each expert's first product, some inputs of its second
 
     def hook(self, module: nn.Module) -> Replaced:
-        parallel = parallel_forward(module)
-        self._signature = inspect.signature(
-            forward_beneath(module) if parallel is None else parallel["forward"]
-        )
+        self._signature = inspect.signature(forward_beneath(module))
         return Replaced(module, self._forward)
 
     def _forward(self, module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:

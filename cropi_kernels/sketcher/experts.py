@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from .._library import no_autocast
-from .ranks import parallel_forward
-from .replaced import own_forward
+from .replaced import own_forward, parallel_of
 
 Tapped = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -247,8 +246,8 @@ def recognise_experts(module: nn.Module) -> Experts | None:
 
 def _spread_by_plan(module: nn.Module) -> bool:
     """Whether transformers' tensor-parallel plan replaced the forward: every rank has a part of each expert."""
-    parallel = parallel_forward(module)
-    return parallel is not None and parallel["class"] == "MoeExpertsParallel"
+    parallel = parallel_of(module)
+    return parallel is not None and parallel.style == "MoeExpertsParallel"
 
 
 def _layout(module: Any, own: dict[str, nn.Parameter]) -> Experts:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .replaced import own_forward
+from .replaced import parallel_of
 from .spread import Share, is_spread, local, ranges_of
 
 PARTIAL_STYLE = "ReplicatedWithGradAllReduce"  # transformers': a norm of this rank's heads
@@ -234,25 +234,10 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     partial = {
         id(p): name
         for name, module in model.named_modules()
-        if (parallel_forward(module) or {}).get("class") == PARTIAL_STYLE
+        if (parallel := parallel_of(module)) is not None and parallel.style == PARTIAL_STYLE
         for p in module.parameters(recurse=False)
     }
     return Ranks(mesh, partial)
-
-
-# --------------------------------------------------------------------------------------- transformers' styles
-def parallel_forward(module: nn.Module) -> dict[str, Any] | None:
-    """The class of the style, and the wrapped forward, where transformers' tensor-parallel plan replaced a forward."""
-    forward: Any = own_forward(module)
-    code = getattr(forward, "__code__", None)
-    if code is None or not str(getattr(forward, "__module__", "")).startswith("transformers.distributed."):
-        return None
-    cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in forward.__closure__ or ())))
-    if "original_forward" not in cells:
-        return None
-    style = cells.get("self")
-    kind = type(style).__name__ if style is not None else str(forward.__qualname__).split(".")[0]
-    return {"class": kind, "forward": cells["original_forward"]}
 
 
 # ------------------------------------------------------------------------------------------------- digests

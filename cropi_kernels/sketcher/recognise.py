@@ -13,8 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._library import no_autocast
 from .precision import product_eps
-from .ranks import parallel_forward
-from .replaced import forward_beneath, own_forward
+from .replaced import forward_beneath, own_forward, parallel_of
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps")
 
@@ -27,8 +26,8 @@ class _Bare(nn.Module):
         self.module = module
 
     def forward(self, *args: torch.Tensor) -> Any:
-        parallel = parallel_forward(self.module)
-        return self.module.forward(*args) if parallel is None else parallel["forward"](*args)
+        parallel = parallel_of(self.module)
+        return (parallel.forward if parallel else self.module.forward)(*args)
 
 
 def _call(module: nn.Module, tensors: dict[str, torch.Tensor], *args: torch.Tensor) -> Any:
@@ -43,9 +42,8 @@ def _forward_of(module: nn.Module) -> Any:
     tensor-parallel plan (which spreads them over ranks)."""
     forward = vars(module).get("_old_forward") if hasattr(module, "_hf_hook") else None
     if forward is None:
-        parallel = parallel_forward(module)
-        own = own_forward(module) or type(module).forward
-        forward = own if parallel is None else parallel["forward"]
+        parallel = parallel_of(module)
+        forward = parallel.forward if parallel else own_forward(module) or type(module).forward
     return getattr(forward, "__func__", forward)
 
 
@@ -208,10 +206,8 @@ def _of_liger(module: nn.Module) -> bool | None:
 
 def takes_one_tensor(module: nn.Module) -> bool:
     """Whether the module's forward has one argument: a norm that has more (a gate) may do more than normalise."""
-    parallel = parallel_forward(module)
-    forward = forward_beneath(module) if parallel is None else parallel["forward"]
     try:
-        arguments = inspect.signature(forward).parameters.values()
+        arguments = inspect.signature(forward_beneath(module)).parameters.values()
     except (TypeError, ValueError):  # not written in Python: it will be seen to when it is called
         return True
     named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]

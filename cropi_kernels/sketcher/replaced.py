@@ -9,7 +9,7 @@ a deep copy binds to the copy's own module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -68,6 +68,29 @@ def own_forward(module: nn.Module) -> Any | None:
     return forward
 
 
+class Parallel(NamedTuple):
+    """What transformers' tensor-parallel plan puts in the place of a forward: the class of its style, and that forward,
+    which it calls."""
+
+    style: str
+    forward: Callable[..., Any]
+
+
+def parallel_of(module: nn.Module) -> Parallel | None:
+    """None: no such plan replaced the module's forward."""
+    forward: Any = own_forward(module)
+    code = getattr(forward, "__code__", None)
+    if code is None or not str(getattr(forward, "__module__", "")).startswith("transformers.distributed."):
+        return None
+    cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in forward.__closure__ or ())))
+    if "original_forward" not in cells:
+        return None
+    style = cells.get("self")
+    kind = type(style).__name__ if style is not None else str(forward.__qualname__).split(".")[0]
+    return Parallel(kind, cells["original_forward"])
+
+
 def forward_beneath(module: nn.Module) -> Any:
-    """The forward that runs beneath all taps, bound to the module."""
-    return own_forward(module) or type(module).forward.__get__(module)
+    """The forward that runs beneath all taps and a tensor-parallel plan, bound to the module."""
+    parallel = parallel_of(module)
+    return parallel.forward if parallel else own_forward(module) or type(module).forward.__get__(module)
