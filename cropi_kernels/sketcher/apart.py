@@ -19,6 +19,7 @@ from . import sharded
 from .accumulator import Accumulator
 from .decoder import split_parts
 from .lengths import same
+from .split import decoded
 from .untouched import untouched
 
 MIXED = (
@@ -114,16 +115,10 @@ class Apart:
         return APART if alike else LEAKS
 
     def _run(self, ids: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        decoder = self._decoder
-        assert decoder is not None
-
-        def call() -> Any:
-            return decoder(ids, *args[1:], **kwargs) if args else decoder(**{**kwargs, "input_ids": ids})
-
-        out = sharded.through(sharded.root_around(self._model, decoder), call)
-        hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
-        assert isinstance(hidden, torch.Tensor)
-        return hidden
+        assert self._decoder is not None
+        if args:
+            return decoded(self._model, self._decoder, ids, *args[1:], **kwargs)
+        return decoded(self._model, self._decoder, **kwargs | {"input_ids": ids})
 
 
 class Tested:

@@ -232,12 +232,10 @@ class GradientSketcher:
             self._begin(where, sharded.device_of(self.model))
             result = BatchSketch()
             try:
-                yield result
-                check_passes(self._tapped.plan)
-                sketches = self._tapped.acc.end()
-            except BaseException:
-                sharded.start_over(self.model)
-                raise
+                with sharded.starting_over(self.model):
+                    yield result
+                    check_passes(self._tapped.plan)
+                    sketches = self._tapped.acc.end()
             finally:
                 self._close()
         if self._verify:
@@ -335,8 +333,14 @@ class GradientSketcher:
         )
         plans, acc = self._tapped.plans, self._tapped.acc
         device = sharded.device_of(self.model)
-        attention = right_backward(device, length)
-        with explained, own_precision(self.model, device), self._linears.around(self.model), attention:
+        attention, failing = right_backward(device, length), sharded.starting_over(self.model)
+        with (
+            explained,
+            own_precision(self.model, device),
+            self._linears.around(self.model),
+            attention,
+            failing,
+        ):
             self._begin(where, device)
             try:
                 for other in self._tapped.more:
@@ -378,9 +382,6 @@ class GradientSketcher:
                 self._tests.check("policy_gradient", where)
                 clock = acc.clock
                 sketches, *others = [plan.acc.end() for plan in plans]
-            except BaseException:
-                sharded.start_over(self.model)
-                raise
             finally:
                 self._close()
             if self._verify:

@@ -227,25 +227,17 @@ def hooked_whole(model: nn.Module, hooks: Mapping[int, Callable[..., Any]]) -> I
 
 @contextlib.contextmanager
 def starting_over(model: nn.Module) -> Iterator[None]:
-    """`start_over` where what runs inside fails."""
+    """Bring FSDP2's units back to their first state where what runs inside fails: a pass may do so between its forward
+    and its backward's end."""
     try:
         yield
     except BaseException:
-        start_over(model)
+        if sharded := units(model):
+            # Of an older torch; or of a root that never ran.
+            with contextlib.suppress(AttributeError, RuntimeError):
+                sharded[0].reset_iter_state()
+            reshard(model)
         raise
-
-
-def start_over(model: nn.Module) -> None:
-    """Bring FSDP2's units back to their first state, after a pass that failed between its forward and its backward's
-    end."""
-    sharded = units(model)
-    if sharded:
-        root: Any = sharded[0]
-        try:
-            root.reset_iter_state()
-        except (AttributeError, RuntimeError):  # an older torch; or a root that never ran
-            pass
-        reshard(model)
 
 
 def linears_of(model: nn.Module, linears: Linears | None) -> Linears:

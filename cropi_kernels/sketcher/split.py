@@ -48,12 +48,8 @@ class SplitModel:
     adapters: tuple[HeadAdapter, ...] = ()
 
     def hidden(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        def run() -> torch.Tensor:
-            forget_longest(self.decoder)
-            out = self.decoder(input_ids=input_ids, use_cache=False, **kwargs)
-            return _gathered(out[0] if isinstance(out, tuple) else out.last_hidden_state)
-
-        return sharded.through(sharded.root_around(self.model, self.decoder), run)
+        forget_longest(self.decoder)
+        return decoded(self.model, self.decoder, input_ids=input_ids, use_cache=False, **kwargs)
 
     @contextlib.contextmanager
     def whole_head(self) -> Iterator[None]:
@@ -157,8 +153,15 @@ class SplitModel:
         return {"temperature": temperature / self.scale, "softcap": cap}
 
 
-def _gathered(hidden: torch.Tensor) -> torch.Tensor:
-    """The hidden states of all tokens, where the decoder leaves some of them on every rank."""
+def decoded(model: nn.Module, decoder: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The hidden states of all tokens that a model's decoder gives, also where it leaves some of them on every rank."""
+
+    def run() -> torch.Tensor:
+        out = decoder(*args, **kwargs)
+        hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
+        return hidden
+
+    hidden = sharded.through(sharded.root_around(model, decoder), run)
     if not spread.is_spread(hidden):
         return hidden
     from torch.distributed.tensor import Replicate
