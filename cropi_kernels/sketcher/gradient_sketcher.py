@@ -20,7 +20,6 @@ from ..spec import SketchSpec
 from . import sharded
 from .apart import MIXED, Tested
 from .attention import right_backward
-from .batch_sketch import BatchSketch
 from .beside import check_passes, watch_weights
 from .coverage import Coverage
 from .decoder import evaluating, output_embeddings, split_model, split_parts
@@ -470,3 +469,22 @@ class GradientSketcher:
     def _begin(self, segments: Segments, device: torch.device) -> None:
         self._no_batch()
         self._tapped.acc.begin(segments, device, self._tapped.groups)
+
+
+class BatchSketch:
+    """Filled by `GradientSketcher.batch` when its block ends: float32 [segments, dim], of ``+grad L_s``.
+
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> with GradientSketcher(layer, SketchSpec(1024)) as sketcher:
+    ...     with sketcher.batch(torch.tensor([0, 1]), shape=(2, 3)) as batch:
+    ...         layer(torch.ones(2, 3, 4, requires_grad=True)).sum().backward()
+    >>> batch.sketches.shape
+    torch.Size([2, 1024])
+    """
+
+    sketches: torch.Tensor
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "sketches"):
+            return "BatchSketch(not filled yet: its block has not ended)"
+        return f"BatchSketch({len(self.sketches)} segments, sketches of {self.sketches.shape[1]})"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..names import listed
 from ..spec import SketchSpec
@@ -14,7 +15,6 @@ from . import sharded
 from .accumulator import Accumulator
 from .attach import UNCOVERED, Attachment, plan_model, refused_modules
 from .coverage import Coverage, uncovered
-from .freezing import freeze, thaw
 from .fused import find_fusion
 from .groups import planned
 from .hooks import checkpointed, start_graph
@@ -121,7 +121,7 @@ class TappedModel:
         first = embeddings(self.model)
         sharded.reshard(self.model)
         # Excluded parameters are frozen too: their gradients would cost memory, and nobody reads them.
-        self._thawed = freeze(self.model.parameters())
+        self._thawed = _freeze(self.model.parameters())
         # Without checkpointing the graph starts at the first tapped module, and backward ends there.
         self._embeddings = first if checkpointed(self.model) else None
         try:
@@ -134,7 +134,7 @@ class TappedModel:
         """Take the taps off, and make the parameters trainable that were so before."""
         self.plan.unhook(self._handles)
         sharded.reshard(self.model)
-        thaw(self._thawed)
+        _thaw(self._thawed)
         self._thawed, self._embeddings = [], None
 
     def _hook(self) -> None:
@@ -207,3 +207,26 @@ class TappedModel:
 def _described(spec: SketchSpec, plan: Attachment) -> str:
     """The spec, and the names and shapes of the sketched parameters: equal on all ranks of a group."""
     return "\n".join([f"{spec}", *(f"{name} {tuple(p.shape)}" for p, name in plan.wanted.items())])
+
+
+# The last sketcher to leave a model makes its parameters trainable again.
+_holders = WeakIdKeyDictionary()  # how many sketchers keep a parameter frozen
+
+
+def _freeze(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Freeze what is trainable, or would be without other sketchers; gives these parameters, for `_thaw`."""
+    held = [p for p in parameters if p.requires_grad or p in _holders]
+    for p in held:
+        _holders[p] = _holders.get(p, 0) + 1
+        p.requires_grad_(False)
+    return held
+
+
+def _thaw(held: Iterable[nn.Parameter]) -> None:
+    """Make parameters trainable that no other sketcher keeps frozen."""
+    for p in held:
+        others = _holders.pop(p, 1) - 1
+        if others:
+            _holders[p] = others
+        else:
+            p.requires_grad_(True)

@@ -22,7 +22,7 @@ from support.once import once
 import cropi_kernels
 from cropi_kernels import ProjectionSpec, _cuda, _native, project, project_transpose
 from cropi_kernels.ops.project import cuda, reference
-from cropi_kernels.ops.project.columns import contiguous_columns
+from cropi_kernels.ops.project.ops import contiguous_columns
 from cropi_kernels.testing import PROJECTION_CASES, projection_magnitudes, sum_error_bound
 
 # The emulation is compiled first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import library
 from ... import _cuda, _native, dispatch
 from ..._library import LIB, NAMESPACE, register
 from . import cpu
-from .columns import contiguous_columns
 from .spec import KEEP_ALL, ProjectionSpec
+
+_COPY, _DEVICE_COPY = 1 << 24, 1 << 26  # bytes copied at a time
 
 
 def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str | None, adjoint: bool = False) -> Any:
@@ -33,6 +35,17 @@ def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str | None, adjoint: 
         order=("triton", "cuda") if triton_first else ("cuda", "triton"),
     )
     return dispatch.kernels(__package__, name)
+
+
+def contiguous_columns(x: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first column, piece): ``x`` in pieces with contiguous columns, some megabytes each; whole where it has them."""
+    if x.shape[1] <= 1 or x.stride(1) == 1:
+        yield 0, x
+        return
+    most = _DEVICE_COPY if x.is_cuda else _COPY
+    step = max(128, most // max(1, x.shape[0] * x.element_size()) // 128 * 128)
+    for start in range(0, x.shape[1], step):
+        yield start, x[:, start : start + step].contiguous()
 
 
 def accumulate(
