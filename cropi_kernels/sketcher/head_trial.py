@@ -6,6 +6,8 @@ the decoder's taps are compared as everywhere (`selftest`).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -141,12 +143,11 @@ def _add_formed(
         matrix.add(dz.float(), matrix.fold(h), starts, acc.out)
     if bias is not None and (acc.ranks is None or acc.ranks.rank == 0):
         acc.engine.add_vector(bias_grad(dz.float(), starts), bias)
-    bounds = list(zip(offsets[:-1].tolist(), offsets[1:].tolist()))
     for module in (m for one in split.adapters for m in (one.a, one.b)):
         tap = plan.taps.get(module)
         for p, add in [] if tap is None else tap.formed(module):
             covered.append(names.get(id(p), "lm_head's adapter"))
-            for s, (begin, end) in enumerate(bounds):
+            for s, (begin, end) in enumerate(pairwise(offsets.tolist())):
                 (formed,) = torch.autograd.grad(z[begin:end], low_rank[p], dz[begin:end], retain_graph=True)
                 add(formed.float(), acc.out[s : s + 1])
     return tuple(covered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -101,14 +102,14 @@ class FlatMatrix(MatrixSketch):
 
     def add(self, d: torch.Tensor, kept: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         panel = max(1, PANEL // self.cols)
-        for s, (begin, end) in enumerate(_ranges(offsets)):
+        for s, (begin, end) in enumerate(pairwise(offsets.tolist())):
             a = kept[begin:end].float()
             for r in range(0, self.rows if end > begin else 0, panel):
                 gradient = _product(d[begin:end, r : r + panel].float().T, a)
                 self._project(gradient, r * self.cols, out[s])
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        for s, (begin, end) in enumerate(_ranges(offsets)):
+        for s, (begin, end) in enumerate(pairwise(offsets.tolist())):
             touched, inverse = rows[begin:end].unique(return_inverse=True)
             gradient = x.new_zeros(len(touched), self.cols, dtype=torch.float32)
             gradient.index_add_(0, inverse, x[begin:end].float())
@@ -149,7 +150,7 @@ class KronMatrix(MatrixSketch):
     def _add_products(
         self, d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
     ) -> None:
-        for s, (begin, end) in enumerate(_ranges(offsets)):
+        for s, (begin, end) in enumerate(pairwise(offsets.tolist())):
             out[s] += _product(d[begin:end].T, a[begin:end]).reshape(-1)
 
 
@@ -203,7 +204,7 @@ class TensorMatrix(MatrixSketch):
         """``out[s] += sum_{t in s} irfft(spectrum(t) * rfft(the columns' CountSketch of a[t]))``; ``spectrum(t0, t1)``
         [t1 - t0, dim / 2 + 1] is that of the rows' CountSketches."""
         chunk = max(1, PANEL // self.spec.dim)
-        for s, (begin, end) in enumerate(_ranges(offsets)):
+        for s, (begin, end) in enumerate(pairwise(offsets.tolist())):
             for t in range(begin, end, chunk):
                 t1 = min(end, t + chunk)
                 folded = a.new_zeros(t1 - t, self.spec.dim, dtype=torch.float32)
@@ -217,11 +218,6 @@ class TensorMatrix(MatrixSketch):
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     with no_autocast(a):
         return a @ b
-
-
-def _ranges(offsets: torch.Tensor) -> list[tuple[int, int]]:
-    bounds = offsets.tolist()
-    return list(zip(bounds, bounds[1:]))
 
 
 def _rademacher(key: tuple[int, int], n: int, dim: int, purpose: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -130,8 +131,7 @@ class Segments:
     @property
     def bounds(self) -> list[tuple[int, int]]:
         """First and last (exclusive) token of every segment."""
-        bounds = self.offsets.tolist()
-        return list(zip(bounds, bounds[1:]))
+        return list(pairwise(self.offsets.tolist()))
 
     def token_views(self, x: torch.Tensor) -> dict[str, tuple[int, ...]]:
         """The shapes in which a mask [batch, length] can be broadcast to ``x``, by the meaning of ``x``'s axes.
