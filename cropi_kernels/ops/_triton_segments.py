@@ -203,7 +203,7 @@ class Chunks:
 
     ``table`` int64: ``[n_items, 4]``, a chunk's (segment, first token, end token, slot or -1), with the number of
     segments for the segment of rows past the last chunk; then ``[n_segments, 2]``, a segment's (first slot, number of
-    slots). ``always``: segments of one chunk have a slot too.
+    slots).
     """
 
     table: torch.Tensor
@@ -217,7 +217,8 @@ REDUCE = Launch(reduce_partials_kernel, BLOCK=REDUCE_BLOCK, AHEAD=REDUCE_AHEAD, 
 
 
 def cut(offsets: torch.Tensor, n_tokens: int, chunk: int, always: bool) -> Chunks:
-    """Chunks of at most ``chunk`` tokens; ``offsets`` int64 [segments + 1] on the device."""
+    """Chunks of at most ``chunk`` tokens; ``offsets`` int64 [segments + 1] on the device. ``always``: segments of one
+    chunk have a slot too."""
     n_segments = offsets.numel() - 1
     # Upper bounds, from shapes alone. A segment of several chunks has less than two of them per ``chunk`` tokens.
     n_items = n_tokens // chunk + n_segments

@@ -1,4 +1,4 @@
-"""Triton's own launches, compiled for a GPU that is not here and run by `ptx_machine` on CPU tensors."""
+"""Triton's own launches, compiled for a GPU that is not here and run by `machine` on CPU tensors."""
 
 from __future__ import annotations
 
@@ -17,18 +17,11 @@ from ptx_emulator.machine import launch
 from ptx_emulator.memory import GlobalMemory
 from ptx_emulator.text import parse
 
+# As `struct` has them.
 FORMATS = {
-    "i1": "?",
-    "i8": "b",
-    "u8": "B",
-    "i16": "h",
-    "u16": "H",
-    "i32": "i",
-    "u32": "I",
-    "i64": "q",
-    "u64": "Q",
-}
-FORMATS |= {"fp32": "f", "f32": "f", "fp64": "d", "f64": "d"}
+    "i1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q",
+    "fp32": "f", "f32": "f", "fp64": "d", "f64": "d",
+}  # fmt: skip
 
 
 class EmulatedDriver(DriverBase):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-Array = np.ndarray[Any, Any]
+from ptx_emulator.numbers import Array
 
 
 class OutOfBounds(AssertionError):

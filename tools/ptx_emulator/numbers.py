@@ -147,11 +147,8 @@ def convert(values: Array, to: str, rounding: str | None) -> Array:
 
 
 ROUND: dict[str, Callable[[Array], Array]] = {
-    "rni": np.rint,
-    "rzi": np.trunc,
-    "rmi": np.floor,
-    "rpi": np.ceil,
-}
+    "rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil,
+}  # fmt: skip
 
 
 def permute_bytes(a: Array, b: Array, selector: Array) -> Array:

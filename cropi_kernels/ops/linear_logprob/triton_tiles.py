@@ -42,7 +42,6 @@ from .triton_tile_kernels import (
 
 TOKENS, WORDS, FEATURES = 128, 256, 64  # of a tile; of the product's inner step
 STAGES, WARPS = 4, 8
-# The first and the last release of Triton whose Gluon `triton_turns` is known to speak.
 OWN_ROWS, OWN_FEATURES = 4, 256  # of a program of `own_kernel`
 FLAGS = 64  # marks that a program of `again_kernel` looks at
 COMBINED_TILES, COMBINED_ROWS = 64, 16
