@@ -9,10 +9,8 @@ from torch import library
 
 from ... import _native, dispatch
 from ..._library import LIB, NAMESPACE, register
-from . import chunks, cpu, reference
+from . import chunks
 from .contract import Kernels, RowMath, Settings, Stats
-
-_KERNELS: dict[str, Kernels] = {"cpu": cpu, "reference": reference}
 
 REMEDY = "a smaller chunk_size holds fewer logits at a time, fewer tokens a call make everything smaller"
 
@@ -79,11 +77,8 @@ def _tiles(name: str, hidden: torch.Tensor, head: torch.Tensor, math: RowMath) -
 
 
 def _kernels(name: str, dtype: torch.dtype) -> Kernels:
-    if name == "triton":
-        from . import triton
-
-        return triton.DeviceKernels(dtype)
-    return _KERNELS[name]
+    module = dispatch.kernels(__package__, name)
+    return module.DeviceKernels(dtype) if name == "triton" else module
 
 
 def _no_wide_products(hidden: torch.Tensor) -> str | None:

@@ -38,7 +38,12 @@ def _norm_fake(
     with_bias: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    n_segments = _check_norm(x, dy, offsets)
+    if x.ndim != 2 or x.shape != dy.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)} but dy {tuple(dy.shape)}: both must be [tokens, n]")
+    check_floating("x", x)
+    check_floating("dy", dy)
+    check_devices("x", x, dy=dy)
+    n_segments = check_offsets(offsets)
     return _sums(x, n_segments), _sums(x, n_segments if with_bias else 0)
 
 
@@ -52,7 +57,10 @@ def _bias(dy: torch.Tensor, offsets: torch.Tensor, backend: str | None) -> torch
 
 
 def _bias_fake(dy: torch.Tensor, offsets: torch.Tensor, backend: str | None) -> torch.Tensor:
-    return _sums(dy, _check_bias(dy, offsets))
+    if dy.ndim != 2:
+        raise ValueError(f"dy has shape {tuple(dy.shape)}: it must be [tokens, n]")
+    check_floating("dy", dy)
+    return _sums(dy, check_offsets(offsets))
 
 
 def choose_for_rows(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
@@ -60,22 +68,6 @@ def choose_for_rows(op: str, backend: str | None, *tensors: torch.Tensor) -> str
     n = tensors[0].shape[1]
     without = {"triton": f"rows of {n} features; the kernel takes up to {WIDEST}" if n > WIDEST else None}
     return dispatch.choose(op, *tensors, backend=backend, without=without)
-
-
-def _check_norm(x: torch.Tensor, dy: torch.Tensor, offsets: torch.Tensor) -> int:
-    if x.ndim != 2 or x.shape != dy.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)} but dy {tuple(dy.shape)}: both must be [tokens, n]")
-    check_floating("x", x)
-    check_floating("dy", dy)
-    check_devices("x", x, dy=dy)
-    return check_offsets(offsets)
-
-
-def _check_bias(dy: torch.Tensor, offsets: torch.Tensor) -> int:
-    if dy.ndim != 2:
-        raise ValueError(f"dy has shape {tuple(dy.shape)}: it must be [tokens, n]")
-    check_floating("dy", dy)
-    return check_offsets(offsets)
 
 
 def _sums(x: torch.Tensor, n_segments: int) -> torch.Tensor:
