@@ -39,6 +39,16 @@ def files(*suffixes: str) -> list[Path]:
     return sorted(found)
 
 
+def test_tables_of_files_name_all_of_them() -> None:
+    tables = [path for path in files(".md") if "\n| file | what it" in path.read_text()]
+    assert len(tables) == 2
+    for path in tables:
+        rows = re.findall(r"^\| (`[^|]+) \|", path.read_text().partition("\n| file | ")[2], re.M)
+        named = {name.partition(".")[0] for row in rows for name in re.findall(r"`([^`]+)`", row)}
+        there = {p.stem for p in path.parent.iterdir() if p.suffix in SOURCE_SUFFIXES} - {"__init__"}
+        assert named == there, path
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, absolute module name) of every import in a file, those inside functions included."""
     base = KERNELS.parent if KERNELS in path.parents else LAYER.parent
