@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from ..adding import add_rows
-from .segments import Segments, sizes
+from .inputs import check_tensors
+from .segments import Segments, flat_ids, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,33 +58,23 @@ class Runs:
         return len(self.owner.unique())
 
     @classmethod
-    def of(
-        cls, ids: torch.Tensor, shape: Sequence[int] | None, count: int | None, name: str = "segments"
-    ) -> Runs:
+    def of(cls, ids: torch.Tensor, shape: Sequence[int] | None, count: int | None) -> Runs:
         """From ids per row [batch] with ``shape`` (see `sizes`), or per token [batch, length]; in any order, all >= 0.
 
         Raises:
             ValueError: no tensor of such ids; names what is wrong.
         """
-        if not isinstance(ids, torch.Tensor):
-            raise ValueError(
-                f"{name} is of type {type(ids).__name__}: give a tensor (torch.as_tensor({name}))"
-            )
-        batch, length = sizes(ids, shape, name)
-        if ids.dtype not in (torch.int64, torch.int32) or tuple(ids.shape) not in ((batch,), (batch, length)):
-            raise ValueError(
-                f"{name} is {ids.dtype} {tuple(ids.shape)}: give int64 ids per row [{batch}] or per token [{batch}, "
-                f"{length}]"
-            )
-        flat = ids.detach().to("cpu", torch.int64).reshape(-1)
+        check_tensors(segments=ids)
+        batch, length = sizes(ids, shape)
+        flat = flat_ids(ids, batch, length)
         if flat.numel() == 0 or length < 1:
-            raise ValueError(f"{name} is empty: a batch has at least one row")
+            raise ValueError("segments is empty: a batch has at least one row")
         if int(flat.min()) < 0:
-            raise ValueError(f"{name} holds {int(flat.min())}: ids are 0 or more")
+            raise ValueError(f"segments holds {int(flat.min())}: ids are 0 or more")
         highest = int(flat.max()) + 1
         count = highest if count is None else count
         if count < highest:
-            raise ValueError(f"num_segments={count} but {name} holds id {highest - 1}")
+            raise ValueError(f"num_segments={count} but segments holds id {highest - 1}")
         owner, tokens = torch.unique_consecutive(flat, return_counts=True)
         offsets = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
         rows = ids.ndim == 1

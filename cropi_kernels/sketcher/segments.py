@@ -17,7 +17,7 @@ class NotTokensError(ValueError):
     """A tensor does not hold every token of the batch once."""
 
 
-def sizes(segments: torch.Tensor, shape: Sequence[int] | None, name: str = "segments") -> tuple[int, int]:
+def sizes(segments: torch.Tensor, shape: Sequence[int] | None) -> tuple[int, int]:
     """Rows of a batch, and tokens of a row: 1 where ``shape`` has the rows alone.
 
     Raises:
@@ -25,7 +25,7 @@ def sizes(segments: torch.Tensor, shape: Sequence[int] | None, name: str = "segm
     """
     if shape is None and segments.ndim != 2:
         raise ValueError(
-            f"{name} has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length), or "
+            f"segments has shape {tuple(segments.shape)}: give ids per token, or shape=(batch, length), or "
             "shape=(batch,) where rows are examples of another kind, such as images"
         )
     given = shape if isinstance(shape, Sequence) else segments.shape if shape is None else ()
@@ -34,6 +34,20 @@ def sizes(segments: torch.Tensor, shape: Sequence[int] | None, name: str = "segm
     if len(given) not in (1, 2) or len(whole) < len(found):
         raise ValueError(f"shape={shape!r}: give (batch, length), or (batch,) where rows are no tokens")
     return whole[0], whole[1] if len(whole) == 2 else 1
+
+
+def flat_ids(segments: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Ids per row [batch] or per token [batch, length], one after the other on the CPU.
+
+    Raises:
+        ValueError: wrong dtype or shape.
+    """
+    if segments.dtype not in (torch.int64, torch.int32) or segments.shape not in ((batch,), (batch, length)):
+        raise ValueError(
+            f"segments is {segments.dtype} {tuple(segments.shape)}: give int64 ids per row [{batch}] or per token "
+            f"[{batch}, {length}]"
+        )
+    return segments.detach().to("cpu", torch.int64).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +73,7 @@ class Segments:
         Raises:
             ValueError: wrong dtype or shape, ids that decrease or are out of range.
         """
-        if segments.dtype not in (torch.int64, torch.int32) or segments.shape not in (
-            (batch,),
-            (batch, length),
-        ):
-            raise ValueError(
-                f"segments is {segments.dtype} {tuple(segments.shape)}: give int64 ids per row [{batch}] or per token "
-                f"[{batch}, {length}]"
-            )
-        ids = segments.to("cpu", torch.int64).numpy().reshape(-1)
+        ids = flat_ids(segments, batch, length).numpy()
         if ids.size and (ids[0] < 0 or (ids[1:] < ids[:-1]).any()):
             raise ValueError("segments must be >= 0 and must not decrease: sort the batch's rows by prompt")
         highest = int(ids[-1]) + 1 if ids.size else 0
