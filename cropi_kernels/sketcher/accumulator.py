@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,24 +20,8 @@ from .groups import Groups
 from .ranks import Ranks
 from .segments import Segments
 
-
-class Listener(Protocol):
-    """Is called by the taps while the self-test runs."""
-
-    def attached(self, tap: Any, y: torch.Tensor) -> None:
-        """``tap`` will be attached to a module's output ``y`` next."""
-
-    def added(
-        self,
-        tap: Any,
-        dy: torch.Tensor,
-        kept: torch.Tensor | None,
-        coarse: float = 0.0,
-        rows: slice = slice(None),
-    ) -> None:
-        """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``. Of a formed
-        gradient ``dy``, ``coarse`` is the unit roundoff of what it was formed of; ``rows``: the segments to whose
-        sketches it was added."""
+if TYPE_CHECKING:
+    from .listener import Listener
 
 
 def finished(outs: Sequence[torch.Tensor], spec: SketchSpec) -> torch.Tensor:
@@ -58,7 +42,7 @@ class Accumulator:
         self.segments: Segments | None = None  # of the open batch
         self._engines: list[Operators] = []  # of the open batch, one for each group of parameters
         self._groups: Groups | None = None
-        self.listener: Listener | None = None
+        self.listener: Listener | None = None  # is called by the taps while the self-test runs
         self._needed: dict[type[Operators], int] = {}  # by the last batch of each engine
         self._deaf = self._absent = False
         self.backwards = BackwardPasses()  # of the open batch

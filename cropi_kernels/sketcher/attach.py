@@ -34,7 +34,6 @@ class Attachment:
     model: nn.Module
     acc: Accumulator
     taps: dict[nn.Module, Tap]
-    parameters: list[nn.Parameter]
     coverage: Coverage
     head_matrix: MatrixSketch | None
     head_bias: VectorPlan | None
@@ -147,7 +146,6 @@ def plan_model(model: nn.Module, acc: Accumulator, exclude: Sequence[str] | str)
         model=model,
         acc=acc,
         taps=builder.taps,
-        parameters=list(builder.covered),
         coverage=coverage,
         head_matrix=linear.matrix if linear else None,
         head_bias=linear.bias if linear else None,

@@ -49,7 +49,7 @@ from .segments import Segments, sizes
 from .selftest import SelfTest, SelfTestError
 from .split import SplitModel
 from .tap_tests import TapTests
-from .tapped import TappedModel
+from .tapped import TappedModel, check_entered
 from .trial import few_rows
 from .unseen import calls
 from .untouched import code_shape
@@ -180,7 +180,7 @@ class GradientSketcher:
             UncoveredParameterError: the model uses a parameter in a way that its tap does not see.
             SelfTestError: what a tap gives is not autograd's gradient; names the parameters.
         """
-        self._active("check_model")
+        self._check_entered("check_model")
         self._taken_apart()
 
     @contextmanager
@@ -208,8 +208,7 @@ class GradientSketcher:
                 taps were not heard; names the parameters or modules. Or tokens attend to another segment's, no backward
                 pass ran, or one raised an error.
         """
-        self._active("batch")
-        self._no_batch()
+        self._check_entered("batch")
         self._tapped.plan.check_places()
         check_tensors(segments=segments)
         batch, length = sizes(segments, shape)
@@ -228,7 +227,7 @@ class GradientSketcher:
             apart = self._apart.next(segments) if self._verify else None
             if apart is not None:
                 watching.enter_context(apart.watching())
-            self._begin(where, sharded.device_of(self.model))
+            self._tapped.acc.begin(where, sharded.device_of(self.model), self._tapped.groups)
             result = BatchSketch()
             try:
                 with sharded.starting_over(self.model):
@@ -303,8 +302,7 @@ class GradientSketcher:
             UncoveredParameterError: as by `check_model`, on the first call.
             torch.OutOfMemoryError: names the sizes and the remedy. The sketcher stays usable.
         """
-        self._active("policy_gradient")
-        self._no_batch()
+        self._check_entered("policy_gradient")
         check_tensors(input_ids=input_ids, segments=segments)
         check_temperature(temperature)
         check_rows(input_ids, attention_mask, position_ids)
@@ -340,7 +338,7 @@ class GradientSketcher:
             attention,
             failing,
         ):
-            self._begin(where, device)
+            acc.begin(where, device, self._tapped.groups)
             try:
                 for other in self._tapped.more:
                     other.acc.begin(where, device)
@@ -421,7 +419,6 @@ class GradientSketcher:
 
     def _taken_apart(self) -> SplitModel:
         """The model's decoder and head; the first call checks them, and everything that `policy_gradient` relies on."""
-        self._no_batch()
         head = output_embeddings(self.model)
         if base_of(head) is not self._head:
             raise ValueError(
@@ -447,28 +444,13 @@ class GradientSketcher:
             self._split = split
         return self._split
 
-    def _active(self, method: str) -> None:
+    def _check_entered(self, method: str) -> None:
         one_thread_after_fork()
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                f"{method} under torch.inference_mode(), where nothing can be differentiated: leave it"
-            )
-        if not self._tapped.active:
-            raise RuntimeError(
-                f"{method} outside the `with GradientSketcher(...)` block: nothing is tapped; call it inside"
-            )
-
-    def _no_batch(self) -> None:
-        if self._tapped.acc.segments is not None:
-            raise RuntimeError("a batch is already open in this GradientSketcher: close it first")
+        check_entered(self, method, self._tapped.active, self._tapped.acc)
 
     def _close(self) -> None:
         for plan in self._tapped.plans:
             plan.acc.close()
-
-    def _begin(self, segments: Segments, device: torch.device) -> None:
-        self._no_batch()
-        self._tapped.acc.begin(segments, device, self._tapped.groups)
 
 
 class BatchSketch:

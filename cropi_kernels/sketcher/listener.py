@@ -32,6 +32,7 @@ class Listener:
         self.called: dict[Source, None] = {}  # taps of modules that ran on numbers that have a gradient
 
     def attached(self, tap: Source, y: torch.Tensor) -> None:
+        """``tap`` will be attached to a module's output ``y`` next."""
         if y.requires_grad:
             self.outputs.append(y)
             self.called[tap] = None
@@ -44,6 +45,9 @@ class Listener:
         coarse: float = 0.0,
         rows: slice = slice(None),
     ) -> None:
+        """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``. Of a formed
+        gradient ``dy``, ``coarse`` is the unit roundoff of what it was formed of; ``rows``: the segments to whose
+        sketches it was added."""
         took = projected(self.acc.out[rows])
         self.acc.out[rows].zero_()
         if tap not in self.sums:

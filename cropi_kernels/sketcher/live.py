@@ -28,7 +28,7 @@ from .segments import Segments
 from .selftest import SelfTest
 from .split_loss import COUPLED, LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck
 from .tap_tests import TapTests
-from .tapped import TappedModel
+from .tapped import TappedModel, check_entered
 from .untouched import code_shape
 
 
@@ -286,16 +286,7 @@ class LiveSketcher:
         listen(self._plan, self._runs, call, log_probs, entropy)
 
     def _check_state(self) -> None:
-        if not self._handles:
-            raise RuntimeError(
-                "batch outside the `with LiveSketcher(...)` block: nothing is tapped; call it inside"
-            )
-        if self._acc.segments is not None:
-            raise RuntimeError("a batch is already open in this LiveSketcher: close it first")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "batch under torch.inference_mode(), where nothing can be differentiated: leave it"
-            )
+        check_entered(self, "batch", bool(self._handles), self._acc)
         places = self._plan.check_places()
         known = {*self._plan.coverage.names, *self._plan.coverage.excluded, *self._plan.coverage.uncovered}
         now = {

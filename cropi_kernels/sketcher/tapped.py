@@ -204,6 +204,25 @@ class TappedModel:
         self._hook()
 
 
+def check_entered(sketcher: object, method: str, active: bool, acc: Accumulator) -> None:
+    """Check that a sketcher is inside of its ``with`` block, and of no batch.
+
+    Raises:
+        RuntimeError: it is not; or nothing can be differentiated.
+    """
+    name = type(sketcher).__name__
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{method} under torch.inference_mode(), where nothing can be differentiated: leave it"
+        )
+    if not active:
+        raise RuntimeError(
+            f"{method} outside the `with {name}(...)` block: nothing is tapped; call it inside"
+        )
+    if acc.segments is not None:
+        raise RuntimeError(f"a batch is already open in this {name}: close it first")
+
+
 def _described(spec: SketchSpec, plan: Attachment) -> str:
     """The spec, and the names and shapes of the sketched parameters: equal on all ranks of a group."""
     return "\n".join([f"{spec}", *(f"{name} {tuple(p.shape)}" for p, name in plan.wanted.items())])
