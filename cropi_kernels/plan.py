@@ -64,6 +64,11 @@ class MatrixPlan:
     recipe: str = dataclasses.field(default="", init=False)
 
     @property
+    def dim(self) -> int:
+        """Numbers of a sketch, in all its slabs."""
+        return self.n_slabs * self.slab_rows * self.slab_cols
+
+    @property
     def n_row_blocks(self) -> int:
         return self.pair_row.shape[0]
 

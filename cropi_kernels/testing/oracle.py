@@ -95,7 +95,7 @@ def sketch_and_magnitudes(
     ``d`` is [tokens, plan.folded_rows] and ``a`` [tokens, plan.folded_cols] in any dtype, ``offsets`` int64
     [segments + 1].
     """
-    shape = offsets.numel() - 1, plan.n_slabs * plan.slab_rows * plan.slab_cols
+    shape = offsets.numel() - 1, plan.dim
     exact, size = (torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2))
     linear.sketch_linear(d.double(), a.double(), offsets, plan, exact)
     bucket, _ = linear.folded_coordinates(plan)

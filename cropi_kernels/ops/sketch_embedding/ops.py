@@ -58,7 +58,7 @@ def _check(
         )
     check_plain("rows", rows)
     check_devices("x", x, rows=rows, out=out)
-    check_out(out, check_offsets(offsets), made.n_slabs * made.slab_rows * made.slab_cols)
+    check_out(out, check_offsets(offsets), made.dim)
 
 
 SKETCH = register(

@@ -7,16 +7,8 @@ import torch
 from ... import dispatch
 from ..._library import register
 from ...plan import matrix_plan_of
-from .._checks import (
-    check_devices,
-    check_floating,
-    check_offset_values,
-    check_offsets,
-    check_operand,
-    check_out,
-    offsets_for,
-)
-from ..sketch_linear.ops import REMEDY, fold
+from .._checks import check_floating, check_offset_values, check_offsets, check_out, offsets_for
+from ..sketch_linear.ops import REMEDY, check_inputs, fold
 
 
 def step_of(d: torch.Tensor, row_step: int | None) -> int:
@@ -65,19 +57,13 @@ def _check(
         )
     step_of(d, row_step)
     check_floating("d", d)
-    cols = made.folded_cols
-    check_operand("a", a, cols if a.shape[-1:] == (cols,) else made.cols, f"inputs of {made.name}")
-    if d.shape[0] != a.shape[0]:
-        raise ValueError(
-            f"d has {d.shape[0]} tokens but a has {a.shape[0]}: they must come from the same forward"
-        )
-    check_devices("d", d, a=a, out=out)
+    check_inputs(d, a, made, out)
     ranges, segments = check_offsets(offsets), out.shape[0] if out.ndim == 2 else 0
     if ranges % max(segments, 1) or (ranges and not segments):
         raise ValueError(
             f"offsets holds {ranges} ranges for out's {segments} segments: give groups * segments + 1 offsets"
         )
-    check_out(out, segments, made.n_slabs * made.slab_rows * made.slab_cols)
+    check_out(out, segments, made.dim)
     groups = ranges // segments if segments else 0
     rows, last = d.shape[1], first_row + (groups - 1) * row_step + d.shape[1]
     if first_row < 0 or (groups and last > made.rows) or (groups > 1 and row_step < rows):

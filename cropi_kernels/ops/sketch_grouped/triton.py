@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import _native, _triton
+from ... import _triton
 from ..._launch import Launch
 from ...plan import MatrixPlan
 from .._device_plan import cached, pair_words, slab_row_signs
 from .._triton_segments import _offset, cut, reduce_partials
-from ..sketch_linear.triton import SlabConfig, _pick, fold_columns, fold_tables, slab_config
+from ..sketch_linear.triton import SlabConfig, _pick, alike, fold_columns, fold_tables, slab_config
 
 GROUP_PAIRS = 24  # entries of a partial result, where no limit below asks for more
 # Results of one slab and segment that are added up, 128 KiB each; more where one would have more than MOST_ENTRIES.
@@ -182,10 +182,7 @@ def sketch_grouped(
     row_step: int,
 ) -> None:
     """As the reference, for folded ``a`` and tensors on one device; ``offsets`` int64 on that device."""
-    d, a = _native.rows_view(d), _native.rows_view(a)
-    if d.dtype != a.dtype:
-        wide = torch.promote_types(d.dtype, a.dtype)
-        d, a = d.to(wide), a.to(wide)
+    d, a = alike(d, a)
     (n_tokens, rows), n_segments = d.shape, out.shape[0]
     if n_tokens == 0 or n_segments == 0 or offsets.numel() == 1:
         return

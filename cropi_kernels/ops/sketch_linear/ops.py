@@ -74,15 +74,21 @@ def _check(
     d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, plan: str, backend: str | None
 ) -> None:
     made = matrix_plan_of(plan)
-    rows, cols = made.folded_rows, made.folded_cols
+    rows = made.folded_rows
     check_operand("d", d, rows if d.shape[-1:] == (rows,) else made.rows, f"output gradients of {made.name}")
-    check_operand("a", a, cols if a.shape[-1:] == (cols,) else made.cols, f"inputs of {made.name}")
+    check_inputs(d, a, made, out)
+    check_out(out, check_offsets(offsets), made.dim)
+
+
+def check_inputs(d: torch.Tensor, a: torch.Tensor, plan: MatrixPlan, out: torch.Tensor) -> None:
+    """The inputs ``a`` of a layer, folded or not, beside its output gradients."""
+    cols = plan.folded_cols
+    check_operand("a", a, cols if a.shape[-1:] == (cols,) else plan.cols, f"inputs of {plan.name}")
     if d.shape[0] != a.shape[0]:
         raise ValueError(
             f"d has {d.shape[0]} tokens but a has {a.shape[0]}: they must come from the same forward"
         )
     check_devices("d", d, a=a, out=out)
-    check_out(out, check_offsets(offsets), made.n_slabs * made.slab_rows * made.slab_cols)
 
 
 FOLD = register(

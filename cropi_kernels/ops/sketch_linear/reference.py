@@ -43,7 +43,7 @@ def coordinates(plan: MatrixPlan) -> tuple[torch.Tensor, torch.Tensor]:
 def sketch_matrix(gradient: torch.Tensor, plan: MatrixPlan) -> torch.Tensor:
     """Sketch [n_slabs * 32768] of a gradient [rows, cols] that exists, in the gradient's dtype."""
     bucket, sign = coordinates(plan)
-    out = gradient.new_zeros(plan.n_slabs * plan.slab_rows * plan.slab_cols)
+    out = gradient.new_zeros(plan.dim)
     values = gradient * sign.to(gradient)
     return out.index_add_(0, bucket.reshape(-1).to(gradient.device), values.reshape(-1))
 

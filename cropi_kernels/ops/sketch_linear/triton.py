@@ -459,14 +459,17 @@ def add_slabs(
     )
 
 
+def alike(d: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with contiguous columns, and in one dtype."""
+    wide = torch.promote_types(d.dtype, a.dtype)
+    return _native.rows_view(d).to(wide), _native.rows_view(a).to(wide)
+
+
 def sketch_linear(
     d: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor, plan: MatrixPlan, out: torch.Tensor
 ) -> None:
     """``out[s] += S vec(sum_t d[t]^T a[t])`` for folded operands on one device; ``offsets`` int64 on that device."""
-    d, a = _native.rows_view(d), _native.rows_view(a)
-    if d.dtype != a.dtype:
-        wide = torch.promote_types(d.dtype, a.dtype)
-        d, a = d.to(wide), a.to(wide)
+    d, a = alike(d, a)
     n_tokens = d.shape[0]
     if n_tokens == 0 or offsets.numel() == 1:
         return
