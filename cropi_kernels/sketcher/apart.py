@@ -121,7 +121,7 @@ class Apart:
         return decoded(self._model, self._decoder, **kwargs | {"input_ids": ids})
 
 
-class Tested:
+class ApartTests:
     """Which batches are looked at: all that were given a number for each token, until one has told. The ranks of a
     sharded model look at the same ones."""
 

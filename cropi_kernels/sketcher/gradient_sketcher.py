@@ -18,9 +18,10 @@ from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from . import sharded
-from .apart import MIXED, Tested
+from .apart import MIXED, ApartTests
 from .attention import right_backward
 from .beside import check_passes, watch_weights
+from .bitsandbytes import check_8bit_layers
 from .coverage import Coverage
 from .decoder import evaluating, output_embeddings, split_model, split_parts
 from .groups import width
@@ -40,7 +41,6 @@ from .inputs import (
 from .labels import Batch, scored_tokens
 from .one_sequence import check_call
 from .origin import origin_of
-from .packed import check_apart
 from .precision import own_precision
 from .probe import Probe, checked_rows, probe_longer, probe_policy
 from .replay import Recorded
@@ -119,13 +119,13 @@ class GradientSketcher:
     ) -> None:
         self._tapped = TappedModel(model, spec, exclude, more, fused, groups)
         self.model, self.spec = self._tapped.model, self._tapped.spec
-        check_apart(self.model)
+        check_8bit_layers(self.model)
         self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
         self._split: SplitModel | None = None
         self._head = base_of(output_embeddings(self.model))  # the taps were planned with it
         self._verify = verify
         self._shape: object = None  # of the model's code, when it was tested
-        self._batches, self._watches, self._apart = 0, verify, Tested(self.model, self._tapped.acc)
+        self._batches, self._watches, self._apart = 0, verify, ApartTests(self.model, self._tapped.acc)
         self._tests = TapTests(self._tapped)
         self.probe: Probe | None = None
 
@@ -163,7 +163,7 @@ class GradientSketcher:
             self._tapped.fuse_again()
             self._shape, self._split, self._tests = shape, None, TapTests(self._tapped)
             self._batches, self._watches = 0, self._verify
-            self._apart = Tested(self.model, self._tapped.acc)
+            self._apart = ApartTests(self.model, self._tapped.acc)
             self.probe = None
         self._tapped.tap()
         return self

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..spec import SketchSpec
 from . import sharded
-from .apart import MIXED, Tested
+from .apart import MIXED, ApartTests
 from .attach import Attachment
 from .beside import check_heard, check_passes
 from .coverage import Coverage
@@ -107,7 +107,7 @@ class LiveSketcher:
         self._shape: object = None  # of the model's code, when it was tested
         self._tapped_shape: object = None  # the same with the taps
         self._audits = Schedule()
-        self._ready, self._apart = False, Tested(self.model, self._acc)
+        self._ready, self._apart = False, ApartTests(self.model, self._acc)
         self._runs: Runs | None = None  # those of the open batch
         self.loss: str | None = None
         self._sorts = False  # whether the last loss that was looked at put values in order
@@ -328,7 +328,7 @@ class LiveSketcher:
         if (shape := code_shape(self.model)) == self._shape:
             return False
         self._shape, self._tests, self._ready = shape, TapTests(self._tapped), False
-        self._apart = Tested(self.model, self._acc)
+        self._apart = ApartTests(self.model, self._acc)
         return True
 
     @contextmanager

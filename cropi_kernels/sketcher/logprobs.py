@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .._fork import one_thread_after_fork
+from .bitsandbytes import check_8bit_layers
 from .decoder import split_model, split_parts
 from .inputs import check_positions, check_rows, check_tensors, check_vocabulary, known_ids, model_inputs
 from .labels import Batch
-from .packed import check_apart
 from .precision import own_precision, unwrapped
 from .probe import Probe, checked_rows, probe_longer, probe_rows
 from .sharded import units
@@ -105,13 +105,13 @@ def measured_split(model: nn.Module) -> SplitModel:
     """The model's decoder and head, measured at the first call, and again when the model has other parts.
 
     Raises:
-        ValueError: as `split_model` and `check_apart`.
+        ValueError: as `split_model` and `check_8bit_layers`.
     """
     named = split_parts(model)
     parts = weakref.ref(named.decoder), weakref.ref(named.head)
     known = _MEASURED.get(model)
     if known is None or known[:2] != parts:
-        check_apart(model)
+        check_8bit_layers(model)
         split = split_model(model)
         known = _MEASURED[model] = *parts, split.scale, split.softcap
     return dataclasses.replace(named, scale=known[2], softcap=known[3])

@@ -14,12 +14,12 @@ from ..spec import SketchSpec
 from . import sharded
 from .accumulator import Accumulator
 from .attach import UNCOVERED, Attachment, plan_model, refused_modules
+from .bitsandbytes import keep_gradients
 from .coverage import Coverage, uncovered
 from .fused import find_fusion
 from .groups import planned
 from .hooks import checkpointed, start_graph
 from .inputs import embeddings
-from .packed import keep_gradients
 from .precision import check_adapters, unwrapped
 from .taps import Hook
 from .unseen import Run, seen_wrong

@@ -33,8 +33,8 @@ from cropi.model.placing import placed_device, placed_dtype
 from cropi.model.settings import model_settings, saved_buffers
 from cropi.model.sources import has_tokenizer, is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
+from cropi_kernels.sketcher.bitsandbytes import check_8bit_layers, keep_gradients
 from cropi_kernels.sketcher.decoder import check_loaded
-from cropi_kernels.sketcher.packed import check_apart, keep_gradients
 from cropi_kernels.sketcher.precision import unwrapped
 
 T = TypeVar("T")
@@ -402,7 +402,7 @@ def _module(model: torch.nn.Module, options: Mapping[str, Any]) -> Any:
     inner = unwrapped(model)
     try:
         check_loaded(inner)
-        check_apart(inner)
+        check_8bit_layers(inner)
     except ValueError as error:
         raise CropiError(f"model: {error}") from None
     _check_kind(inner)

@@ -22,7 +22,7 @@ MIXES = (
 )
 
 
-def check_apart(model: nn.Module) -> None:
+def check_8bit_layers(model: nn.Module) -> None:
     """Check that no 8-bit layer takes columns apart by what other tokens hold.
 
     A few tokens do not show it where none of them is beyond the threshold.
