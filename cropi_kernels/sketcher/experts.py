@@ -255,9 +255,11 @@ def _layout(module: Any, own: dict[str, nn.Parameter]) -> Experts:
         gated, bias = bool(module.has_gate), bool(module.has_bias)
         up = "gate_up_proj" if gated else "up_proj"
         up_bias, down_bias = (f"{up}_bias", "down_proj_bias") if bias else (None, None)
-        layout = Experts(up, "down_proj", up_bias, down_bias, gated, bool(module.is_transposed), False)
+        transposed = bool(module.is_transposed)
+        layout = Experts(up, "down_proj", up_bias, down_bias, gated, transposed, repeated=False)
     else:
-        layout = Experts("gate_up_proj", "down_proj", None, None, True, True, True)
+        names = "gate_up_proj", "down_proj", None, None
+        layout = Experts(*names, gated=True, transposed=True, repeated=True)
     if layout.up not in own or own[layout.up].ndim != 3 or len(own[layout.up]) != len(own["down_proj"]):
         raise Unsupported(f"{layout.up} and down_proj do not hold the same experts")
     return layout

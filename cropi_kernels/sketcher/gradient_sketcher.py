@@ -121,13 +121,9 @@ class GradientSketcher:
         self.model, self.spec = self._tapped.model, self._tapped.spec
         check_8bit_layers(self.model)
         self._linears = PackedLinears(self.model.parameters(), sharded.linears_of(self.model, linears))
-        self._split: SplitModel | None = None
         self._head = base_of(output_embeddings(self.model))  # the taps were planned with it
         self._verify = verify
-        self._shape: object = None  # of the model's code, when it was tested
-        self._batches, self._watches, self._apart = 0, verify, ApartTests(self.model, self._tapped.acc)
-        self._tests = TapTests(self._tapped)
-        self.probe: Probe | None = None
+        self._forget(None)
 
     def __repr__(self) -> str:
         """The model, the spec, how much is covered, and whether the model is tapped now."""
@@ -161,16 +157,21 @@ class GradientSketcher:
         # Where hooks or forwards have come or gone, the model is tested again.
         if (shape := code_shape(self.model)) != self._shape:
             self._tapped.fuse_again()
-            self._shape, self._split, self._tests = shape, None, TapTests(self._tapped)
-            self._batches, self._watches = 0, self._verify
-            self._apart = ApartTests(self.model, self._tapped.acc)
-            self.probe = None
+            self._forget(shape)
         self._tapped.tap()
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._tapped.untap()
         self._linears.clear()
+
+    def _forget(self, shape: object) -> None:
+        """Nothing is known of a model whose code has this `code_shape`."""
+        self._shape = shape
+        self._split: SplitModel | None = None
+        self.probe: Probe | None = None
+        self._tests, self._apart = TapTests(self._tapped), ApartTests(self.model, self._tapped.acc)
+        self._batches, self._watches = 0, self._verify
 
     def check_model(self) -> None:
         """Run the model on a few tokens and check it, which the first `policy_gradient` then does not do again.
