@@ -31,11 +31,14 @@ class Replay:
     def of(
         cls, module: nn.Module, args: Any, kwargs: Any, segments: Segments
     ) -> tuple[Replay, list[torch.Tensor]] | None:
-        """The replay of a call, and its tensors.
+        """The replay of a call on the rows of one segment, and its tensors.
 
-        None where the call may do more than compute its result (fill a cache, count in a buffer), or has no tensor with
-        the batch's rows.
+        None unless there are several segments, of whole rows; or where the call may do more than compute its result
+        (fill a cache, count in a buffer), or has no tensor with the batch's rows.
         """
+        bounds = [(begin, end) for begin, end in segments.bounds if begin < end]
+        if len(bounds) < 2 or any(end % segments.length for _, end in bounds):
+            return None
         if module.training and next(module.buffers(), None) is not None:
             return None
         leaves, tree = pytree.tree_flatten((args, kwargs))

@@ -1,9 +1,17 @@
-"""Which parameters of a model are sketched, and which are left out on purpose: the report, and the error."""
+"""Which parameters of a model are sketched, and which are left out on purpose: the report, the error, and what tells
+the sketches of one model from those of another.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .inputs import known_ids
+from .precision import unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +74,26 @@ def uncovered(problem: str, lines: Sequence[str], pattern: str, share: float) ->
         f"{problem} ({share:.2%} of all parameters):\n{listed}freeze them, or leave them out by name: "
         f"exclude=[{pattern!r}, ...]; exclude='uncovered' leaves out all of them"
     )
+
+
+def origin_of(model: nn.Module, coverage: Coverage) -> dict[str, Any]:
+    """Of which model and parameters sketches are, in JSON's types.
+
+    Returns:
+        ``parameters``: the shape of each sketched parameter, by its canonical name; of one that is spread over ranks,
+        that of the whole. Where the model has them: ``model``, the type that its configuration names, and
+        ``vocabulary``, the rows of its embedding of tokens.
+
+    >>> from cropi_kernels import GradientSketcher, SketchSpec
+    >>> GradientSketcher(nn.Linear(3, 2), SketchSpec(1024)).origin
+    {'parameters': {'weight': [2, 3], 'bias': [2]}}
+    """
+    made: dict[str, Any] = {"parameters": {name: list(shape) for name, shape in coverage.shapes.items()}}
+    inner = unwrapped(model)
+    kind = getattr(getattr(inner, "config", None), "model_type", None)
+    if isinstance(kind, str) and kind:
+        made["model"] = kind
+    rows = known_ids(inner)
+    if rows is not None:
+        made["vocabulary"] = rows
+    return made

@@ -231,9 +231,11 @@ class ExactTaps:
     # ---------------------------------------------------------------------------------------------- a call
     def _capture(self, call: _Call, args: Any, kwargs: Any, y: Any) -> Any:
         """``y`` with a capture in its graph; ``y`` itself, if it does not hold the batch's tokens."""
+        segments = self._batch
+        assert segments is not None
         leaves, tree = pytree.tree_flatten(y)
         outputs = [
-            _Output(i, t, self._view(call.module, i, t))
+            _Output(i, t, self._view(segments, call.module, i, t))
             for i, t in enumerate(leaves)
             if isinstance(t, torch.Tensor) and t.requires_grad and t.is_floating_point()
         ]
@@ -245,22 +247,20 @@ class ExactTaps:
             behind, every = nodes_behind(ys), edges
             edges = {exact: edge for exact, edge in every.items() if edge.node in behind}
             for exact in every.keys() - edges.keys():
-                exact.unused = self._batch
+                exact.unused = segments
         call.taken.update(edges)
         if not edges:
             return y
         saved: list[torch.Tensor] = []
-        if (sink := self._lookup(ys, edges)) is None:
-            again = self._replay(call.module, args, kwargs)
+        if (sink := self._lookup(segments, ys, edges)) is None:
+            again = Replay.of(call.module, args, kwargs, segments)
             replay, saved = again if again is not None else (None, [])
-            sink = self._products(call.module, outputs, edges, replay)
+            sink = self._products(segments, call.module, outputs, edges, replay)
         for output, t in zip(outputs, _Captures.apply(sink, len(ys), *ys, *saved), strict=True):
             leaves[output.place] = t
         return pytree.tree_unflatten(leaves, tree)
 
-    def _view(self, module: nn.Module, output: int, y: torch.Tensor) -> tuple[int, ...]:
-        segments = self._batch
-        assert segments is not None
+    def _view(self, segments: Segments, module: nn.Module, output: int, y: torch.Tensor) -> tuple[int, ...]:
         if isinstance(module, nn.Conv1d):
             views = segments.convolved_view(y, module.padding)
         else:
@@ -272,26 +272,17 @@ class ExactTaps:
             self._layouts.setdefault((module, output), *views)
         return views.get(self._layouts.get((module, output), NO_LAYOUT), ())
 
-    def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Replay, list[torch.Tensor]] | None:
-        """How to repeat the call on the rows of one segment; None unless there are several, of whole rows."""
-        segments = self._batch
-        assert segments is not None
-        bounds = [span for span in segments.bounds if span[0] < span[1]]
-        if len(bounds) < 2 or any(end % segments.length for _, end in bounds):
-            return None
-        return Replay.of(module, args, kwargs, segments)
-
     def _products(
         self,
+        segments: Segments,
         module: nn.Module,
         outputs: Sequence[_Output],
         edges: dict[Exact, GradientEdge],
         replay: Replay | None,
     ) -> Callable[..., None]:
         """What forms and adds the gradients of one call's parameters, when those of its ``outputs`` arrive."""
-        segments, acc = self._batch, self.acc
-        assert segments is not None
-        names, cast = ", ".join(exact.name for exact in edges), autocast_eps(outputs[0].y.device)
+        acc, names = self.acc, ", ".join(exact.name for exact in edges)
+        cast = autocast_eps(outputs[0].y.device)
 
         def heard(grads: Sequence[torch.Tensor | None], saved: Sequence[torch.Tensor] | None) -> None:
             if acc.hears(segments, names):
@@ -370,7 +361,7 @@ class ExactTaps:
                     self.acc.listener.added(exact, gradient, None, unit, rows)
 
     def _lookup(
-        self, ys: Sequence[torch.Tensor], edges: dict[Exact, GradientEdge]
+        self, segments: Segments, ys: Sequence[torch.Tensor], edges: dict[Exact, GradientEdge]
     ) -> Callable[..., None] | None:
         """What adds the gradient of an embedding that returns its rows as they are (learned positions), without forming
         it; None: the module does something else."""
@@ -388,8 +379,7 @@ class ExactTaps:
         if node.next_functions[0][0] is not edge.node or node._saved_scale_grad_by_freq:  # type: ignore[attr-defined]
             return None
         ids, padding = node._saved_indices.reshape(-1), node._saved_padding_idx  # type: ignore[attr-defined]
-        segments, acc, matrix = self._batch, self.acc, exact.matrix
-        assert segments is not None
+        acc, matrix = self.acc, exact.matrix
 
         def sink(grads: Sequence[torch.Tensor | None], saved: object) -> None:
             if not acc.hears(segments, exact.name) or grads[0] is None:

@@ -22,7 +22,7 @@ from .apart import MIXED, ApartTests
 from .attention import right_backward
 from .beside import check_passes, watch_weights
 from .bitsandbytes import check_8bit_layers
-from .coverage import Coverage
+from .coverage import Coverage, origin_of
 from .decoder import evaluating, output_embeddings, split_model, split_parts
 from .groups import width
 from .head import PolicyGradient, failed_segments, head_pass, scored_segments
@@ -40,7 +40,6 @@ from .inputs import (
 )
 from .labels import Batch, scored_tokens
 from .one_sequence import check_call
-from .origin import origin_of
 from .precision import own_precision
 from .probe import Probe, checked_rows, probe_longer, probe_policy
 from .replay import Recorded

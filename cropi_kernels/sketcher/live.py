@@ -16,11 +16,10 @@ from . import sharded
 from .apart import MIXED, ApartTests
 from .attach import Attachment
 from .beside import check_heard, check_passes
-from .coverage import Coverage
+from .coverage import Coverage, origin_of
 from .fused_head import HeadCall, listen
 from .live_audit import Audit, Schedule
 from .one_sequence import one_sequence_a_row
-from .origin import origin_of
 from .precision import own_precision
 from .replay import Recorded
 from .row_segments import Runs

@@ -199,12 +199,11 @@ def add_over_ranks(
     """
     device = ranks.mesh.device_type
     shape = list(sums[key].shape) if key in sums else []
-    sizes = torch.tensor([0.0, *shape, *[0.0] * (2 - len(shape))][:3], dtype=torch.float64, device=device)
-    sizes[0] = len(shape)
-    dims = [int(n) for n in ranks.max(sizes).tolist()]
-    if not dims[0]:
+    sizes = torch.tensor([len(shape), *shape, 0, 0][:3], dtype=torch.float64, device=device)
+    axes, *dims = map(int, ranks.max(sizes).tolist())
+    if not axes:
         return
-    mine = sums.get(key, torch.zeros(dims[1 : 1 + dims[0]], dtype=torch.float64, device="cpu"))
+    mine = sums.get(key, torch.zeros(dims[:axes], dtype=torch.float64, device="cpu"))
     sums[key] = ranks.sum(mine.to(device)).to(mine.device)
     for table, reduce in [(t, ranks.sum) for t in added] + [(t, ranks.max) for t in largest]:
         value = reduce(torch.tensor([float(table.get(key, 0.0))], dtype=torch.float64, device=device))
