@@ -55,9 +55,8 @@ def unsupported() -> str | None:
     """Why this build of torch has no such products, or None."""
     if not torch.backends.mkldnn.is_available():
         return "this build of torch is without oneDNN"
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    ):
+    used = "_linear_pointwise", "_reorder_linear_weight"
+    if not all(hasattr(torch.ops.mkldnn, name) for name in used):
         return f"torch {torch.__version__} has no packed linear layers"
     if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
         return f"torch {torch.__version__} does not say whether a layer is checkpointed"

@@ -96,8 +96,6 @@ class SketchSpec(base.Spec):
 
 
 def _check_fold(name: str, value: Any) -> int | None:
-    return (
-        None
-        if value is None
-        else base.check_power_of_two(name, value, 16, FOLDS[name], " or None for no fold")
-    )
+    if value is None:
+        return None
+    return base.check_power_of_two(name, value, 16, FOLDS[name], " or None for no fold")

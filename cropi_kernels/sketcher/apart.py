@@ -96,11 +96,9 @@ class Apart:
         assert self._call is not None
         args, kwargs = self._call
         mask = kwargs.get("attention_mask")
-        second = (
-            torch.zeros_like(given, dtype=torch.bool)
-            if self._second is None
-            else self._second.to(given.device)
-        )
+        second = torch.zeros_like(given, dtype=torch.bool)
+        if self._second is not None:
+            second = self._second.to(given.device)
         others = given.flatten().roll(1).view_as(given)
         ids = torch.where(second, given, others)
         with self._acc.absent(), untouched(self._model), torch.no_grad():

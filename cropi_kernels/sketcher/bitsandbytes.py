@@ -49,9 +49,8 @@ def keep_gradients(model: nn.Module) -> None:
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             try:
                 # The package's own way back, which it takes before it saves or moves a weight.
-                undo = importlib.import_module(
-                    "bitsandbytes.functional"
-                )._convert_weight_packed_for_cpu_inverse
+                functional: Any = importlib.import_module("bitsandbytes.functional")
+                undo = functional._convert_weight_packed_for_cpu_inverse
                 weight.data, weight.quant_state = undo(weight.data, weight.quant_state)
             except Exception as error:
                 raise ValueError(

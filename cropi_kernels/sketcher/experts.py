@@ -279,9 +279,8 @@ def _computes(module: nn.Module, layout: Experts, own: dict[str, nn.Parameter]) 
         # A strided window on few numbers has the shape of the model's weights without their memory.
         strides = (7, 3, 1)[-p.ndim :]
         window = random(sum((n - 1) * s for n, s in zip(p.shape, strides, strict=True)) + 1)
-        return (
-            window.as_strided(p.shape, strides) * 1.0 if p.ndim < 3 else window.as_strided(p.shape, strides)
-        )
+        made = window.as_strided(p.shape, strides)
+        return made * 1.0 if p.ndim < 3 else made
 
     shell.__dict__["_parameters"] = {name: like(p) for name, p in own.items()}
     n, _, width = layout.rows_and_cols(own[layout.up])

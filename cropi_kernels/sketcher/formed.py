@@ -242,6 +242,5 @@ class _Batch:
             kwargs["position_ids"] = where[..., rows, :] if where.shape[-2] == batch else where
         z = model(input_ids=self.input_ids[rows], use_cache=False, **kwargs).logits
         scored = z.flatten(0, 1)[self.positions[tokens] - rows.start * length].float()
-        return torch.log_softmax(scored / self.temperature, dim=-1).gather(1, self.targets[tokens, None])[
-            :, 0
-        ]
+        logprobs = torch.log_softmax(scored / self.temperature, dim=-1)
+        return logprobs.gather(1, self.targets[tokens, None])[:, 0]

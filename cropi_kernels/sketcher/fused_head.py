@@ -138,7 +138,6 @@ class _Sink:
         out = torch.empty(len(h), len(weight), dtype=wide, device=h.device)
         for begin in range(0, len(weight), PANEL):
             part = slice(begin, begin + PANEL)
-            out[:, part] = nn.functional.linear(
-                h, weight[part].to(h.dtype), None if bias is None else bias[part]
-            )
+            added = None if bias is None else bias[part]
+            out[:, part] = nn.functional.linear(h, weight[part].to(h.dtype), added)
         return out

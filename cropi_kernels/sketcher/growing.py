@@ -34,7 +34,6 @@ def forget_longest(decoder: nn.Module) -> None:
         longest = max(getattr(module, prefix + _CACHED), vars(module).pop(f"None_{_CACHED}", 0))
         if original is not None and longest > module.original_max_seq_len:
             current = module._buffers.get(f"{prefix}inv_freq")
-            module._buffers[f"{prefix}inv_freq"] = (
-                original if current is None else original.to(current.device)
-            )
+            moved = original if current is None else original.to(current.device)
+            module._buffers[f"{prefix}inv_freq"] = moved
             setattr(module, prefix + _CACHED, module.original_max_seq_len)

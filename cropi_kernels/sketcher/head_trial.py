@@ -220,12 +220,9 @@ def _hooked(
 ) -> list[Comparison]:
     """Whether hooks on the head's parameters change their gradients, which the head's pass never forms."""
     changed = []
-    covered = plan.head_matrix is not None, plan.head_bias is not None
-    for p, mine, formed in zip(
-        (head.weight, head.bias), covered, (lambda: dz.T @ h.double(), lambda: dz.sum(0))
-    ):
-        if mine and p is not None and p._backward_hooks:
-            plain = formed().to(p.dtype)
+    for p, sketch in ((head.weight, plan.head_matrix), (head.bias, plan.head_bias)):
+        if sketch is not None and p is not None and p._backward_hooks:
+            plain = (dz.sum(0) if p is head.bias else dz.T @ h.double()).to(p.dtype)
             with thawed([p]):
                 (got,) = torch.autograd.grad(p, p, plain)
             what = "a hook on the parameter changes its gradient, which no tap sees"

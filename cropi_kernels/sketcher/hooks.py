@@ -122,9 +122,8 @@ def widened_input(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
 def _is_cast_of(kept: torch.Tensor, x: torch.Tensor) -> bool:
     if kept.dtype != torch.float32 or kept.shape != x.shape or kept.grad_fn is None:
         return False
-    return kept.grad_fn.name() == "ToCopyBackward0" and kept.grad_fn.next_functions == (
-        (x.grad_fn, x.output_nr),
-    )
+    behind = ((x.grad_fn, x.output_nr),)
+    return kept.grad_fn.name() == "ToCopyBackward0" and kept.grad_fn.next_functions == behind
 
 
 def packed() -> bool:

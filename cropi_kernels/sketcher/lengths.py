@@ -20,6 +20,7 @@ from .trial import config_numbers, few_rows
 from .untouched import untouched
 
 WRONG = 16  # unit roundoffs, relative to the largest logits or hidden states, beyond which two runs are not the same
+SCALINGS = {"longrope", "dynamic", "su"}  # of positions, as configurations name them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +101,7 @@ def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:
     config = getattr(model, "config", None)
     for name in ("rope_parameters", "rope_scaling"):
         value = getattr(config, name, None)
-        if isinstance(value, dict) and {value.get("rope_type"), value.get("type")} & {
-            "longrope",
-            "dynamic",
-            "su",
-        }:
+        if isinstance(value, dict) and {value.get("rope_type"), value.get("type")} & SCALINGS:
             return True
     return False
 
@@ -151,12 +148,10 @@ def check_lengths(
         return
     short = own < longest if lengths.by_length else own <= lengths.switch
     if bool(short.any()):
+        rows = "rows of one length a call there"
+        if not lengths.by_length:
+            rows = f"rows up to {lengths.switch} in other calls"
         raise ValueError(
             f"rows of {int(own[short].min())} and of {longest} tokens (with padding) are in one batch: beyond "
-            f"{lengths.switch} tokens the model scales the positions of all rows by the longest one. Give "
-            + (
-                "rows of one length a call there"
-                if lengths.by_length
-                else f"rows up to {lengths.switch} in other calls"
-            )
+            f"{lengths.switch} tokens the model scales the positions of all rows by the longest one. Give {rows}"
         )

@@ -179,9 +179,8 @@ class TensorMatrix(MatrixSketch):
             # Whole turns are taken off in integers: bucket * frequency reaches dim^2 / 2.
             turns = self.row_bucket.to(row.device)[row][:, None] * frequency % self.spec.dim
             phase = turns.double() * (-2 * math.pi / self.spec.dim)
-            return torch.polar(
-                self.row_sign.to(row.device)[row].double()[:, None].expand_as(phase), phase
-            ).to(torch.complex64)
+            sign = self.row_sign.to(row.device)[row].double()[:, None]
+            return torch.polar(sign.expand_as(phase), phase).to(torch.complex64)
 
         self._convolve(spectrum, x, offsets, out)
 
@@ -208,9 +207,8 @@ class TensorMatrix(MatrixSketch):
             for t in range(begin, end, chunk):
                 t1 = min(end, t + chunk)
                 folded = a.new_zeros(t1 - t, self.spec.dim, dtype=torch.float32)
-                folded.index_add_(
-                    1, self.col_bucket.to(a.device), a[t:t1].float() * self.col_sign.to(a.device)
-                )
+                signed = a[t:t1].float() * self.col_sign.to(a.device)
+                folded.index_add_(1, self.col_bucket.to(a.device), signed)
                 product = (spectrum(t, t1) * torch.fft.rfft(folded)).sum(0)
                 out[s] += torch.fft.irfft(product, n=self.spec.dim)
 

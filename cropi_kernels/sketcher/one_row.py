@@ -77,9 +77,6 @@ def _shape_of(name: str, args: tuple[Any, ...]) -> tuple[int, ...] | None:
         return tuple(args[1].shape)
     if name == "expand":
         sizes = args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:]
-        return (
-            tuple(n if size == -1 else size for size, n in zip(sizes, args[0].shape))
-            if len(sizes) == 3
-            else None
-        )
+        if len(sizes) == 3:
+            return tuple(n if size == -1 else size for size, n in zip(sizes, args[0].shape))
     return None

@@ -43,9 +43,8 @@ class Ranks:
             axis = getattr(placement, "dim", None)
             if axis is not None:
                 axis %= len(shape)
-                ranges = ranges_of(
-                    shape[axis], self.size, self.rank, int(getattr(placement, "split_factor", 1))
-                )
+                factor = int(getattr(placement, "split_factor", 1))
+                ranges = ranges_of(shape[axis], self.size, self.rank, factor)
                 share = Share(shape, axis, ranges)
                 if share.size != local(p).shape[axis]:
                     raise ValueError(
@@ -158,12 +157,10 @@ class Copies:
 
     def __init__(self, ranks: Ranks | None, parameters: Iterable[torch.Tensor]) -> None:
         self.ranks = ranks
-        whole = (
-            []
-            if ranks is None
-            else [p for p in parameters if not is_spread(p) and id(p) not in ranks.partial]
-        )
-        self.numbers = {id(p): [0.0, 0.0] for p in whole}
+        self.numbers: dict[int, list[float]] = {}
+        if ranks is not None:
+            whole = (p for p in parameters if not is_spread(p) and id(p) not in ranks.partial)
+            self.numbers = {id(p): [0.0, 0.0] for p in whole}
         # The largest difference of two ranks, by a parameter's id.
         self.apart: dict[int, float] = defaultdict(float)
 
@@ -244,11 +241,9 @@ def _bytes(t: torch.Tensor | None) -> bytes:
     if t is None:
         return b"none"
     here = t.detach().cpu().contiguous()
-    return (
-        repr((tuple(t.shape), t.dtype)).encode() + here.view(torch.uint8).numpy().tobytes()
-        if here.numel()
-        else b""
-    )
+    if not here.numel():
+        return b""
+    return repr((tuple(t.shape), t.dtype)).encode() + here.view(torch.uint8).numpy().tobytes()
 
 
 def _digest(parts: list[bytes]) -> list[float]:

@@ -122,11 +122,9 @@ class Segments:
         heads = next((axes[len(lead) :] for lead in leads if axes[: len(lead)] == lead), None)
         # Where rows are examples of another kind, all that a module sees of one is its row's.
         if heads is None or len(heads) > 1 and self.length > 1:
-            whole = (
-                f", or where segments are whole rows, batch(..., shape=({self.batch},))"
-                if self.length > 1
-                else ""
-            )
+            whole = ""
+            if self.length > 1:
+                whole = f", or where segments are whole rows, batch(..., shape=({self.batch},))"
             raise NotTokensError(
                 f"{where} saw an input of shape {tuple(x.shape)} in a batch of {self.batch} x {self.length} tokens: "
                 f"it does not see every token once; exclude its parameters{whole}"

@@ -342,10 +342,8 @@ def _compare_frozen(
             if got is None:
                 assert want is not None
                 # A gradient of zeros may come or stay away.
-                what, error = (
-                    "over frozen weights its tap heard nothing (compiled before the taps came?)",
-                    norm(want),
-                )
+                what = "over frozen weights its tap heard nothing (compiled before the taps came?)"
+                error = norm(want)
             elif want is None:
                 what, error = "its tap is heard over frozen weights only", norm(got)
             else:

@@ -106,9 +106,9 @@ class Arithmetic(Lanes):
             for s in (a, b)
         )
         result = numbers.compare(i.modifiers[0], x, y)
-        self.assign(
-            d, numbers.BINARY[i.modifiers[1]](result, self.value(other[0], "pred")) if other else result
-        )
+        if other:
+            result = numbers.BINARY[i.modifiers[1]](result, self.value(other[0], "pred"))
+        self.assign(d, result)
 
     def _selp(self, i: Instruction) -> None:
         d, a, b, p = i.operands
@@ -132,9 +132,8 @@ class Arithmetic(Lanes):
 
     def _prmt(self, i: Instruction) -> None:
         d, a, b, selector = i.operands
-        self.assign(
-            d, numbers.permute_bytes(*(np.atleast_1d(self.value(x, "u32")) for x in (a, b, selector)))
-        )
+        sources = (np.atleast_1d(self.value(x, "u32")) for x in (a, b, selector))
+        self.assign(d, numbers.permute_bytes(*sources))
 
     def _bfe(self, i: Instruction) -> None:
         d, a, position, length = i.operands
@@ -159,14 +158,9 @@ class Arithmetic(Lanes):
 
     def _shf(self, i: Instruction) -> None:
         """A word of high:low, shifted."""
-        d, low, high, n = i.operands
-        both = self.value(low, "u32").astype(np.uint64) | self.value(high, "u32").astype(
-            np.uint64
-        ) << np.uint64(32)
-        by = self.value(n, "u32")
-        by = (by & np.uint32(31) if "wrap" in i.modifiers else np.minimum(by, np.uint32(32))).astype(
-            np.uint64
-        )
-        self.assign(
-            d, (both << by >> np.uint64(32) if i.modifiers[0] == "l" else both >> by).astype(np.uint32)
-        )
+        d, *sources = i.operands
+        low, high, by = (self.value(x, "u32").astype(np.uint64) for x in sources)
+        both = low | high << np.uint64(32)
+        by = by & np.uint64(31) if "wrap" in i.modifiers else np.minimum(by, np.uint64(32))
+        shifted = both << by >> np.uint64(32) if i.modifiers[0] == "l" else both >> by
+        self.assign(d, shifted.astype(np.uint32))

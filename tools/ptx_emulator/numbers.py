@@ -28,10 +28,9 @@ def from_bfloat16(bits: Array) -> Array:
 def to_bfloat16(values: Array) -> Array:
     """Rounded to nearest, ties to even."""
     bits = np.atleast_1d(values.astype(np.float32)).view(np.uint32).astype(np.uint64)
-    rounded = ((bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype(
-        np.uint16
-    )
-    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+    odd = bits >> np.uint64(16) & np.uint64(1)
+    rounded = (bits + np.uint64(0x7FFF) + odd) >> np.uint64(16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded.astype(np.uint16))
 
 
 def from_float16(bits: Array) -> Array:
@@ -157,9 +156,8 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
     out = np.zeros(np.broadcast_shapes(np.shape(source), np.shape(selector)), np.uint32)
     for i in range(4):
         nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
-        byte = (
-            (source >> ((nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8))) & np.uint64(255)
-        ).astype(np.uint32)
+        place = (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8)
+        byte = (source >> place & np.uint64(255)).astype(np.uint32)
         sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
         out |= np.where(nibble & np.uint32(8), sign, byte).astype(np.uint32) << np.uint32(8 * i)
     return out

@@ -159,12 +159,8 @@ def rms_norm_backward(
     sums: torch.Tensor,
 ) -> None:
     """Fills ``dx``, and without ``offsets`` nothing else; ``sums`` holds zeros before."""
-    dy, x, weight, scale = (
-        _native.rows_view(dy),
-        _native.rows_view(x),
-        weight.contiguous(),
-        scale.contiguous(),
-    )
+    dy, x = _native.rows_view(dy), _native.rows_view(x)
+    weight, scale = weight.contiguous(), scale.contiguous()
     n_tokens, n = x.shape
     if x.numel() == 0:
         return

@@ -115,22 +115,13 @@ def sketch_embedding(
     tables = matrix_tables(plan, x.device)
     chunks = cut(offsets, n_tokens, CHUNK_TOKENS * min(16, plan.n_slabs), always=False)
     partial = torch.empty(chunks.n_slots, out.shape[1], dtype=torch.float32, device=x.device)
+    signs = tables.row_sign, tables.row_fold, column_signs(plan, x.device)
     exact = x.dtype == torch.float32
     shape = tile(plan.slab_cols, exact)
     parts = plan.slab_rows // shape["BM"] * ceil_div(plan.slab_cols, shape["BN"])
     rows_launch(plan.slab_rows, plan.slab_cols, plan.row_fold is not None, exact)(
         (chunks.n_items * plan.n_slabs * parts,),
-        (
-            x,
-            rows,
-            out,
-            partial,
-            chunks.table,
-            tables.by_pair,
-            tables.row_sign,
-            tables.row_fold,
-            column_signs(plan, x.device),
-        ),
+        (x, rows, out, partial, chunks.table, tables.by_pair, *signs),
         (plan.folded_cols, x.stride(0)),
         (plan.rows, plan.folded_rows, plan.n_col_blocks, n_segments, plan.n_slabs),
     )
