@@ -1,4 +1,5 @@
-"""From a model's backward pass to sketches of its gradients, one per segment of the batch."""
+"""From a model's backward pass to sketches of its gradients, one per segment of the batch. README.md tells the way of
+one linear layer, and what each file holds."""
 
 from .coverage import Coverage, UncoveredParameterError
 from .gradient_sketcher import BatchSketch, GradientSketcher

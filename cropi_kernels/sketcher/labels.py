@@ -85,11 +85,8 @@ def _check_places(
     positions: np.ndarray, segments: torch.Tensor, attention_mask: torch.Tensor | None, length: int
 ) -> None:
     """A scored token and the one that predicts it belong together, and neither is padding."""
-    if attention_mask is not None:
-        kept = values(attention_mask).reshape(-1) != 0
-        for place, what in (
-            ((positions + 1, "is"), (positions, "is predicted from")) if not kept.all() else ()
-        ):
+    if attention_mask is not None and not (kept := values(attention_mask).reshape(-1) != 0).all():
+        for place, what in ((positions + 1, "is"), (positions, "is predicted from")):
             if not kept[place].all():
                 row, column = divmod(int((positions + 1)[~kept[place]][0]), length)
                 raise ValueError(

@@ -63,9 +63,8 @@ class Listener:
         if kept is not None and kept.is_floating_point():
             unit = max(unit, unit_roundoff(kept))
             # A norm's input is normalised: its rows have norm sqrt(n).
-            terms = (
-                kept.numel() ** 0.5 if isinstance(tap, NormTap) else max(terms, _uses(d, kept) * norm(kept))
-            )
+            of_norm = isinstance(tap, NormTap)
+            terms = kept.numel() ** 0.5 if of_norm else max(terms, _uses(d, kept) * norm(kept))
         self.size[tap] = self.size.get(tap, 0.0) + norm(d) * terms
         self.unit[tap] = max(self.unit.get(tap, 0.0), unit)
         self.calls[tap] = self.calls.get(tap, 0) + 1

@@ -81,9 +81,9 @@ def uses_weight_once(module: nn.Module) -> bool:
 def _names_in_forward(module: nn.Module) -> list[str]:
     """Attributes and globals that the code of the module's forward reads, as often as it does."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return (
-        [] if code is None else [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
-    )
+    if code is None:
+        return []
+    return [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -165,9 +165,8 @@ def norm_of(module: nn.Module) -> tuple[bool, float] | None:
     names = {name for name, _ in module.named_parameters()}
     if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or not names <= {"weight", "bias"}:
         return None
-    eps = next(
-        (float(getattr(module, n)) for n in _EPS_NAMES if isinstance(getattr(module, n, None), float)), None
-    )
+    given = (getattr(module, name, None) for name in _EPS_NAMES)
+    eps = next((float(value) for value in given if isinstance(value, float)), None)
     if eps is None:
         return None
     if (centered := _of_liger(module)) is not None:
