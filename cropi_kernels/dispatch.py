@@ -9,6 +9,7 @@ machine that could do better says so once.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -100,6 +101,7 @@ def choose(
     return "reference"
 
 
+@functools.cache  # looked up at every call of an op, a search of modules takes 4 µs
 def kernels(package: str, backend: str) -> Any:
     """The module of an op's folder that is named as the backend, imported when it first serves: Triton takes time."""
     return importlib.import_module(f".{backend}", package)
