@@ -279,6 +279,21 @@ def test_a_stream_of_arrow_ends_as_its_file_does(tmp_path: Path) -> None:
             list(read(path))
 
 
+def test_offsets_of_arrow_that_do_not_fit_are_damage(tmp_path: Path) -> None:
+    """pyarrow reads where they point to: rows of other bytes, or the end of the process."""
+    text = pyarrow.array(["one", "other"])
+    offsets = pyarrow.array([0, 5, 3], pyarrow.int32()).buffers()[1]
+    wrong = pyarrow.StringArray.from_buffers(2, offsets, text.buffers()[2])
+    table = pyarrow.table(
+        {"id": ["a", "b"], "prompt": wrong, "responses": [["x", "y"]] * 2, "rewards": [[0.0, 1.0]] * 2}
+    )
+    for make, form in ((pyarrow.ipc.new_stream, "stream"), (pyarrow.ipc.new_file, "file")):
+        with make(str(tmp_path / "r.arrow"), table.schema) as file:
+            file.write_table(table)
+        with pytest.raises(CropiError, match=f"the arrow {form} .*is damaged or was cut after row 0"):
+            list(read(tmp_path / "r.arrow"))
+
+
 def test_a_window_of_zstd_that_is_too_large_is_no_damage(tmp_path: Path) -> None:
     """A frame without the content's size, with a window of 2 GiB, and one raw block, as `zstd --long=31` writes from a
     pipe."""

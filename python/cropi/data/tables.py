@@ -204,11 +204,28 @@ def _arrow(path: Path, form: str, name: str) -> Iterator[tuple[int, Any]]:
             batches: Iterator[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             batches = _stream(source)
-        for batch in coded.unfolded(batches, path, name):
+        for batch in coded.unfolded(map(_valid, batches), path, name):
             rows = max(1, min(int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1)), MOST_ROWS))
             for start in range(0, batch.num_rows, rows):
                 yield first + start, batch.slice(start, rows)
             first += batch.num_rows
+
+
+def _valid(batch: Any) -> Any:
+    """The batch, whose lengths and offsets fit: of one with others pyarrow reads what lies beside it, and the process
+    ends. Text that is not UTF-8 is its row's fault alone, and found with the row.
+
+    Raises:
+        pyarrow.ArrowInvalid: they do not.
+    """
+    batch.validate()
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except optional("pyarrow").ArrowInvalid as error:
+            if "Invalid UTF8" not in str(error):
+                raise
+    return batch
 
 
 def _stream(source: Any) -> Iterator[Any]:
