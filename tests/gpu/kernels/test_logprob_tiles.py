@@ -187,6 +187,19 @@ def test_rows_with_a_factor(monkeypatch: pytest.MonkeyPatch, far: float) -> None
     assert ((torch.cat(asked) - exact).abs() <= (unit + 4e-5) * exact.abs() + least + 2.0**-24).all()
 
 
+def test_a_tile_that_is_far_is_found_by_every_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, targets, grad = made(130, 700, 72)
+    hidden[:129] = 0.0  # no tile of the first program is far
+    hidden[129] *= 4
+    targets[129] = int((hidden[129] @ head.T).argmin())
+    anchored_by_row(monkeypatch, 2.0**14)
+    monkeypatch.setattr(triton_tiles, "FLAGS", 1)  # tiles of tokens that a program looks at
+    _, got, _ = logprob_and_grad(hidden, head, targets, lambda p, a, b: grad[a:b], backend="triton")
+    exact, dhidden = oracle.gradients(grad.double(), hidden.double(), head.double(), targets)
+    size = exact.abs() @ head.double().abs()
+    assert ((got.double() - dhidden).abs() <= 3 * torch.finfo(HALF).eps * size + 1e-6).all()
+
+
 def test_as_near_as_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of a gradient, by autograd too; the tables of tiles are poisoned before."""
     hidden, head, targets, grad = made(40, 600, 64)
