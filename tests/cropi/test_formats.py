@@ -25,6 +25,7 @@ from support.stores import sketches_of
 
 from cropi.cli import main
 from cropi.data import hub
+from cropi.data.export import read_dataset
 from cropi.data.readers import read
 from cropi.data.scan import scan
 from cropi.errors import CropiError
@@ -277,6 +278,18 @@ def test_a_stream_of_arrow_ends_as_its_file_does(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(CropiError, match=words):
             list(read(path))
+
+
+def test_pages_of_parquet_are_compared_with_their_checksums(tmp_path: Path) -> None:
+    """Where their writer gave them some, as Spark does."""
+    path, table = tmp_path / "r.parquet", pyarrow.Table.from_pylist(records())
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none")
+    assert made(path) == records()
+    first, whole = records()[0]["id"].encode(), path.read_bytes()
+    path.write_bytes(whole.replace(first, b"?" * len(first), 1))
+    for reader in (read, read_dataset):
+        with pytest.raises(CropiError, match="damaged or was cut.*CRC checksum"):
+            list(reader(path))
 
 
 def test_offsets_of_arrow_that_do_not_fit_are_damage(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def opened(path: Path, **options: Any) -> tuple[Any, Any, int, int]:
     """
     make = optional("pyarrow.parquet").ParquetFile
     limit, coded = _limit(path), list[str]()
+    # Spark writes checksums of pages, which pyarrow compares where it is told to.
+    options = {"page_checksum_verification": True, **options}
     file = make(path, **options)
     schema = file.schema_arrow
     columns = list(_columns(file, path))
@@ -91,7 +93,7 @@ def table_of(path: Path) -> Any:
         with file:
             size = max(size, least)
             if size <= LARGE and file.schema_arrow == schema:
-                return optional("pyarrow.parquet").read_table(path)
+                return optional("pyarrow.parquet").read_table(path, page_checksum_verification=True)
             rows = max(1, PART * file.metadata.num_rows // max(size, 1))
             return mapped(
                 schema,

@@ -150,9 +150,7 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
         raise CropiError(f"{file}: there is no such score table; {near}{remedy}")
     try:
         with reading(file, missing=True), ExitStack() as stack:
-            table, schema, *_ = coded.opened(
-                file, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 18
-            )
+            table, schema, *_ = coded.opened(file, pre_buffer=False, buffer_size=1 << 18)
             stack.enter_context(table)
             metadata = schema.metadata or {}
             text = metadata[b"cropi"].decode("utf-8")
