@@ -10,15 +10,23 @@ from typing import Any
 import pytest
 import torch
 from support.made_curriculum import config, curriculum, make_folder, report
+from support.made_data import make_model, make_records, make_tokenizer
+from support.rank_threads import on_ranks
 
+from cropi import pipeline
 from cropi.errors import CropiError
-from cropi.options import Influence, Selecting
+from cropi.model.policy import Policy
+from cropi.options import Influence, Rescoring, Selecting
 from cropi.pipeline import NothingToFollow, conclude
 from cropi.pipeline.checks import Setup
 from cropi.pipeline.lost import LostSets
+from cropi.pipeline.rescoring import Anew
+from cropi.sketching.job import SketchJob
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import SKIPPED, RowInfo
 from cropi_kernels import SketchSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 
 SPEC = SketchSpec(dim=64)
 
@@ -65,6 +73,43 @@ def test_a_set_whose_gradients_vanish_is_left_out() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("passes", [None, 0.5])
+def test_every_rank_is_told_before_training_prompts_are_sketched(
+    passes: float | None, tmp_path: Path
+) -> None:
+    """With passes only rank 0 was: the other ones ended the training by an error, 'rank 0 failed with'."""
+    # Answers that are all alike: their advantages add up to zero.
+    alike = [
+        record | {"responses": [record["responses"][0]] * len(record["responses"])}
+        for record in make_records(4, seed=1, sets=["x"])
+    ]
+    setup = Setup(
+        SketchJob((), None, spec=SPEC, stage="1"),
+        selecting=Selecting(fraction=0.5),
+        later=True,
+        before="stage 1: ",
+    )
+    policies = [Policy(make_model(), make_tokenizer()) for _ in range(2)]
+
+    def choose(ranks: Any, policy: Policy) -> Any:
+        folder = tmp_path / f"{ranks.world}"
+        anew = passes and Anew(Rescoring(passes=passes), folder, folder / "kept", None, ())
+        return pipeline.choose(
+            policy, make_records(8), alike, setup, folder, ranks, anew=anew or None, progress=False
+        )
+
+    for ranks in (1, 2):
+        for error in on_ranks(ranks, lambda one: choose(one, policies[one.rank])):
+            assert isinstance(error, NothingToFollow), error
+            assert (
+                "no prompt of the validation set 'x' has a usable gradient (1 with equal rewards, 3 with"
+                in str(error)
+            )
+        made = {path.name.split("-")[0] for path in (tmp_path / f"{ranks}/sketches").iterdir()}
+        assert made == {"valid"} or (ranks == 2 and passes is None)
+
+
+@pytest.mark.long
 def test_rollouts_of_sets_that_are_solved_by_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One set in the second stage, all in the third: each ended the run, whose rollouts were of every stage."""
     made = make_folder(tmp_path / "made")
@@ -97,3 +142,30 @@ def test_rollouts_of_sets_that_are_solved_by_now(tmp_path: Path, capsys: pytest.
     done = json.loads((out / "state.json").read_text())["done"]
     sketched = [entry["valid"]["valid"]["files"] for entry in done if entry["step"] == "sketch"]
     assert [Path(file).parent.parent.name for (file,) in sketched] == ["stage-00", "stage-01", "stage-01"]
+
+
+@pytest.mark.long
+def test_a_stage_of_a_curriculum_ends_before_it_sketches_training_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_folder(tmp_path / "made")
+    script = tmp_path / "roll.py"
+    script.write_text(
+        "import json, sys\n"
+        "source, valid, stage = sys.argv[1:]\n"
+        "lines = [json.loads(line) for line in open(source)]\n"
+        "with open(valid, 'w') as file:\n"
+        "    for line in lines[:4]:\n"
+        "        texts = line['responses']\n"
+        "        alike = [texts[0]] * len(texts) if stage == '1' else texts\n"
+        "        file.write(json.dumps(line | {'responses': alike, 'made_at': stage}) + '\\n')\n"
+    )
+    roll = f"{sys.executable} {script} {made / 'valid.jsonl'} {{valid}} {{stage}}"
+    path = config(
+        made, tmp_path / "run", valid=None, rollouts=roll, rollouts_when="every", fraction=0.5, passes=0.8,
+        behaviour="current",
+    )  # fmt: skip
+    assert curriculum(path) == 2
+    said = capsys.readouterr().err
+    assert "stage 1: no prompt of the validation set" in said and "no other set is left to select for" in said
+    assert sorted(one.name for one in (tmp_path / "run/stage-01/sketches").iterdir()) == ["valid-valid"]

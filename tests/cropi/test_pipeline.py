@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
+from support.rank_threads import Threads, on_ranks
 
 import cropi
 import cropi.model.policy
@@ -148,53 +147,24 @@ def test_known_prompts_alone_are_chosen() -> None:
         check(policy(), TRAIN, VALID, SETUP, known=lambda name: False)
 
 
-class Threads:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, rank: int, world: int, box: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.world, self.box, self.barrier = rank, world, box, barrier
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def agree(self, work: Callable[[], T]) -> T:
-        done = work()
-        self.barrier.wait()
-        return done
-
-    def share(self, value: T | None) -> T:
-        if self.first:
-            self.box.append(pickle.dumps(value))
-        self.barrier.wait()
-        return pickle.loads(self.box[-1])  # type: ignore[no-any-return]
-
-
 @pytest.mark.long
 def test_ranks_share_the_prompts_and_all_get_the_selection(tmp_path: Path) -> None:
     train, valid = write_lines(tmp_path / "t.jsonl", TRAIN), write_lines(tmp_path / "v.jsonl", VALID)
-    box: list[Any] = []
-    barrier, found = threading.Barrier(3, timeout=300), dict[int, Selection]()
     policies = [policy() for _ in range(3)]  # transformers is not imported by several threads at once
-
-    def run(rank: int) -> None:
-        ranks = Threads(rank, 3, box, barrier)
-        found[rank] = quiet(policies[rank], train, valid, SETUP, tmp_path / "out", ranks)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = on_ranks(
+        3, lambda ranks: quiet(policies[ranks.rank], train, valid, SETUP, tmp_path / "out", ranks)
+    )
     alone = quiet(policy(), train, valid, SETUP)
-    assert len(found) == 3 and all(chosen.ids == alone.ids for chosen in found.values())
+    assert len(found) == 3 and all(chosen.ids == alone.ids for chosen in found)
     # Other neighbours in the batch: float32 sums in another order.
     np.testing.assert_allclose(found[1].scores.table, alone.scores.table, rtol=1e-4, atol=1e-5)
     stores = sorted(path.name for path in (tmp_path / "out/sketches").iterdir())
     assert stores == [f"{name}-{rank:05d}" for name in ("train", "valid") for rank in range(3)]
     with pytest.raises(CropiError, match="folder is None, but 3 processes share the work"):
         checked = check(policy(), train, valid, SETUP)
-        quiet(policy(), train, valid, SETUP, None, Threads(0, 3, box, barrier), checked=checked)
+        quiet(
+            policy(), train, valid, SETUP, None, Threads(0, [b""] * 3, threading.Barrier(3)), checked=checked
+        )
 
 
 def test_ctrl_c_says_which_store_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cropi.errors import CropiError, warn
 from cropi.files import is_file, is_there, writing
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
+from cropi.options import Influence
 from cropi.pipeline import Checked, Part
 from cropi.pipeline.lost import LostSets, NothingToFollow, usable_sets, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew, training_store
@@ -156,6 +157,7 @@ def sketch_all(stage: Stage) -> Result:
     valid = {
         str(part.set): _sketch_one(stage, source.valid_maker, models, part, job) for part in checked.valid
     }
+    _followed(stage, valid)  # an error comes before the long part
     part, anew = checked.train, None
     if plan.rescoring.asked:
         part, anew = _anew(stage, checked, valid, begun)
@@ -232,21 +234,25 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
     }  # fmt: skip
 
 
+def _followed(stage: Stage, names: Iterable[str]) -> tuple[list[SketchStore], Influence, dict[str, str]]:
+    """The validation stores of some names and how they are compared; in later stages as `usable_stores` gives them."""
+    stores = [SketchStore.open(stage.folder / "sketches" / f"valid-{name}") for name in names]
+    if not stage.number:
+        return stores, stage.plan.influence, {}
+    try:
+        return usable_stores(stores, stage.plan.influence)
+    except NothingToFollow as error:
+        raise CropiError(
+            f"stage {stage.number}: {error}, and no other set is left to select for: give other validation prompts, or "
+            "an estimator that clips less"
+        ) from None
+
+
 def influence_all(stage: Stage) -> Result:
     """Score the training prompts against every validation set."""
     folder = stage.folder / "sketches"
-    names = stage.state.result(stage.number, "sketch")["valid"]  # type: ignore[index]
-    stores = [SketchStore.open(folder / f"valid-{name}") for name in names]
-    given = stage.plan.influence
-    if stage.number:
-        try:
-            stores, given, lost = usable_stores(stores, given)
-        except NothingToFollow as error:
-            raise CropiError(
-                f"stage {stage.number}: {error}, and no other set is left to select for: give other validation "
-                "prompts, or an estimator that clips less"
-            ) from None
-        warn_lost(lost, f"stage {stage.number}: ")
+    stores, given, lost = _followed(stage, stage.state.result(stage.number, "sketch")["valid"])  # type: ignore[index]
+    warn_lost(lost, f"stage {stage.number}: ")
     scores = pipeline.score(training_store(folder), stores, given, stage.plan.select, checked=True)
     write_scores(stage.folder / SCORES, scores)
     return {"sets": scores.sets, "scored": int(scores.usable.sum())}

@@ -16,10 +16,10 @@ from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.checks import Checked, Setup, check
-from cropi.pipeline.lost import NothingToFollow, usable_stores, warn_lost
+from cropi.pipeline.lost import on_first, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
-from cropi.ranking.influence import NUMBERED, influence
+from cropi.ranking.influence import NUMBERED, influence, validation_means
 from cropi.ranking.pairwise import copies
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
@@ -86,6 +86,9 @@ def choose(
     parts, stores = checked, _Stores(who, at)
     if anew is None:
 
+        def followed(valid: Sequence[SketchStore]) -> Any:
+            return usable_stores(valid, setup.influence) if setup.later else validation_means(valid)
+
         def sketched() -> dict[str, SketchStore]:
             return sketch_all(
                 policy,
@@ -95,26 +98,19 @@ def choose(
                 ranks=who,
                 say=say,
                 progress=progress,
-                later=setup.later,
+                checked_by=followed,
             )
 
         stores.mine.update(who.agree(sketched))
     else:
         _sketch_anew(policy, parts, setup, stores, anew, say, progress)
 
-    def finish() -> Selection | NothingToFollow:
+    def finish() -> Selection:
         joined = {part.name: stores.joined(part.name) for part in parts.valid}
         joined["train"] = stores.joined("train", [anew.kept] if anew is not None else [])
-        try:
-            return conclude(joined, setup, root)
-        except NothingToFollow as error:
-            return error
+        return conclude(joined, setup, root)
 
-    result: object = who.share(who.agree(lambda: finish() if who.first else None))
-    if isinstance(result, NothingToFollow):  # on every rank
-        raise result
-    assert isinstance(result, Selection)
-    return result
+    return on_first(who, finish)
 
 
 @dataclass(frozen=True)

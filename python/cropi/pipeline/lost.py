@@ -6,9 +6,11 @@ A training does not end there. Such a set is left out, with a warning, until it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
+from cropi.agreement import Ranks
 from cropi.data.readers import PromptGroups
 from cropi.data.scan import by_set, listed, scan
 from cropi.data.share import without
@@ -18,6 +20,7 @@ from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore
 
+T = TypeVar("T")
 # What becomes of such a set.
 LEFT_OUT = "the set does not count until it has one again"
 
@@ -78,6 +81,27 @@ def usable_stores(
         for store in stores
     ]
     return [store for store in kept if len(store)], given, lost
+
+
+def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What ``work`` gives on rank 0, on every rank.
+
+    Raises:
+        NothingToFollow: rank 0 raised it. On every rank it is this one, which a training catches and goes on.
+        CropiError: as ``ranks.agree``.
+    """
+
+    def done() -> Any:
+        try:
+            return work() if ranks.first else None
+        except NothingToFollow as error:
+            return error
+
+    result: Any = ranks.share(ranks.agree(done))
+    if isinstance(result, NothingToFollow):
+        raise result
+    given: T = result
+    return given
 
 
 def warn_lost(lost: Mapping[str, str], before: str = "") -> None:

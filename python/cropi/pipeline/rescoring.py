@@ -31,7 +31,7 @@ from cropi.errors import CropiError
 from cropi.files import is_file
 from cropi.options import Influence, Rescoring
 from cropi.pipeline.checks import Part, Setup
-from cropi.pipeline.lost import usable_stores
+from cropi.pipeline.lost import on_first, usable_stores
 from cropi.ranking.cut import Drift, affordable, anew, spreads
 from cropi.ranking.influence import influence
 from cropi.ranking.rule import Rule
@@ -124,16 +124,14 @@ class Anew:
             setup: how prompts are sketched, compared and chosen.
 
         Raises:
+            NothingToFollow: no validation set has a usable gradient, where ``setup.later``.
             CropiError: earlier sketches cannot be compared with those of this stage, or a plan of this very stage that
                 was made under other options.
         """
         job, each = setup.job, part.groups.each
         mine = ranks.agree(lambda: [_row(group, job.responses) for group in islice(each(), job.limit)])
         pool = Pool([row for rows in ranks.gather(mine) for row in rows])
-        made = ranks.agree(
-            lambda: self._unsketched(pool, valid(), setup, ranks.world) if ranks.first else None
-        )
-        left = ranks.share(made)
+        left = on_first(ranks, lambda: self._unsketched(pool, valid(), setup, ranks.world))
         self.scored, self.left = len(pool.ready) - len(left), len(left)
         kept = ranks.agree(lambda: without(part.groups, part.scan, left, job.limit))
         return replace(part, groups=kept, scan=kept.scan)

@@ -75,20 +75,20 @@ def sketch_all(
     say: Callable[[str], Any] = lambda line: None,
     progress: bool = True,
     by: Sketches = sketch,
-    later: bool = False,
+    checked_by: Callable[[Sequence[SketchStore]], Any] = validation_means,
 ) -> dict[str, SketchStore]:
     """Sketch the validation sets, then the training prompts: the stores of this rank by the name of their part.
 
-    A validation set whose mean gradient is zero shows before the long part, unless ``later`` (:class:`Setup`). A rank
-    without a share makes no store. ``by`` is how a part is sketched; where that gives no store (rank 0 has it), none is
-    in what is returned.
+    A rank without a share makes no store. ``by`` is how a part is sketched; where that gives no store (rank 0 has it),
+    none is in what is returned. Before the long part, one process alone has its validation stores ``checked_by`` what
+    raises an error where nothing can be scored by them.
     """
     parts = [*checked.valid, checked.train]
     job = one_date(policy, job, parts, [store_at(part.name) for part in parts])
     work = partial(sketch_parts, policy, job=job, store_at=store_at, say=say, progress=progress, by=by)
     stores = work(checked.valid)
-    if (ranks or Alone()).world == 1 and stores and not later:
-        validation_means(list(stores.values()))
+    if (ranks or Alone()).world == 1 and stores:
+        checked_by(list(stores.values()))
     return stores | work([checked.train])
 
 
