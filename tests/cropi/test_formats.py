@@ -307,6 +307,17 @@ def test_offsets_of_arrow_that_do_not_fit_are_damage(tmp_path: Path) -> None:
             list(read(tmp_path / "r.arrow"))
 
 
+def test_values_of_arrow_that_are_odd_are_no_damage(tmp_path: Path) -> None:
+    """Arrow for JavaScript writes moments as days with a time."""
+    table, numbers = pyarrow.Table.from_pylist(records()), pyarrow.array([10**12 + 1] * len(records()))
+    for kind in (pyarrow.date64(), pyarrow.time64("us")):
+        odd = pyarrow.Array.from_buffers(kind, len(table), numbers.buffers())
+        held = table.append_column("x", odd).append_column("y", pyarrow.StructArray.from_arrays([odd], ["x"]))
+        with pyarrow.ipc.new_stream(str(tmp_path / "r.arrow"), held.schema) as file:
+            file.write_table(held)
+        assert len(list(read(tmp_path / "r.arrow"))) == len(records())
+
+
 def test_a_window_of_zstd_that_is_too_large_is_no_damage(tmp_path: Path) -> None:
     """A frame without the content's size, with a window of 2 GiB, and one raw block, as `zstd --long=31` writes from a
     pipe."""
