@@ -234,9 +234,11 @@ def test_the_table_shows_what_is_asked_not_what_stands_before_it() -> None:
         PromptGroup(name, [*before, {"role": "user", "content": f"Is {i} even?"}], ["a", "b"], [1.0, 0.0])
         for i, name in enumerate(ids)
     ]
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    given.groups[1] = replace(given.groups[1], prompt=[{"role": "user", "content": "Call f"}, call])
     columns = data_of(render(given))["columns"]
     text = dict(zip(columns["id"], columns["text"]))
-    assert [text[name] for name in ids] == ["Is 0 even?", "Is 1 even?"]
+    assert [text[name] for name in ids] == ["Is 0 even?", "[user] Call f [assistant]"]
 
 
 def test_texts_have_room_beside_a_table_that_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:

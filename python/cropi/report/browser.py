@@ -137,7 +137,7 @@ def _texts(
             continue
         prompt = _conversation(group.prompt) or "(token ids)"
         # The beginning of a conversation is a system message or a solved example, the same for all prompts.
-        asked = last_text(group.prompt) or "(token ids)"
+        asked = last_text(group.prompt) or prompt
         snippets[group.id] = snippet(" ".join(asked.split()))
         if group.id in full:
             rewards = group.rewards
