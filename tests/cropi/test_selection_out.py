@@ -98,8 +98,10 @@ def test_a_dataset_may_be_a_list_of_prompts_or_a_frame(tmp_path: Path) -> None:
     [
         (3, "dataset: got int; give a datasets.Dataset"), ([], "dataset: got list; give"),
         ({"id": "a"}, "dataset: got dict; give"),
+        (type("DataFrame", (), {"__module__": "polars.dataframe.frame", "to_arrow": None})(),
+         r"got polars.DataFrame; give dataset\.to_arrow\(\)$"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"id": IDS})), "a DatasetDict of train: give one"),
-        (datasets.Dataset.from_dict({"id": IDS}).to_iterable_dataset(), "got IterableDataset; give"),
+        (datasets.Dataset.from_dict({"id": IDS}).to_iterable_dataset(), "got datasets.IterableDataset; give"),
         ([{"id": "a", "question": "q"}], "the list: 2 of 2 selected prompts have no row"),
         ([{"question": "q"}], r"name it with --id-key \(in Python id_key=\)"),
     ],

@@ -23,6 +23,7 @@ from cropi.data.opened import peek, unpacked
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import check_json, check_table, rows_of, table_of, taken, write_jsonl, write_parquet
+from cropi.data.sources import kind_of
 from cropi.data.spilled import Rows
 from cropi.data.tables import is_saved
 from cropi.data.trainer_rows import FILES, check_text, trainer_row
@@ -293,10 +294,10 @@ def _held(dataset: Any) -> Any:
         raise CropiError(
             f"dataset: {article(kind)} of {', '.join(map(str, dataset))}: give one of its splits"
         )
-    raise CropiError(
-        f"dataset: got {kind}; give a datasets.Dataset, a table, a pandas frame, a list of dictionaries (one a "
-        "prompt), a path or a name on the hub"
-    )
+    remedy = "a datasets.Dataset, a table, a pandas frame, a list of dictionaries (one a prompt), a path or a hub name"
+    if hasattr(dataset, "to_arrow"):
+        remedy = "dataset.to_arrow()"
+    raise CropiError(f"dataset: got {kind_of(dataset)}; give {remedy}")
 
 
 def _dataset_in(path: Path) -> Any:

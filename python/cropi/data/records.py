@@ -213,20 +213,22 @@ def make_group(
                 if name == "id"
                 else _near(name, extra) or [REWARDS_REMEDY + nested(extra, alone=True)]
             )
-            lack = "null" if name in record else "missing"
-            raise RecordError(where, f"the key {name!r} is {lack}: {held}", *remedy)
+            raise RecordError(where, f"the key {name!r} is {_lack(name, record)}: {held}", *remedy)
     for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
         if values[text_key] is None and values[ids_key] is None:
             remedy = _near(text_key, extra)
-            lack = "null" if text_key in record else "missing"
-            raise RecordError(
-                where, f"the key {text_key!r} is {lack} (and {ids_key!r} missing): {held}", *remedy
-            )
+            lack, of_ids = _lack(text_key, record), _lack(ids_key, record)
+            ids = f"{ids_key!r} {'too' if of_ids == lack else of_ids}"
+            raise RecordError(where, f"the key {text_key!r} is {lack} (and {ids}): {held}", *remedy)
     if demonstrations and not values["rewards"]:
         raise RecordError(where, "'responses' must be a list with at least one response")
     values["id"] = check_id(values["id"], where)
     checked = check_group(values, f"{where} (prompt {values['id']!r:.100})")
     return PromptGroup(**checked, extra=extra, where=where, line=line, demonstrations=demonstrations)
+
+
+def _lack(name: str, record: Mapping[str, Any]) -> str:
+    return "null" if name in record else "missing"
 
 
 def _near(name: str, keys: Mapping[str, Any]) -> list[str]:

@@ -220,13 +220,17 @@ def sources_of(source: Any, name: str = "records") -> list[Source]:
             f"{name} is {article(type(source).__name__)}, which can be read once, but records are read twice; "
             "give a list"
         )
-    # Two libraries have a DataFrame: the package says which of them it is.
-    package = type(source).__module__.split(".")[0]
     remedy = f"; give {name}.to_arrow()" if hasattr(source, "to_arrow") else ""
     raise CropiError(
         f"{name} must be a path, a list of paths or of records, a datasets.Dataset, a pyarrow table or a pandas frame, "
-        f"got {'' if package == 'builtins' else f'{package}.'}{type(source).__name__}{remedy}"
+        f"got {kind_of(source)}{remedy}"
     )
+
+
+def kind_of(value: Any) -> str:
+    """The name of a value's class, behind that of its package: two libraries have a DataFrame."""
+    package = type(value).__module__.split(".")[0]
+    return f"{'' if package == 'builtins' else f'{package}.'}{type(value).__name__}"
 
 
 def _named(name: str | Path | Source) -> Source:

@@ -211,8 +211,8 @@ def _arrow(path: Path, form: str, name: str) -> Iterator[tuple[int, Any]]:
             first += batch.num_rows
 
 
-# What pyarrow's validation says of values, where the layout fits: text that is not UTF-8 (found with its row), days with
-# a time (as Arrow for JavaScript writes them), times behind midnight, decimals with too many digits.
+# What pyarrow's validation says of values, where lengths and offsets fit: text that is not UTF-8 (found with its row),
+# days with a time (Arrow for JavaScript writes them), times behind midnight, decimals with too many digits.
 VALUES = ("Invalid UTF8", "whole number of days", "acceptable range", "does not fit in precision")
 
 
