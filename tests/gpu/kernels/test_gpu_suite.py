@@ -271,7 +271,7 @@ def test_jobs(
     cut_down(monkeypatch, module, DEVICE="cpu", LAYERS=1, AGAIN=2)
     finish(module)
     got = rows(tmp_path, "jobs")
-    assert len(got) == 9
+    assert len(got) == 11
     assert got["cropi run"]["chosen"] > 0
     assert got["llama: a store by the device and by the CPU"]["error"] == 0
     assert (
