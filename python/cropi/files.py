@@ -269,12 +269,14 @@ def open_to_read(path: str | Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> i
 
 
 def meant(path: str | Path) -> str:
-    """Why no file may be at a path: it is a folder, or a link to nothing or in a circle, or a pattern, or
+    """Why no file may be at a path: it is a folder or a pipe, or a link to nothing or in a circle, or a pattern, or
     ``"did you mean 'x'? "`` with the name in its folder that is nearest to a misspelt one. With a blank behind; or
     nothing."""
     path = Path(path)
     if os.path.isdir(path):
         return "it is a folder; "
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is a pipe or a device; "
     if os.path.islink(path):
         try:
             os.stat(path)

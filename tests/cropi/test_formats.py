@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -343,6 +344,8 @@ def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "run[1].jsonl").mkdir()
     (tmp_path / "link").symlink_to("run[1].jsonl")
     assert meant(tmp_path / "link") == "it is a folder; "
+    os.mkfifo(tmp_path / "pipe")
+    assert meant(tmp_path / "pipe") == "it is a pipe or a device; "
     with pytest.raises(CropiError, match=r"a pattern is .* did you mean 'run\[1\].jsonl'\? give"):
         list(read(tmp_path / "run[1].json"))
 
