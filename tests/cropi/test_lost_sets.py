@@ -145,7 +145,7 @@ def test_rollouts_of_sets_that_are_solved_by_now(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.long
-def test_a_stage_of_a_curriculum_ends_before_it_sketches_training_prompts(
+def test_a_stage_of_a_curriculum_ends_where_all_gradients_vanish_and_not_where_those_of_one_set_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = make_folder(tmp_path / "made")
@@ -157,15 +157,21 @@ def test_a_stage_of_a_curriculum_ends_before_it_sketches_training_prompts(
         "with open(valid, 'w') as file:\n"
         "    for line in lines[:4]:\n"
         "        texts = line['responses']\n"
-        "        alike = [texts[0]] * len(texts) if stage == '1' else texts\n"
+        "        gone = line['set'] in ['', 'y', 'xy'][int(stage)]\n"
+        "        alike = [texts[0]] * len(texts) if gone else texts\n"
         "        file.write(json.dumps(line | {'responses': alike, 'made_at': stage}) + '\\n')\n"
     )
     roll = f"{sys.executable} {script} {made / 'valid.jsonl'} {{valid}} {{stage}}"
     path = config(
-        made, tmp_path / "run", valid=None, rollouts=roll, rollouts_when="every", fraction=0.5, passes=0.8,
-        behaviour="current",
+        made, tmp_path / "run", valid=None, rollouts=roll, rollouts_when="every", stages=3, fraction=0.5,
+        passes=0.8, behaviour="current",
     )  # fmt: skip
     assert curriculum(path) == 2
     said = capsys.readouterr().err
-    assert "stage 1: no prompt of the validation set" in said and "no other set is left to select for" in said
-    assert sorted(one.name for one in (tmp_path / "run/stage-01/sketches").iterdir()) == ["valid-valid"]
+    assert "stage 1: no prompt of the validation set 'y' has a usable gradient" in said
+    assert (tmp_path / "run/stage-01/report.html").is_file(), (
+        "its page looked for neighbours in the set that is gone"
+    )
+    assert "stage 2: no prompt of the validation set" in said and "no other set is left to select for" in said
+    # Before the long part.
+    assert sorted(one.name for one in (tmp_path / "run/stage-02/sketches").iterdir()) == ["valid-valid"]

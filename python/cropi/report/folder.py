@@ -114,8 +114,12 @@ def _report(
         title=f"Selection: {root.name}",
     )  # fmt: skip
     if train is not None and valid and not unfinished:
+        from cropi.options import Influence
+        from cropi.pipeline.lost import usable_stores
         from cropi.ranking.pairwise import neighbours
 
+        # A later stage of a curriculum was scored without the sets that had lost their gradients.
+        valid, _, _ = usable_stores(valid, Influence())
         some = [row.id for store in valid for row in store.rows() if row.status == OK][:SHOWN]
         given.neighbours = neighbours(train, valid, ids=some)
         given.validation_texts = _texts(valid, some, records)
