@@ -281,6 +281,19 @@ def test_a_stream_of_arrow_ends_as_its_file_does(tmp_path: Path) -> None:
             list(read(path))
 
 
+def test_a_saved_data_set_that_was_cut_is_damaged(tmp_path: Path) -> None:
+    """datasets itself loads the rows that are left."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (the extra 'trl')")
+    datasets.Dataset.from_list(records()).save_to_disk(str(tmp_path / "d"))
+    (file,) = (tmp_path / "d").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-8])
+    for reader in (read, read_dataset):
+        with pytest.raises(
+            CropiError, match=f"arrow stream file .* after row {len(records())} .its end is missing"
+        ):
+            list(reader(tmp_path / "d"))
+
+
 def test_pages_of_parquet_are_compared_with_their_checksums(tmp_path: Path) -> None:
     """Where their writer gave them some, as Spark does."""
     path, table = tmp_path / "r.parquet", pyarrow.Table.from_pylist(records())

@@ -25,7 +25,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.rows_out import check_json, check_table, rows_of, table_of, taken, write_jsonl, write_parquet
 from cropi.data.sources import kind_of
 from cropi.data.spilled import Rows
-from cropi.data.tables import is_saved
+from cropi.data.tables import check_saved, is_saved
 from cropi.data.trainer_rows import FILES, check_text, trainer_row
 from cropi.errors import CropiError, article, optional, shown
 from cropi.files import reading
@@ -263,12 +263,8 @@ def read_dataset(path: Any) -> Any:
     path = Path(path)
     check_sums(path)
     if is_saved(path):
-        held = optional("datasets").load_from_disk(str(path))
-        if not hasattr(held, "column_names") or isinstance(held, dict):
-            raise CropiError(
-                f"dataset: {path} holds the splits {', '.join(map(str, held))}; give the folder of one"
-            )
-        return saved.table_of_dataset(held)
+        check_saved(path)
+        return saved.table_of_dataset(optional("datasets").load_from_disk(str(path)))
     if not os.path.isfile(path):
         raise CropiError(f"dataset: there is no file {path}")
     with reading(path, missing=True):

@@ -117,11 +117,21 @@ def _rows_or_errors(batch: Any, name: str, numbers: Sequence[int]) -> Iterator[A
             yield row
 
 
-def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a folder that datasets' ``save_to_disk`` wrote.
+def check_saved(path: Path) -> None:
+    """Check that the files of such a folder are whole, of which ``datasets`` itself reads a cut one without a word.
 
     Raises:
-        CropiError: it holds several splits, or a file of it is missing.
+        CropiError: as :func:`rows_of_saved`.
+    """
+    for _ in rows_of_saved(path, only=()):
+        pass
+
+
+def rows_of_saved(path: Path, only: Sequence[int] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a folder that datasets' ``save_to_disk`` wrote; ``only``: as for each of its files.
+
+    Raises:
+        CropiError: it holds several splits, or a file of it is missing, damaged or cut.
     """
     if is_there(path / SPLITS):
         text = _bytes_of(path / SPLITS)
@@ -142,7 +152,7 @@ def rows_of_saved(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
         if not is_file(file):
             raise CropiError(f"{path}: its file {file.name} is missing; copy the folder again")
-        for _, _, row in rows_of_table_file(file, "arrow stream"):
+        for _, _, row in rows_of_table_file(file, "arrow stream", only=only):
             yield f"{path}, row {next(number)}", row
 
 
