@@ -72,8 +72,6 @@ def no_autocast(*args: Any) -> contextlib.AbstractContextManager[Any]:
 
 def refuse_forward_mode(op: str, **operands: torch.Tensor | None) -> None:
     """PyTorch drops the tangent of an operator's operand without a word: `torch.func.jvp` would give zeros."""
-    if torch.compiler.is_compiling():
-        return
     for name, x in operands.items():
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError(

@@ -259,7 +259,11 @@ def test_no_sketch_has_a_gradient() -> None:
 )
 def test_what_has_a_gradient_refuses_forward_mode(named: str, run: Callable[[Any], Any]) -> None:
     """PyTorch takes an operator's results for constants there: derivatives were zeros."""
-    for ask in (lambda: torch.func.jvp(run, (A,), (A,)), lambda: torch.func.jacfwd(run)(A)):
+
+    def jvp() -> Any:
+        return torch.func.jvp(run, (A,), (A,))
+
+    for ask in (jvp, torch.compile(jvp, backend="eager"), lambda: torch.func.jacfwd(run)(A)):
         with pytest.raises(RuntimeError, match=named.replace(".*", "has no derivative in forward mode, and")):
             ask()
     with torch.autograd.forward_ad.dual_level():
