@@ -35,10 +35,10 @@ def torch_of(python: str) -> tuple[str, str] | None:
     return version, folder
 
 
-def pip(*args: str, last: bool = True) -> bool:
+def pip(*args: str, errors: bool = True) -> bool:
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *args]
     # PyPI has no CPU build under its name: pip's red errors, which no -q hides, were what a new user saw first.
-    return subprocess.run(command, stderr=None if last else subprocess.DEVNULL).returncode == 0
+    return subprocess.run(command, stderr=None if errors else subprocess.DEVNULL).returncode == 0
 
 
 def install(constraints: Path, version: str, index: str | None) -> None:
@@ -56,10 +56,10 @@ def install(constraints: Path, version: str, index: str | None) -> None:
         attempts = [[f"torch=={version}", *pins]]
     for attempt in attempts:
         last = attempt is attempts[-1]
-        if pip(*attempt, last=last):
+        if pip(*attempt, errors=last or attempt is not attempts[0]):
             return
         more = "" if last else "; another place is tried"
-        print(f"torch: `pip install {' '.join(attempt)}` found nothing{more}", file=sys.stderr)
+        print(f"torch: `pip install {' '.join(attempt)}` failed{more}", file=sys.stderr)
     sys.exit(
         f"torch {version} could not be installed for Python {sysconfig.get_python_version()}. Name a torch you have: "
         "`make ... PYTHON=/path/to/a/python/with/torch`, or an index that carries one: `make ... TORCH_INDEX=URL`."

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "scripts").is_dir(), reason="needs t
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the default build is the CPU's")
-def test_a_place_without_a_cpu_build_is_no_error(
+def test_a_place_without_a_cpu_build_is_no_error_and_others_say_what_failed(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spec = importlib.util.spec_from_file_location("install_torch", ROOT / "scripts" / "install_torch.py")
@@ -26,16 +26,19 @@ def test_a_place_without_a_cpu_build_is_no_error(
     done, tried = subprocess.run, []
 
     def run(command: list[str], **options: Any) -> Any:
-        """PyPI, which has none and says so; then an index that has it."""
+        """PyPI, which has none and says so; an index that is not reached; then any build."""
         tried.append(command)
-        script = "import sys; print('ERROR', file=sys.stderr); sys.exit(1)" if len(tried) == 1 else ""
+        script = f"import sys; sys.exit('ERROR {len(tried)}')" if len(tried) < 3 else ""
         return done([sys.executable, "-c", script], **options)
 
     monkeypatch.setattr(subprocess, "run", run)
     module.install(Path("pins.txt"), "2.13.0", None)
-    assert len(tried) == 2 and "torch==2.13.0+cpu" in tried[0]
-    told = "torch: `pip install torch==2.13.0+cpu --quiet --constraint pins.txt` found nothing"
-    assert capfd.readouterr().err == f"{told}; another place is tried\n"
+    assert len(tried) == 3 and "torch==2.13.0+cpu" in tried[0]
+    first, error, second = capfd.readouterr().err.splitlines()
+    told = (
+        "torch: `pip install torch==2.13.0+cpu --quiet --constraint pins.txt` failed; another place is tried"
+    )
+    assert first == told and error == "ERROR 2" and second.endswith("failed; another place is tried")
 
 
 @pytest.mark.long
