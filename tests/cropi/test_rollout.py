@@ -370,7 +370,7 @@ def test_prompts_of_a_trajectory_file_are_rolled_out_again(tmp_path: Path) -> No
         ({"prompt": "7" * 200}, "a response may have 10, but the model's context is 128"),
         ({"images": ["a.png"]}, "'images' is known, but not supported"),
         ({"prompt_ids": [3, 900]}, "beyond the model's vocabulary"),
-        ({"id": None}, "the key 'id' is missing"),
+        ({"id": None}, "the key 'id' is missing or null"),
     ],
 )  # fmt: skip
 def test_bad_prompts_are_named_before_work_begins(

@@ -143,7 +143,7 @@ def _prompt(
     given = record.get("id")
     if (given is None) != hashed:
         raise RecordError(
-            where, "some rows have an 'id', and some have none" if hashed else "the key 'id' is missing",
+            where, "some rows have an 'id', and some have none" if hashed else "the key 'id' is missing or null",
             "give every row one, or none of them",
         )  # fmt: skip
     prompt = record.get("prompt")
