@@ -338,7 +338,7 @@ def test_verl_text_dumps_are_read_and_called_lossy(
     files = dumps
     convert[1:3] = dumps
     assert cropi(*convert, "--id-key", "nothing") == 2
-    assert "nothing: is missing, which --id-key names" in capsys.readouterr().err
+    assert "nothing: is missing, which --id-key names; there are 'input', 'output'" in capsys.readouterr().err
     write_lines(tmp_path / "data.jsonl", rows[1:])
     assert (
         cropi(

@@ -44,7 +44,14 @@ def test_ids_may_be_nested_and_one_that_is_missing_is_named(
     assert [group.id for group in read(tmp_path / "out.jsonl")] == sorted(set(names))
     assert main([*convert[:at], "extra.no", *convert[at + 1 :]]) == 2
     error = capsys.readouterr().err
-    assert "extra.no: is missing, which --id-key names" in error and "not training data" not in error
+    assert (
+        "extra.no: is missing, which --id-key names; there are 'key'" in error
+        and "not training data" not in error
+    )
+    assert main([*convert[:at], "nothing", *convert[at + 1 :]]) == 2
+    error = capsys.readouterr().err
+    assert "jsonl:1, nothing: is missing, which --id-key names; there are 'content', 'rewards'" in error
+    assert "'idx'" in error, "of the line, too"
 
 
 def test_turns_of_the_assistant_in_a_prompt_are_part_of_it(tmp_path: Path) -> None:

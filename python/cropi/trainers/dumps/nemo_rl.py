@@ -31,7 +31,7 @@ from cropi.trainers.dumps.fields import (
 )
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
-from cropi.trainers.dumps.rows import id_of, rows_of_dump
+from cropi.trainers.dumps.rows import id_of, rows_of_dump, without_id
 
 COLUMNS = ("token_ids", "token_loss_mask", "rewards", "input_lengths")
 LOGPROBS = ("generation_logprobs", "prev_logprobs")
@@ -61,12 +61,14 @@ def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[st
             )
     if "filtered_rewards" in line:
         line = line | {"rewards": line["filtered_rewards"]}
+    # Of a key with dots, the column that it leads into.
+    held = id_key if id_key is None or id_key in line else id_key.partition(".")[0]
+    if id_key is not None and held not in line:
+        raise without_id(line, id_key, where)
     if not isinstance(line["rewards"], list):
         return [(where, line)]
     columns = {name: values for name, values in line.items() if isinstance(values, list)}
     count = len(line["rewards"])
-    # Of a key with dots, the column that it leads into.
-    held = id_key if id_key is None or id_key in line else id_key.partition(".")[0]
     others = [name for name in (SAMPLE_MASK, *LOGPROBS, held) if name in columns]
     for name in (*COLUMNS, *others):
         values = columns.get(name)

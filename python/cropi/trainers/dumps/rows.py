@@ -13,8 +13,6 @@ from cropi.data.tables import TableRow, row_of_table
 from cropi.errors import RecordError
 from cropi.trainers.dumps.fields import BadSample, Left, finite, listed, names, nested, prompt_id, shown
 
-NOT_THERE = "is missing, which --id-key names"
-
 
 def rows_of_dump(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(file:line, object)`` of every row; keys of a table's row that hold nothing are left out.
@@ -65,8 +63,15 @@ def id_of(row: Any, id_key: str | None, prompt: Any, where: str) -> str:
         return hashed(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=repr))
     value = row.get(id_key) if id_key in row else nested(row, id_key)
     if value is None:
-        raise BadSample(where, id_key[:80], NOT_THERE)
+        raise without_id(row, id_key, where)
     return prompt_id(value, id_key[:80], where)
+
+
+def without_id(row: Mapping[str, Any], id_key: str, where: str) -> BadSample:
+    """The error for a row with nothing at ``id_key``; it names the keys that stand there instead."""
+    beside = nested(row, id_key.rpartition(".")[0])
+    held = names(beside if isinstance(beside, Mapping) else row)
+    return BadSample(where, id_key[:80], f"is missing, which --id-key names; there are {held}")
 
 
 def reward_of(value: Any, field: str, where: str) -> float:

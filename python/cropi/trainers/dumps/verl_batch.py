@@ -29,7 +29,7 @@ from cropi.trainers.dumps.fields import (
 )
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.rollout import Rollout, checked, messages, plain_answer
-from cropi.trainers.dumps.rows import NOT_THERE
+from cropi.trainers.dumps.rows import without_id
 from cropi.trainers.dumps.verl_tables import columns_of, parts_of_proto, rows_of
 from cropi.trainers.verl.selected import ID_KEY
 
@@ -161,7 +161,7 @@ def _rollout(
     only_tokens(other, where)
     name = nested(other, id_key)
     if name is None and id_key != ID_KEY:
-        raise BadSample(where, id_key[:80], NOT_THERE)
+        raise without_id(other, id_key, where)
     if name is None:
         raise BadSample(
             where, id_key[:80], "is missing, which is the only stable id that a prompt has in verl",
