@@ -103,6 +103,7 @@ def test_choices_that_cannot_be_made_are_errors_before_the_first_stage() -> None
         ),
         ("'sums' is to give 2 prompts, but train_dataset has 1 of it", {"quota": ["sums=0.5"], "count": 4}),
         ("get 2 of 4 prompts and no other group is left", {"quota": ["sums=1", "3=1"], "count": 4}),
+        ("count 4 is more than the 2 prompts that the quotas leave", {"quota": ["3=1"], "count": 4}),
         (None, {"quota": ["sums=0.5"], "fraction": 1.0, "pool": "usable"}),
         ("count 5 is more than the 4 prompts that the first stage records", {"count": 5}),
         (None, {"quota": ["sums=1", "3=0.75"], "count": 4}),

@@ -15,7 +15,7 @@ import numpy as np
 
 from cropi.errors import CropiError
 from cropi.options import Selecting
-from cropi.ranking.shares import apportion, how_many, part_of, read_quotas, with_quotas
+from cropi.ranking.shares import apportion, how_many, left_by, part_of, read_quotas, with_quotas
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import (
     FROM_SCORES,
@@ -81,11 +81,7 @@ def shared_out(
         n = given.count or how_many(given.fraction, sum(sizes.values()), least)
         quotas = read_quotas(given.quota)
         counts = with_quotas(n, quotas, usable, grouped_by(given))
-        held = sum(counts.get(name, number) for name, number in usable.items())
-        if given.count is not None and held < n:
-            raise CropiError(
-                f"count {n} is more than the {held} prompts that the quotas leave; lower it, or raise the quotas"
-            )
+        held = left_by(counts, usable, given.count)
         if given.count is None and held < (wanted := min(least, sum(usable.values()))):
             room = {name: usable[name] - number for name, number in counts.items()}
             weights = {name: max(number, 1) for name, number in counts.items() if quotas[name]}

@@ -166,3 +166,17 @@ def check_rest(n: int, taken: int, quotas: Collection[str], known: Collection[st
             f"quota: the groups get {taken} of {n} prompts and no other group is left for the rest; raise the "
             f"quotas, or choose {taken} (count)"
         )
+
+
+def left_by(counts: Mapping[str, int], sizes: Mapping[str, int], count: int | None) -> int:
+    """How many prompts quotas leave: of the groups that have one as many as ``counts`` says, all of the others.
+
+    Raises:
+        CropiError: it is less than the ``count`` that is to be chosen.
+    """
+    held = sum(counts.get(name, size) for name, size in sizes.items())
+    if count is not None and held < count:
+        raise CropiError(
+            f"count {count} is more than the {held} prompts that the quotas leave; lower it, or raise the quotas"
+        )
+    return held

@@ -15,7 +15,7 @@ from cropi.data.prompt_ids import column_values
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
 from cropi.files import check_room
-from cropi.ranking.shares import check_groups, check_rest, how_many, numbers_of, read_quotas
+from cropi.ranking.shares import check_groups, check_rest, how_many, left_by, numbers_of, read_quotas
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.sampler import check_enough
 from cropi.trainers.trl.scoring import _evaluating
@@ -163,6 +163,7 @@ def _check_choice(trainer: Any, options: Curriculum) -> None:
             )
     if known:
         check_rest(n, taken, quotas, tasks)
+        left_by(counts, tasks, options.count)
 
 
 def check_policy(model: Any, options: Curriculum) -> None:
