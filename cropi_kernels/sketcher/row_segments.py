@@ -13,7 +13,7 @@ import torch
 
 from ..adding import add_rows
 from .inputs import check_tensors
-from .segments import Segments, flat_ids, sizes
+from .segments import Segments, ids_on_host, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Runs:
         """
         check_tensors(segments=ids)
         batch, length = sizes(ids, shape)
-        flat = flat_ids(ids, batch, length)
+        flat = ids_on_host(ids, batch, length).reshape(-1)
         if flat.numel() == 0 or length < 1:
             raise ValueError("segments is empty: a batch has at least one row")
         if int(flat.min()) < 0:

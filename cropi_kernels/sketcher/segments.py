@@ -36,8 +36,8 @@ def sizes(segments: torch.Tensor, shape: Sequence[int] | None) -> tuple[int, int
     return whole[0], whole[1] if len(whole) == 2 else 1
 
 
-def flat_ids(segments: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """Ids per row [batch] or per token [batch, length], one after the other on the CPU.
+def ids_on_host(segments: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Ids per row [batch] or per token [batch, length], int64 on the CPU.
 
     Raises:
         ValueError: wrong dtype or shape.
@@ -47,7 +47,7 @@ def flat_ids(segments: torch.Tensor, batch: int, length: int) -> torch.Tensor:
             f"segments is {segments.dtype} {tuple(segments.shape)}: give int64 ids per row [{batch}] or per token "
             f"[{batch}, {length}]"
         )
-    return segments.detach().to("cpu", torch.int64).reshape(-1)
+    return segments.to("cpu", torch.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Segments:
         Raises:
             ValueError: wrong dtype or shape, ids that decrease or are out of range.
         """
-        ids = flat_ids(segments, batch, length).numpy()
+        ids = ids_on_host(segments, batch, length).numpy().reshape(-1)
         if ids.size and (ids[0] < 0 or (ids[1:] < ids[:-1]).any()):
             raise ValueError("segments must be >= 0 and must not decrease: sort the batch's rows by prompt")
         highest = int(ids[-1]) + 1 if ids.size else 0
