@@ -63,7 +63,8 @@ class Live:
         within: of :class:`cropi.Selector`: compare visits with the validation mean of their own time, at most so many
             steps old; None: with the present one.
         opposed: what the advantages of prompts are multiplied by, whose earlier visits say that they point against the
-            validation mean (mean and one standard deviation below 0): 1 leaves them, 0 drops them from the step.
+            validation mean (mean and one standard deviation below 0): 1 leaves them, 0 takes their rewards' part out
+            of the step (that of ``beta`` and of an entropy bonus stays).
         coupled: as in :class:`cropi_kernels.LiveSketcher`: take losses that are not a sum over prompts (experts' load
             balancing) by the tokens that their gradient passes through.
     """
