@@ -44,8 +44,8 @@ def _backward(
             # Offsets on a device are not checked; NaN marks tokens that they leave out.
             dx.fill_(float("nan"))
         offsets = offsets_for(chosen, offsets, x)
-    if offsets is not None and chosen == "cpu":
-        _check_cover(offsets, x.shape[0])
+        if chosen == "cpu":
+            _check_cover(offsets, x.shape[0])
     dispatch.kernels(__package__, chosen).rms_norm_backward(dy, x, weight, scale, offsets, dx, sums)
     return dx, sums
 
