@@ -20,7 +20,7 @@ from cropi.errors import CropiError
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked
-from cropi.pipeline.lost import usable_sets, warn_lost
+from cropi.pipeline.lost import usable_sets, warn_lost, without_minus
 from cropi.trainers.dumps import auto
 
 
@@ -114,7 +114,7 @@ def check(plan: Plan, files: Files, source: Source, stage: int, policy: Policy) 
         if groups is not None:
             valid = {name: groups}
         if given.minus in lost:
-            setup = replace(setup, influence=replace(given, minus=None, minus_weight=1.0))
+            setup = replace(setup, influence=without_minus(given))
         sets = [one for one in sets if one not in lost]
     checked = pipeline.check(
         policy,

@@ -15,12 +15,13 @@ from cropi.data.readers import PromptGroups
 from cropi.data.scan import by_set, listed, scan
 from cropi.data.share import without
 from cropi.errors import CropiError, warn
-from cropi.options import Influence
+from cropi.options import Comparing, Influence
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore
 
 T = TypeVar("T")
+G = TypeVar("G", bound=Comparing)
 # What becomes of such a set.
 LEFT_OUT = "the set does not count until it has one again"
 
@@ -75,12 +76,17 @@ def usable_stores(
     if left <= {given.minus}:
         raise NothingToFollow("; ".join(lost.values()) or "there is no validation set besides minus")
     if given.minus is not None and given.minus not in left:
-        given = replace(given, minus=None, minus_weight=1.0)
+        given = without_minus(given)
     kept = [
         store.without({row.id for row in store.rows() if (row.set or DEFAULT_SET) in lost})
         for store in stores
     ]
     return [store for store in kept if len(store)], given, lost
+
+
+def without_minus(given: G) -> G:
+    """The options where the set that counts against a prompt is left out: a weight without one is an error."""
+    return replace(given, minus=None, minus_weight=1.0)
 
 
 def on_first(ranks: Ranks, work: Callable[[], T]) -> T:

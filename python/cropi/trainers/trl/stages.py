@@ -28,7 +28,7 @@ from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
 from cropi.files import entries, is_file, is_there, writing
 from cropi.model.policy import Policy
-from cropi.pipeline.lost import LEFT_OUT, NothingToFollow, usable_sets
+from cropi.pipeline.lost import LEFT_OUT, NothingToFollow, usable_sets, without_minus
 from cropi.sealed import read_sealed, sealed
 from cropi.sketching.job import make_tokenize
 from cropi.store.differences import first_difference
@@ -383,7 +383,7 @@ class Stages(Recorder):
         for words in lost.values():
             logger.warning("stage %d: %s; %s", stage, words, kept if groups is None else LEFT_OUT)
         if options.minus in lost:
-            options = replace(options, minus=None, minus_weight=1.0)
+            options = without_minus(options)
         return groups, replace(options, valid_sets=[x for x in options.valid_sets or () if x not in lost])
 
     def _sources(self, kind: str, folder: Path) -> Any:
