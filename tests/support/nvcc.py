@@ -36,7 +36,7 @@ def compiled(factory: pytest.TempPathFactory, source: str, architecture: int) ->
     return once(factory, f"{source}-{architecture}", make)
 
 
-def library(factory: pytest.TempPathFactory, runtime: Path, architecture: int) -> tuple[Path, list[str]]:
+def linked(factory: pytest.TempPathFactory, runtime: Path, architecture: int) -> tuple[Path, list[str]]:
     """The objects linked with ``runtime`` in place of CUDA's, and their modules in PTX."""
     folders = [compiled(factory, source, architecture) for source in SOURCES]
 

@@ -38,7 +38,7 @@ OBSERVER = ctypes.CFUNCTYPE(
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, str]]:
     """The library, its launches going nowhere yet, and the module of every kernel."""
-    path, modules = nvcc.library(tmp_path_factory, HERE.parent / "runtime.cpp", 90)
+    path, modules = nvcc.linked(tmp_path_factory, HERE.parent / "runtime.cpp", 90)
     kernels = {name: text for text in modules for name in re.findall(r"\.entry (\w+)", text)}
     return _cuda.load(path), kernels
 
