@@ -27,6 +27,7 @@ from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
 from cropi.ranking.uncertainty import Uncertainty, uncertainty
 from cropi.store.codec import DTYPES
+from cropi.store.exporting import export
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import RowInfo
 
@@ -359,3 +360,25 @@ def test_the_size_of_a_gradient_changes_no_bit_of_its_cosine(dtype: str) -> None
         np.testing.assert_allclose(scores("cosine", power).stderr[:, 0], stderr[0], rtol=1e-5)
     dots = scores("dot").table[:, 0]
     assert (dots == np.ldexp(dots[0], powers)).all()
+
+
+@pytest.mark.long
+def test_the_size_of_a_gradient_changes_no_direction(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows, other = torch.randn(12, 64), torch.randn(2, 64)
+    rows[3] = rows[2] + 0.1 * rows[4]  # a near copy
+
+    def found(powers: list[int], power: int, name: str) -> tuple[Any, ...]:
+        sized = torch.from_numpy(np.ldexp(rows.numpy(), np.array(powers)[:, None]))
+        train = in_memory(sized, "t", ["t"] * 12)
+        valid = in_memory(torch.from_numpy(np.ldexp(other.numpy(), power)), "v", ["x"] * 2)
+        scores, near = cropi.influence(train, valid), cropi.neighbours(train, valid, 3)
+        kept = scores.select(count=6, dedup=0.9)
+        export(train, tmp_path / f"{name}.npy", normalise=True)
+        spread = [scores.select(count=4, diversity=kind).ids for kind in ("facility", "kmeans")]
+        return near, kept.ids, kept.copies, spread, np.load(tmp_path / f"{name}.npy").tolist()
+
+    expected = found([0] * 12, 0, "one")
+    assert len(expected[2]) == 1 and expected[0]["v000"][0][0].cosine > 0.1
+    assert found([0, -100, -45, 45, 100, 70] * 2, 100, "large") == expected
+    assert found([-70, 100, -30, 100, -100, -45] * 2, -100, "small") == expected

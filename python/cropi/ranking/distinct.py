@@ -15,6 +15,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.store.store import SketchStore
+from cropi.store.unit import unit_rows
 from cropi_kernels import ProjectionSpec, project
 
 BLOCK = 256  # rows compared at once
@@ -45,7 +46,7 @@ def unit_sketches(
         here = [i for i, row in enumerate(rows) if row.id in left]
         if not here:
             continue
-        unit = torch.nn.functional.normalize(sketches[here].float(), dim=1).half()
+        unit = unit_rows(sketches[here]).half()
         table[[place[rows[i].id] for i in here]] = change(unit)
         left -= {rows[i].id for i in here}
         if not left:
@@ -173,9 +174,7 @@ def _by_clusters(sketches: torch.Tensor, n: int, seed: int) -> np.ndarray:
 
 def _narrow(rows: torch.Tensor, seed: int) -> torch.Tensor:
     """Unit sketches of :data:`CLUSTERED_DIM` numbers, float32."""
-    return torch.nn.functional.normalize(
-        project(rows.float(), ProjectionSpec(CLUSTERED_DIM, seed=seed)), dim=1
-    )
+    return unit_rows(project(rows.float(), ProjectionSpec(CLUSTERED_DIM, seed=seed)))
 
 
 def _check_candidates(m: int) -> None:

@@ -28,6 +28,7 @@ from cropi.ranking.scores import DEFAULT_SET
 from cropi.sealed import summed
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
+from cropi.store.unit import unit_rows
 
 TOGETHER = 1024  # validation prompts that `neighbours` compares with a block of rows at one time
 
@@ -234,11 +235,11 @@ def neighbours(
                 f"ids: {missing[0]!r} is not a usable validation prompt of these stores; leave it out"
             )
         rows, sketches = [rows[place[name]] for name in ids], sketches[[place[name] for name in ids]]
-    directions = torch.nn.functional.normalize(sketches, dim=1).T
+    directions = unit_rows(sketches).T
     best: list[list[tuple[float, str]]] = [[] for _ in rows]
     worst: list[list[tuple[float, str]]] = [[] for _ in rows]
     for kept, table in train.shards():
-        unit = torch.nn.functional.normalize(table, dim=1)
+        unit = unit_rows(table)
         for column in range(len(rows)):
             if column % TOGETHER == 0:
                 cosines = unit @ directions[:, column : column + TOGETHER]

@@ -24,6 +24,7 @@ from cropi.ranking.origin import Origin, differs, merged, origin_of
 from cropi.ranking.packed_rows import PackedRows
 from cropi.ranking.selector_state import check_state
 from cropi.ranking.validation_means import directions
+from cropi.store.unit import unit_rows
 from cropi_kernels import BatchSketch, SketchSpec, reduce_sketch
 
 CHUNK = 65536  # rows that are float32 at one time
@@ -416,11 +417,10 @@ class Selector:
         if failed:
             return  # the step failed (an overflow under loss scaling), and says nothing of any prompt
         self._failing.end(np.setdiff1d(unique, broken))
-        # Of float32 numbers squares may be beyond float32, at either end.
         new = torch.zeros(len(unique), self.dim, dtype=torch.float64, device="cpu")
         new.index_add_(0, torch.from_numpy(inverse), rows.double())
         new[torch.from_numpy(np.isin(unique, broken))] = 0.0
-        new = torch.nn.functional.normalize(new, dim=1, eps=torch.finfo(torch.float64).tiny).float()
+        new = unit_rows(new)
         if not self.listens(self.step):
             return
         kept = self._kept(self._last[unique], self.step)

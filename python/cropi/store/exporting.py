@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cropi.atomic import forget, replacing, sync, write_parts
 from cropi.errors import CropiError, optional
@@ -16,6 +15,7 @@ from cropi.files import path_of, writing
 from cropi.sealed import summed
 from cropi.store.rows import RowInfo, placed, rows_to_json
 from cropi.store.store import SketchStore
+from cropi.store.unit import unit_rows
 
 FORMATS = ("npy", "parquet")
 
@@ -78,7 +78,7 @@ def _line(row: RowInfo, place: int) -> str:
 
 def _tables(store: SketchStore, normalise: bool) -> Iterator[tuple[list[RowInfo], np.ndarray]]:
     for rows, table in store.shards():
-        yield rows, (torch.nn.functional.normalize(table, dim=1) if normalise else table).numpy()
+        yield rows, (unit_rows(table) if normalise else table).numpy()
 
 
 def _write_npy(path: Path, store: SketchStore, rows: Sequence[RowInfo], normalise: bool) -> None:
