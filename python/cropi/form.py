@@ -4,12 +4,23 @@ another hand may have sealed it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import isfunction
 from typing import Any
 
 from cropi.checked import fits, in_words
 from cropi.errors import CropiError, printable, shown
+
+
+def nested(value: Any, way: str | Sequence[str], missing: Any = None) -> Any:
+    """What stands where some keys lead, joined by dots or one by one; ``missing`` where the way ends.
+
+    >>> nested({"spec": {"dim": 64}}, "spec.dim"), nested({"spec": None}, "spec.dim")
+    (64, None)
+    """
+    for key in way.split(".") if isinstance(way, str) else way:
+        value = value.get(key, missing) if isinstance(value, Mapping) else missing
+    return value
 
 
 def check_form(values: Any, form: Any, said: str, remedy: str, place: str = "it") -> None:

@@ -15,7 +15,7 @@ from support.made_data import make_model, make_records, make_tokenizer
 from support.stores import in_memory, on_disk
 
 import cropi
-from cropi.data.shared import RepeatedPrompts
+from cropi.data.twice import RepeatedPrompts
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.ranking.influence import SharedPrompts, influence

@@ -146,10 +146,10 @@ def describe_rows(path: str | Path) -> dict[str, Any] | None:
 
 
 def _prompts(path: Any, row: Mapping[str, Any], what: str, rows: Iterable[Any]) -> dict[str, Any]:
-    from cropi.data.forms import nested
+    from cropi.data.forms import dotted_names
 
     count = sum(1 for _ in rows)
-    remedy = f"`cropi rollout` samples and scores them{nested(row)}"
+    remedy = f"`cropi rollout` samples and scores them{dotted_names(row)}"
     return told(
         [f"prompts       {path}: {count} {what}, without responses; {remedy}",
          f"columns       {', '.join(map(str, row))}"],

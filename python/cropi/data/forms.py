@@ -108,7 +108,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> d
                     f"there is no column {column!r} for {name!r}",
                     f"{did_you_mean(column, map(str, row))}its columns are {', '.join(map(str, row)):.300}; columns "
                     f"are named for all files together: where they differ, make records of each by `cropi convert`"
-                    f"{nested(row, alone=True) if '.' in column else ''}",
+                    f"{dotted_names(row, alone=True) if '.' in column else ''}",
                 )
             value = value[part] if column else None
         if value is not None:
@@ -140,7 +140,7 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
     if not any(key in _PROMPTS for key in keys) and not (answered or scored):
         return RECORD  # which says what is missing
     if not answered and not scored:
-        raise CropiError(f"{where}: {ROLL_OUT} ({_held(keys)}){nested(row)}")
+        raise CropiError(f"{where}: {ROLL_OUT} ({_held(keys)}){dotted_names(row)}")
     if not has_reward:
         _missing("reward", _SCORES, row, keys, where)
     if not (holds or talks):
@@ -148,14 +148,14 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
     return RECORD
 
 
-def nested(row: Mapping[str, Any], *, alone: bool = False) -> str:
+def dotted_names(row: Mapping[str, Any], *, alone: bool = False) -> str:
     """Where a column holds columns of responses and rewards, how these are named; else nothing.
 
     Args:
         row: of a table, or a record.
         alone: take one of the two, too: of prompts a ``metadata.accuracy`` says how hard they are.
 
-    >>> nested({"prompt": "1+1=", "rollouts": {"responses": ["2", "3"], "scores": [1, 0]}})
+    >>> dotted_names({"prompt": "1+1=", "rollouts": {"responses": ["2", "3"], "scores": [1, 0]}})
     '; nested columns are named with dots: --columns responses=rollouts.responses,rewards=rollouts.scores'
     """
     for key, value in row.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cropi.errors import CropiError, article, optional
+from cropi.form import nested
 
 
 class PromptIds:
@@ -97,14 +98,8 @@ def column_values(dataset: Any, *columns: str) -> tuple[list[str], list[list[Any
     else:
         for row in dataset:
             for way, held in there:
-                held.append(_inside(row, way))
+                held.append(nested(row, way))
     return list(map(str, known)), values
-
-
-def _inside(value: Any, way: Sequence[str]) -> Any:
-    for key in way:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _nested(column: Any, way: Sequence[str]) -> list[Any]:
@@ -115,7 +110,7 @@ def _nested(column: Any, way: Sequence[str]) -> list[Any]:
                 return [None] * len(column)
             column = optional("pyarrow.compute").struct_field(column, column.type.get_field_index(key))
         return list(column.to_pylist())
-    return [_inside(value, way) for value in column]
+    return [nested(value, way) for value in column]
 
 
 def _recipe(column: str) -> str:

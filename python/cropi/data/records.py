@@ -14,7 +14,7 @@ from typing import Any
 
 from cropi.bulk import check_bulk
 from cropi.data.checks import ID_REMEDY, REWARDS_REMEDY, check_depth, check_group, check_id
-from cropi.data.forms import nested
+from cropi.data.forms import dotted_names
 from cropi.data.keys import FIELDS, named
 from cropi.data.rewards import no_gradient_reason
 from cropi.data.values import json_value
@@ -211,7 +211,7 @@ def make_group(
             remedy = (
                 [ID_REMEDY]
                 if name == "id"
-                else _near(name, extra) or [REWARDS_REMEDY + nested(extra, alone=True)]
+                else _near(name, extra) or [REWARDS_REMEDY + dotted_names(extra, alone=True)]
             )
             raise RecordError(where, f"the key {name!r} is {_lack(name, record)}: {held}", *remedy)
     for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):

@@ -97,7 +97,7 @@ class Scan:
 
 
 def prompt_hash(group: PromptGroup) -> int:
-    """A hash of what a prompt says, which is its own in this process; see :mod:`cropi.data.shared`."""
+    """A hash of what a prompt says, which is its own in this process; see :mod:`cropi.data.twice`."""
     made = _hash_of_text(group)
     return hash((made, repr(group.response_ids or group.responses))) if group.demonstrations else made
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.distributed.ranks import REMEDIES, check_whole, digest, together
-from cropi.distributed.ray_worker import Make, Prepared, Worker
+from cropi.distributed.ray_worker import JobFacts, Make, Worker
 from cropi.distributed.team import check_same
 from cropi.errors import CropiError, optional
 from cropi.progress import bar_of
@@ -131,7 +131,7 @@ class _Driver:
         self.refs: dict[Any, _Held] = {}
         self.idle: list[_Held] = []
         self.store: SketchStore | None = None
-        self.first: Prepared | None = None
+        self.first: JobFacts | None = None
         self.started = self.next = self.finished = self.early = 0
         self.end: int | None = None  # the number of chunks, once a worker has found it
         self.returned: list[int] = []
@@ -210,7 +210,7 @@ class _Driver:
         else:
             self._done(held, result)
 
-    def _prepared(self, held: _Held, prepared: Prepared) -> None:
+    def _prepared(self, held: _Held, prepared: JobFacts) -> None:
         held.pid, held.node = prepared.pid, prepared.node
         if self.first is None:
             self.first = prepared

@@ -17,8 +17,7 @@ from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk, Participant
 from cropi.sketching.job import SketchJob, settle_products
-from cropi.sketching.run import Prepared as Ready
-from cropi.sketching.run import prepare
+from cropi.sketching.run import Prepared, prepare
 from cropi.sketching.summary import Summary
 from cropi.store.parts import part_path
 from cropi.store.store import SketchStore
@@ -28,7 +27,7 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Prepared:
+class JobFacts:
     """What a worker says of its job before it begins."""
 
     manifest: dict[str, Any]
@@ -68,18 +67,18 @@ class Worker:
 
     def __init__(self, make: Make) -> None:
         self.make = make
-        self.ready: Ready | None = None
+        self.ready: Prepared | None = None
         self.part = Asked(1, frozenset())
 
     @in_words
-    def prepare(self) -> Prepared:
+    def prepare(self) -> JobFacts:
         """Read the trajectories, load the model, and say what the rows depend on."""
         policy, job = self.make()
         check_undivided(job)
         ready = self.ready = prepare(policy, job, progress=False)
         budget, manifest = ready.tokens_per_batch, ready.manifest()
         ready.job = replace(ready.job, tokens_per_batch=None)  # the driver gives one for all workers
-        return Prepared(
+        return JobFacts(
             manifest, facts(ready, manifest), ready.total, budget, job.shard_rows, job.shard_bytes,
             tuple(ready.summary.bad_records), os.getpid(), socket.gethostname(),
         )  # fmt: skip

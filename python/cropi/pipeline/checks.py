@@ -11,7 +11,7 @@ from cropi.data.readers import PromptGroups
 from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan, check_covered, check_pool
 from cropi.data.share import Share
-from cropi.data.shared import RepeatedPrompts, repeated_prompts, shared_prompts
+from cropi.data.twice import RepeatedPrompts, repeated_prompts, shared_prompts
 from cropi.errors import CropiError, warn
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy

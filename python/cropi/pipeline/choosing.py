@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.agreement import Alone, Ranks
-from cropi.data.shared import RepeatedPrompts
+from cropi.data.twice import RepeatedPrompts
 from cropi.errors import CropiError, warn
 from cropi.files import is_folder
 from cropi.locks import one_at_a_time

@@ -97,7 +97,7 @@ def validation(
 
 
 def copies(pairs: Pairwise) -> tuple[dict[str, tuple[int, int]], tuple[str, str]] | None:
-    """What :func:`cropi.data.shared.repeated_prompts` finds in records, of stores: prompts whose responses and gradient
+    """What :func:`cropi.data.twice.repeated_prompts` finds in records, of stores: prompts whose responses and gradient
     are those of another one of their set. Other responses to the same prompt have another gradient, and are not found.
     """
     squares, found = np.diagonal(pairs.gram), dict[str, tuple[int, int]]()

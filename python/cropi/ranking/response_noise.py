@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError, shown
+from cropi.form import nested
 from cropi.gradient.zero import ZERO_GRADIENT
 from cropi.options import Influence
 from cropi.ranking.influence import check_stores, choose_members, validation_means
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.differences import ALIKE, Difference, first_difference
-from cropi.store.manifest import MERGED, NOISE, NOTES, get_field, read_manifest
+from cropi.store.manifest import MERGED, NOISE, NOTES, read_manifest
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore
 
@@ -233,7 +234,7 @@ def _difference(store: Mapping[str, Any], noise: Mapping[str, Any]) -> Differenc
         if any(one not in held for one in drawn):
             return Difference("trajectories", held, drawn)
         fields = ("spec", "stage", "model", "parameters", *ALIKE)
-        left, right = ({field: get_field(one, field) for field in fields} for one in (store, noise))
+        left, right = ({field: nested(one, field) for field in fields} for one in (store, noise))
         return first_difference(left, right)
     left, right = ({k: v for k, v in one.items() if k not in _FREE} for one in (dict(store), dict(noise)))
     return first_difference(left, right)

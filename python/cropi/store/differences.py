@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cropi.errors import CropiError, shown, warn
-from cropi.store.manifest import GROUPS, NOISE, NOTES, SCALED, get_field
+from cropi.form import nested
+from cropi.store.manifest import GROUPS, NOISE, NOTES, SCALED
 
 # What must agree for sketches to be comparable; the rest of the manifest may differ between two stores.
 COMPARABLE = ("format", "spec", "hash_version", "stage", "model", "parameters", GROUPS, NOISE)
@@ -127,7 +128,7 @@ def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, st
     """
     differences = []
     for field in ALIKE:
-        left, right = (get_field(manifest, field, _UNKNOWN) for manifest in (a, b))
+        left, right = (nested(manifest, field, _UNKNOWN) for manifest in (a, b))
         differs = None if _UNKNOWN in (left, right) else first_difference(left, right, field)
         if differs:
             differences.append(differs.text())
@@ -164,5 +165,5 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
 
 def _model_of(manifest: Mapping[str, Any], field: str) -> str:
     """The model's name, where ``field`` is a hash of it: hashes do not tell which of two stores is the wrong one."""
-    name = get_field(manifest, "notes.model") if field.startswith("model.") else None
+    name = nested(manifest, "notes.model") if field.startswith("model.") else None
     return f" (model {shown(name, 200)})" if name else ""

@@ -83,11 +83,3 @@ def job_fingerprint(manifest: Mapping[str, Any]) -> str:
 def groups_in(manifest: Mapping[str, Any]) -> dict[str, list[str]] | None:
     """The patterns of each group of parameters whose sketches make up a row; None: a row is one sketch."""
     return {one["name"]: one["patterns"] for one in manifest.get(GROUPS) or ()} or None
-
-
-def get_field(manifest: Mapping[str, Any], field: str, missing: Any = None) -> Any:
-    """A field by its dotted name."""
-    value: Any = manifest
-    for key in field.split("."):
-        value = value.get(key, missing) if isinstance(value, Mapping) else missing
-    return value

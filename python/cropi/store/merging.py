@@ -12,9 +12,10 @@ import torch
 
 from cropi.errors import CropiError, shown
 from cropi.files import is_there, path_of
+from cropi.form import nested
 from cropi.store.compact import SHARD_BYTES, filled, join_blocks
 from cropi.store.differences import ALIKE, UnlikeStores, first_difference
-from cropi.store.manifest import MANIFEST, MERGED, NOTES, get_field
+from cropi.store.manifest import MANIFEST, MERGED, NOTES
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard
 from cropi.store.store import SketchStore
@@ -114,7 +115,7 @@ def merged_manifest(stores: Sequence[SketchStore]) -> dict[str, Any]:
     first = stores[0]
     for store in stores[1:]:
         for field in (*ALIKE, "dtype"):
-            left, right = (get_field(one.manifest, field) for one in (first, store))
+            left, right = (nested(one.manifest, field) for one in (first, store))
             differs = first_difference(left, right, field)
             if differs:
                 raise CropiError(

@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cropi.form import nested
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
+    check_keys,
     listed,
     log_probs,
     loss_mask,
-    names,
-    nested,
     only_tokens,
     shown,
     token_ids,
@@ -65,14 +65,9 @@ def _members(pair: tuple[str, dict[str, Any]]) -> list[tuple[str, list[int], dic
                 "turn that off in the environment (mask_too_long_completions), or pass --skip-bad to leave such "
                 "groups out",
             )  # fmt: skip
-    for key in COLUMNS:
-        if group.get(key) is None:
-            raise BadSample(
-                where, key, f"is missing, so this is not a group of Atropos (it has {names(group)})"
-            )
-    columns = {
-        key: listed(group[key], key, where) for key in (*COLUMNS, LOGPROBS) if group.get(key) is not None
-    }
+    held = {key: value for key, value in group.items() if value is not None}
+    check_keys(held, COLUMNS, where, "a group of Atropos")
+    columns = {key: listed(held[key], key, where) for key in (*COLUMNS, LOGPROBS) if key in held}
     sizes = {key: len(values) for key, values in columns.items()}
     if len(set(sizes.values())) > 1:
         raise BadSample(where, "tokens", f"the columns of the group have several lengths: {sizes}")

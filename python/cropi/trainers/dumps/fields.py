@@ -293,10 +293,3 @@ def _holds(value: Any) -> bool:
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return len(value.shape) == 0 or value.shape[0] > 0
     return value is not None
-
-
-def nested(value: Any, path: str) -> Any:
-    """What stands at a path of keys joined by dots; None where the way ends."""
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value

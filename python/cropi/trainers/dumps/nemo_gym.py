@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import warn
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, listed, names, nested, shown
+from cropi.form import nested
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, listed, names, shown
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump

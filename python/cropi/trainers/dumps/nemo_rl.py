@@ -19,12 +19,12 @@ from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
+    check_keys,
     finite,
     is_bit,
     listed,
     log_probs,
     loss_mask,
-    names,
     shown,
     token_ids,
     whole,
@@ -52,13 +52,7 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
 
 def _rows(where: str, line: dict[str, Any], id_key: str | None) -> list[tuple[str, dict[str, Any]]]:
     """The rollouts of a line, each as its own object. What is not a list (``idx``) describes the line."""
-    for name in COLUMNS:
-        if name not in line:
-            raise BadSample(
-                where,
-                shown(name),
-                f"is missing, so this is not training data of NeMo-RL (it has {names(line)})",
-            )
+    check_keys(line, COLUMNS, where, "training data of NeMo-RL")
     if "filtered_rewards" in line:
         line = line | {"rewards": line["filtered_rewards"]}
     # Of a key with dots, the column that it leads into.

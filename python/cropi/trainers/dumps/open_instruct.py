@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cropi.form import nested
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
     check_keys,
     log_probs,
-    nested,
     token_ids,
     whole,
 )

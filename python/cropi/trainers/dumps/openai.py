@@ -24,14 +24,15 @@ from cropi.data.chat import last_text
 from cropi.data.keys import RENDERED, was_cut
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError, warn
+from cropi.form import nested
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
     Unused,
+    check_keys,
     listed,
     log_probs,
     names,
-    nested,
     shown,
     token_ids,
 )
@@ -113,17 +114,14 @@ def _asked(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _row(row: dict[str, Any], where: str, asked: Mapping[str, Mapping[str, Any]]) -> _Row:
-    held: Any = row
+    held: Mapping[str, Any] = row
     for key in ("response", "body"):
-        if isinstance(held, Mapping) and "choices" not in held and isinstance(held.get(key), Mapping):
+        if "choices" not in held and isinstance(held.get(key), Mapping):
             held = held[key]
     code = nested(row, "response.status_code")
     if row.get("error") or (isinstance(code, int) and code != 200):
         raise Unused(where, "error", f"the request failed ({shown(row.get('error') or code)})")
-    if not isinstance(held, Mapping) or "choices" not in held:
-        raise BadSample(
-            where, "choices", f"is missing, so this is not a chat completion (it has {names(row)})"
-        )
+    check_keys(held, ("choices",), where, "a chat completion")
     request: Any = row.get("request") if isinstance(row.get("request"), Mapping) else {}
     if isinstance(request.get("body"), Mapping):
         request = request["body"]

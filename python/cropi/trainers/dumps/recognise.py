@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from cropi.data.forms import form_of, is_prompt, nested
+from cropi.data.forms import dotted_names, form_of, is_prompt
 from cropi.data.readers import first_row
 from cropi.data.tables import is_saved
 from cropi.errors import CropiError, RecordError
@@ -160,7 +160,7 @@ def source_of_row(row: Mapping[str, Any], where: str, *, renamed: bool = False) 
         kind = "of slime or OpenRLHF " if "label" in held else ""
         raise CropiError(
             f"{where}: these are prompts {kind}without responses (the row has {names(row)}), and selection needs "
-            f"several scored responses of your policy to each; {_ROLL}{nested(row)}"
+            f"several scored responses of your policy to each; {_ROLL}{dotted_names(row)}"
         )
     form_of(row, where, rewards=None)  # says what is missing; the reader, whether there must be rewards
     return RECORDS

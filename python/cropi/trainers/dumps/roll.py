@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cropi.trainers.dumps.fields import Left, Unused, check_keys, from_json, nested, whole
+from cropi.form import nested
+from cropi.trainers.dumps.fields import Left, Unused, check_keys, from_json, whole
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_columns, rows_of_dump, text_of

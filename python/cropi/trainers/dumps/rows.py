@@ -11,7 +11,8 @@ from cropi.data.forms import hashed
 from cropi.data.sources import PathSource, fields_of, is_blank
 from cropi.data.tables import TableRow, row_of_table
 from cropi.errors import RecordError
-from cropi.trainers.dumps.fields import BadSample, Left, finite, listed, names, nested, prompt_id, shown
+from cropi.form import nested
+from cropi.trainers.dumps.fields import BadSample, Left, finite, listed, names, prompt_id, shown
 
 
 def rows_of_dump(path: Path, left: Left) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -36,7 +36,8 @@ from typing import Any
 from cropi.data.keys import was_cut
 from cropi.data.scan import LossyTokens
 from cropi.errors import warn
-from cropi.trainers.dumps.fields import BadSample, Left, Unused, check_keys, nested, whole
+from cropi.form import nested
+from cropi.trainers.dumps.fields import BadSample, Left, Unused, check_keys, whole
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.rollout import Rollout, checked
 from cropi.trainers.dumps.rows import id_of, reward_of, rows_of_dump, text_of

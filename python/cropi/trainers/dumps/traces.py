@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from cropi.form import nested
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
@@ -20,7 +21,6 @@ from cropi.trainers.dumps.fields import (
     finite,
     is_bit,
     listed,
-    nested,
     shown,
     token_ids,
 )

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.form import nested
 from cropi.trainers.dumps.fields import (
     BadSample,
     Left,
@@ -26,7 +27,6 @@ from cropi.trainers.dumps.fields import (
     listed,
     log_probs,
     loss_mask,
-    nested,
     prompt_id,
     token_ids,
     whole,

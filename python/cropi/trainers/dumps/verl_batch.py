@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cropi.form import nested
 from cropi.trainers.dumps.fields import (
     MEDIA,
     BadSample,
@@ -21,7 +22,6 @@ from cropi.trainers.dumps.fields import (
     listed,
     log_probs,
     loss_mask,
-    nested,
     only_tokens,
     prompt_id,
     shown,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from cropi.errors import CropiError
+from cropi.trainers.hooks import base_class
 from cropi.trainers.versions import checked_version, minor
 
 TESTED = ("0.7.1", "0.9.1")
@@ -41,12 +40,5 @@ def need(module: str, name: str, what: str, instead: str) -> Any:
         ModuleNotFoundError: verl is not installed.
         CropiError: this verl is older than the tested range, or has no such class.
     """
-    installed = verl_version()
-    try:
-        return getattr(import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("verl"):
-            raise  # one of verl's own dependencies
-        raise CropiError(
-            f"{what}: verl {'.'.join(map(str, installed))} has no {module}.{name}; {instead}"
-        ) from error
+    installed = ".".join(map(str, verl_version()))
+    return base_class(what, module, name, {}, f"verl {installed} is installed: {instead}")
