@@ -116,7 +116,7 @@ def score(
     def at(name: str) -> Path | None:
         return None if folder is None else folder / name
 
-    stores = pipeline.sketch_all(policy, checked, job, at, progress=progress)
+    stores = pipeline.sketch_all(policy, checked, setup, at, progress=progress)
     of_noise = (
         pipeline.noise_stores(policy, checked, job, sampled(stores["train"]), at, progress=progress)
         if noise

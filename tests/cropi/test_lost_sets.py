@@ -13,7 +13,7 @@ from support.made_curriculum import config, curriculum, make_folder, report
 from support.made_data import make_model, make_records, make_tokenizer
 from support.rank_threads import on_ranks
 
-from cropi import pipeline
+from cropi import pipeline, score
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.options import Influence, Rescoring, Selecting
@@ -31,18 +31,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 SPEC = SketchSpec(dim=64)
 
 
-def store(rows: dict[str, bool], name: str | None = None) -> MemoryStore:
-    """Sketches of prompts, and prompts whose gradients are zero though their rewards differ."""
+def store(rows: dict[str, float], name: str | None = None) -> MemoryStore:
+    """Sketches of prompts, and prompts whose gradients are zero though their rewards differ; another number is a factor
+    on the sketch of the prompt before."""
     made = MemoryStore({"spec": SPEC.to_dict(), "stage": "1", "prompts": len(rows)})
     for number, (key, usable) in enumerate(rows.items()):
         row = RowInfo(key, set=name and key[0], pass_rate=0.5)
-        sketch = torch.randn(SPEC.dim, generator=torch.Generator().manual_seed(number))
+        factor = 1.0 if usable in (0, 1) else usable
+        sketch = (
+            torch.randn(SPEC.dim, generator=torch.Generator().manual_seed(number - (factor != 1))) * factor
+        )
         made.add(*((row, sketch) if usable else (RowInfo(key, SKIPPED, "zero gradient", set=row.set),)))
     made.finish()
     return made
 
 
-def chosen(valid: dict[str, bool], later: bool = True, **given: Any) -> Any:
+def chosen(valid: dict[str, float], later: bool = True, **given: Any) -> Any:
     stores = {"train": store({f"t{i}": True for i in range(4)}), "valid": store(valid, "valid")}
     setup = Setup(
         influence=Influence(**given), selecting=Selecting(fraction=0.5), later=later, before="stage 1: "
@@ -70,6 +74,40 @@ def test_a_set_whose_gradients_vanish_is_left_out() -> None:
             NothingToFollow, match="no prompt of the validation set 'y' has a usable gradient"
         ):
             chosen(left, **given)
+
+
+def test_a_set_whose_gradients_add_up_to_zero_is_left_out_where_its_mean_counts() -> None:
+    """It ended every later stage."""
+    valid = {"x1": True, "x2": True, "y1": True, "y2": -1.0}
+    alone = chosen({"x1": True, "x2": True})
+    words = "validation set 'y': the mean of its gradients is zero, so it has no direction"
+    with pytest.raises(CropiError, match=f"^{words}; leave the set out"):
+        chosen(valid, later=False)
+    for given in ({}, {"minus": "y", "minus_weight": 0.5}, {"draws": 0}):
+        with pytest.warns(LostSets, match=f"^stage 1: {words}; the set does not count"):
+            found = chosen(valid, **given)
+        assert found.scores.sets == ["x"] and (found.scores.table == alone.scores.table).all()
+    with pytest.raises(NothingToFollow, match=words):
+        chosen(valid, minus="x")
+    # Of one prompt, or of the nearest one, there is a direction.
+    for given in ({"max_valid": 1}, {"aggregate": "nearest"}):
+        assert chosen(valid, **given).scores.sets == ["x", "y"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::cropi.data.shared.RepeatedPrompts", "ignore::cropi.ranking.influence.SharedPrompts"
+)
+def test_gradients_that_cancel_are_refused_early_by_the_options_alone() -> None:
+    """The check before the training prompts knew of no options: it refused what `aggregate="nearest"` can score."""
+    model, records = make_model(), make_records(4)
+    record = next(one for one in records if len(set(one["rewards"])) == 2)
+    turned = [1.0 - reward for reward in record["rewards"]]
+    valid = [record, record | {"id": "turned", "rewards": turned}]
+    options: dict[str, Any] = {"tokenizer": make_tokenizer(), "dim": 64, "draws": 0, "progress": False}
+    with pytest.raises(CropiError, match="the mean of its gradients is zero"):
+        score(model, records, valid, **options)
+    near = score(model, records, valid, aggregate="nearest", **options).table
+    assert abs(near[[one["id"] for one in records].index(record["id"])]).max() == pytest.approx(1.0)
 
 
 @pytest.mark.long

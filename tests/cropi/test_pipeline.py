@@ -217,7 +217,7 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
 def test_scores_and_selections_of_options_are_those_of_their_functions() -> None:
     stores = {}
     checked = check(policy(), TRAIN, VALID, SETUP)
-    stores = pipeline.sketch_all(policy(), checked, SETUP.job, lambda name: None, progress=False)
+    stores = pipeline.sketch_all(policy(), checked, SETUP, lambda name: None, progress=False)
     scores = pipeline.score(stores["train"], [stores["valid"]], Influence(metric="dot", mean="normalised"))
     assert scores.meta["metric"] == "dot" and scores.meta["mean"] == "normalised"
     assert select(scores, Selecting(fraction=0.5, method="max")).method == "max"

@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace, team: Team | None, names: list[str], held: Ex
             from cropi.distributed import ranks as together
 
             how["by"] = partial(together.sketch, team)
-        stores = pipeline.sketch_all(policy, checked, setup.job, **how)
+        stores = pipeline.sketch_all(policy, checked, setup, **how)
         noise = _noise_stores(policy, checked, setup.job, stores, who, how) if args.noise else []
         if not who.first:
             return 0

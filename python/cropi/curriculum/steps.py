@@ -30,7 +30,7 @@ from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence
 from cropi.pipeline import Checked, Part
-from cropi.pipeline.lost import LostSets, NothingToFollow, usable_sets, usable_stores, warn_lost
+from cropi.pipeline.lost import LostSets, NothingToFollow, followed, usable_sets, warn_lost
 from cropi.pipeline.rescoring import Anew, training_store
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.selection import select
@@ -237,10 +237,8 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
 def _followed(stage: Stage, names: Iterable[str]) -> tuple[list[SketchStore], Influence, dict[str, str]]:
     """The validation stores of some names and how they are compared; in later stages as `usable_stores` gives them."""
     stores = [SketchStore.open(stage.folder / "sketches" / f"valid-{name}") for name in names]
-    if not stage.number:
-        return stores, stage.plan.influence, {}
     try:
-        return usable_stores(stores, stage.plan.influence)
+        return followed(stores, stage.plan.influence, later=stage.number > 0)
     except NothingToFollow as error:
         raise CropiError(
             f"stage {stage.number}: {error}, and no other set is left to select for: give other validation prompts, or "

@@ -19,7 +19,7 @@ from cropi.pipeline.checks import Checked, Setup, check
 from cropi.pipeline.lost import on_first, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
-from cropi.ranking.influence import NUMBERED, influence, validation_means
+from cropi.ranking.influence import NUMBERED, influence
 from cropi.ranking.pairwise import copies
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
@@ -86,19 +86,15 @@ def choose(
     parts, stores = checked, _Stores(who, at)
     if anew is None:
 
-        def followed(valid: Sequence[SketchStore]) -> Any:
-            return usable_stores(valid, setup.influence) if setup.later else validation_means(valid)
-
         def sketched() -> dict[str, SketchStore]:
             return sketch_all(
                 policy,
                 parts,
-                setup.job,
+                setup,
                 stores.here,
                 ranks=who,
                 say=say,
                 progress=progress,
-                checked_by=followed,
             )
 
         stores.mine.update(who.agree(sketched))

@@ -1,4 +1,5 @@
-"""Validation sets that no prompt can be chosen for any more: solved or hopeless by now, or clipped in every token.
+"""Validation sets that no prompt can be chosen for any more: solved or hopeless by now, clipped in every token, or with
+gradients that add up to zero.
 
 A training does not end there. Such a set is left out, with a warning, until it has a gradient again.
 """
@@ -6,7 +7,7 @@ A training does not end there. Such a set is left out, with a warning, until it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from cropi.data.scan import by_set, listed, scan
 from cropi.data.share import without
 from cropi.errors import CropiError, warn
 from cropi.options import Comparing, Influence
+from cropi.ranking.influence import any_means, validation_means, without_direction
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore
@@ -51,6 +53,21 @@ def usable_sets(groups: PromptGroups, minus: str | None = None) -> tuple[PromptG
     return groups, lost
 
 
+def followed(
+    stores: Sequence[SketchStore], given: Influence, *, later: bool
+) -> tuple[list[SketchStore], Influence, dict[str, str]]:
+    """The validation stores that prompts are scored against, and how: all of them, or, where prompts were chosen before
+    (``later``), as :func:`usable_stores` gives them.
+
+    Raises:
+        CropiError: a set has no usable gradient, or no direction; where ``later``, NothingToFollow.
+    """
+    if later:
+        return usable_stores(stores, given)
+    validation_means(stores, given)
+    return list(stores), given, {}
+
+
 def no_gradient(name: str, reasons: Counter[str]) -> str:
     """That no sketch of a set can be used, in words."""
     return f"no prompt of the validation set {name!r} has a usable gradient ({listed(reasons)})"
@@ -59,8 +76,8 @@ def no_gradient(name: str, reasons: Counter[str]) -> str:
 def usable_stores(
     stores: Sequence[SketchStore], given: Influence
 ) -> tuple[list[SketchStore], Influence, dict[str, str]]:
-    """Validation stores without the sets of which no prompt has a sketch, the options without a ``minus`` that no store
-    holds any more, and of the sets that are left out what is wrong, by name.
+    """Validation stores without the sets of which no prompt has a sketch, or whose mean is zero where it counts; the
+    options without a ``minus`` that no store holds any more; and of the sets that are left out what is wrong, by name.
 
     Raises:
         NothingToFollow: no set is left but perhaps ``minus``.
@@ -72,16 +89,24 @@ def usable_stores(
     lost = {
         name: no_gradient(name, reasons) for name, reasons in sorted(sets.items()) if not reasons.pop("", 0)
     }
+    if kept := _stores_without(stores, lost):
+        means = any_means(kept, given)
+        lost |= {name: words for name in means if (words := without_direction(name, means, given))}
     left = set(sets) - set(lost)
     if left <= {given.minus}:
         raise NothingToFollow("; ".join(lost.values()) or "there is no validation set besides minus")
     if given.minus is not None and given.minus not in left:
         given = without_minus(given)
+    return _stores_without(kept, lost), given, lost
+
+
+def _stores_without(stores: Sequence[SketchStore], lost: Container[str]) -> list[SketchStore]:
+    """The stores as if they held no prompt of some sets, but for those that then hold none."""
     kept = [
         store.without({row.id for row in store.rows() if (row.set or DEFAULT_SET) in lost})
         for store in stores
     ]
-    return [store for store in kept if len(store)], given, lost
+    return [store for store in kept if len(store)]
 
 
 def without_minus(given: G) -> G:

@@ -13,8 +13,8 @@ import torch
 from cropi.agreement import Alone, Ranks
 from cropi.data.scan import Scan, check_covered
 from cropi.model.policy import Policy
-from cropi.pipeline.checks import Checked, Part, part_of, validation_sources
-from cropi.ranking.influence import validation_means
+from cropi.pipeline.checks import Checked, Part, Setup, part_of, validation_sources
+from cropi.pipeline.lost import followed
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, with_date
@@ -68,27 +68,26 @@ def sketch_part(
 def sketch_all(
     policy: Policy,
     checked: Checked,
-    job: SketchJob,
+    setup: Setup,
     store_at: Callable[[str], Path | None],
     *,
     ranks: Ranks | None = None,
     say: Callable[[str], Any] = lambda line: None,
     progress: bool = True,
     by: Sketches = sketch,
-    checked_by: Callable[[Sequence[SketchStore]], Any] = validation_means,
 ) -> dict[str, SketchStore]:
     """Sketch the validation sets, then the training prompts: the stores of this rank by the name of their part.
 
     A rank without a share makes no store. ``by`` is how a part is sketched; where that gives no store (rank 0 has it),
-    none is in what is returned. Before the long part, one process alone has its validation stores ``checked_by`` what
-    raises an error where nothing can be scored by them.
+    none is in what is returned. Before the long part, one process alone looks at its validation stores
+    (:func:`cropi.pipeline.lost.followed`).
     """
     parts = [*checked.valid, checked.train]
-    job = one_date(policy, job, parts, [store_at(part.name) for part in parts])
+    job = one_date(policy, setup.job, parts, [store_at(part.name) for part in parts])
     work = partial(sketch_parts, policy, job=job, store_at=store_at, say=say, progress=progress, by=by)
     stores = work(checked.valid)
     if (ranks or Alone()).world == 1 and stores:
-        checked_by(list(stores.values()))
+        followed(list(stores.values()), setup.influence, later=setup.later)
     return stores | work([checked.train])
 
 

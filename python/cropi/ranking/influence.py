@@ -265,12 +265,29 @@ def validation_means(
     stores: Sequence[SketchStore], comparing: Influence | None = None
 ) -> dict[str, torch.Tensor]:
     """The mean sketch of every validation set, float64 ``[dim]``, by set name in sorted order; of the options count
-    ``mean``, ``max_valid`` and ``valid_seed``.
+    ``mean``, ``aggregate``, ``max_valid`` and ``valid_seed``.
 
     Raises:
-        CropiError: a store is unfinished, a set has no prompt with a usable sketch, or its mean is zero.
+        CropiError: a store is unfinished, a set has no prompt with a usable sketch, or its mean is zero, unless the
+            nearest prompts count alone.
     """
     given = comparing or Influence()
+    means = any_means(stores, given)
+    for name in means:
+        if words := without_direction(name, means, given):
+            raise CropiError(f"{words}; leave the set out, or give other prompts")
+    return means
+
+
+def without_direction(name: str, means: Mapping[str, torch.Tensor], given: Influence) -> str:
+    """That no prompt can be scored against the mean of a set, in words; nothing where one can be."""
+    if given.aggregate == "nearest" or float(means[name].norm()) > 0:
+        return ""
+    return f"validation set {name!r}: the mean of its gradients is zero, so it has no direction"
+
+
+def any_means(stores: Sequence[SketchStore], given: Influence) -> dict[str, torch.Tensor]:
+    """:func:`validation_means`, zero ones too."""
     for store in stores:
         store.check_finished()
     chosen = choose_members(stores, given.max_valid, given.valid_seed)
@@ -279,14 +296,8 @@ def validation_means(
         for kept, sketches in store.shards():
             for row, vector in zip(kept, sketches.double(), strict=True):
                 name = row.set or DEFAULT_SET
-                if (number, row.id) in chosen[name]:
+                if (number, row.id) in chosen.get(name, ()):
                     sums[name] += vector / vector.norm() if given.mean == "normalised" else vector
-    for name, total in sums.items():
-        if not float(total.norm()) > 0:
-            raise CropiError(
-                f"validation set {name!r}: the mean of its gradients is zero, so it has no direction; leave the "
-                "set out, or give other prompts"
-            )
     return {name: total / len(chosen[name]) for name, total in sums.items()}
 
 

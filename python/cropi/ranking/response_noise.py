@@ -101,7 +101,7 @@ def _of_valid(
         for rows, table in store.shards() if drawn else ():
             for row, gradient in zip(rows, table.double(), strict=True):
                 name = row.set or DEFAULT_SET
-                if row.id not in drawn or (number, row.id) not in members[name]:
+                if row.id not in drawn or (number, row.id) not in members.get(name, ()):
                     continue
                 counts[name] += 1
                 if (vector := drawn[row.id]) is None:

@@ -118,8 +118,9 @@ def _report(
         from cropi.pipeline.lost import usable_stores
         from cropi.ranking.pairwise import neighbours
 
-        # A later stage of a curriculum was scored without the sets that had lost their gradients.
-        valid, _, _ = usable_stores(valid, Influence())
+        # A later stage of a curriculum was scored without the sets that had lost their gradients. Of the others every
+        # prompt may be a neighbour, whatever their mean.
+        valid, _, _ = usable_stores(valid, Influence(aggregate="nearest"))
         some = [row.id for store in valid for row in store.rows() if row.status == OK][:SHOWN]
         given.neighbours = neighbours(train, valid, ids=some)
         given.validation_texts = _texts(valid, some, records)

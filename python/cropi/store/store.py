@@ -198,7 +198,7 @@ class SketchStore(StoredSketches):
         return joined
 
     def without(self, ids: Container[str]) -> SketchStore:
-        """The store as if it held no prompt of some ids, none of which has a sketch; this one stays as it is."""
+        """The store as if it held no row of some ids, whose sketches are still streamed; this one stays as it is."""
         made = copy.copy(self)
         made._rows = {name: row for name, row in self._rows.items() if name not in ids}
         if "prompts" in self.manifest:
