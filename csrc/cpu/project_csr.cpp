@@ -85,8 +85,6 @@ struct Table {
   TilePlace* place(int64_t j) const { return reinterpret_cast<TilePlace*>(places.data()) + j * tiles; }
 };
 
-inline uint32_t bit_at(const uint32_t* bits, uint64_t i) { return bits[i / 32] >> (i % 32) & 1; }
-
 inline float flip(float value, uint32_t bit) { return flip_sign(value, bit); }
 inline double flip(double value, uint32_t bit) {
   uint64_t raw;
@@ -109,8 +107,8 @@ void each_by_table(const ProjectCsrArgs& args, const Geometry& g, const Table& t
     for (int64_t i = begin; i < end; ++i) {
       const Unsigned p = Unsigned(column[i]), in_tiles = p + Unsigned(table.tile_start);
       const uint64_t bit = p + table.sign_start, tile = divide(in_tiles);
-      if (!kAll && !bit_at(table.keep_bits(), bit)) continue;
-      add(base + g.bucket(place[tile], uint32_t(in_tiles - tile * g.width)), bit_at(signs, bit), i);
+      if (!kAll && !bit_of(table.keep_bits(), bit)) continue;
+      add(base + g.bucket(place[tile], uint32_t(in_tiles - tile * g.width)), bit_of(signs, bit), i);
     }
   }
 }
@@ -122,7 +120,7 @@ bool is_kept(Key key, uint64_t p, uint32_t keep) {
   for (int level = kKeepLevels - 1; level >= last; --level) {
     const Draw fair = project_draw(key, p / 128, kProjectKeep, uint32_t(level));
     const uint32_t digit = keep >> level & 1;
-    if (bit_at(fair.w, p % 128) == digit) return digit;
+    if (bit_of(fair.w, p % 128) == digit) return digit;
   }
   return false;
 }
@@ -161,7 +159,7 @@ void each_drawn(const ProjectCsrArgs& args, const Geometry& g, const Index* colu
         const int64_t at = 4 * (i / kLanes * kLanes + place_of_lane(int(i % kLanes)));
         const TilePlace place = tile_place(tile[at], tile[at + 1], g.width, g.group);
         const uint32_t bucket = uint32_t(j) * g.width + g.bucket(place, uint32_t(p - tile_counter[i] * g.width));
-        add(bucket, bit_at(sign + at, p % 128), first + i);
+        add(bucket, bit_of(sign + at, p % 128), first + i);
       }
     }
   }
@@ -284,7 +282,7 @@ void dense_row(const ProjectCsrArgs& args, const Geometry& g, const Table& table
       const auto run = [&](int64_t last, int64_t bucket) {
         for (; p < last; ++p, ++bucket) {
           const uint64_t bit = uint64_t(p) + table.sign_start;
-          if (kAll || bit_at(table.keep_bits(), bit)) to[bucket ^ int64_t(place.low)] += flip(x[p], bit_at(signs, bit));
+          if (kAll || bit_of(table.keep_bits(), bit)) to[bucket ^ int64_t(place.low)] += flip(x[p], bit_of(signs, bit));
         }
       };
       run(wrap, in_tile + place.shift);

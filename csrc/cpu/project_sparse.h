@@ -91,8 +91,6 @@ void for_runs(const Draws& draws, const Shape& s, int64_t j, uint64_t begin, uin
   }
 }
 
-inline uint32_t bit_of(const uint32_t* bits, uint64_t i) { return bits[i / 32] >> (i % 32) & 1; }
-
 // 16 bits from a multiple of 16 on.
 inline uint32_t group_bits(const uint32_t* bits, uint64_t i) {
   uint16_t piece;
