@@ -301,10 +301,13 @@ addEventListener("load", () => setTimeout(() => {
   const out = {chosen: rows(), count: document.getElementById("count").textContent};
   document.querySelector('[data-tab="failed"]').click();
   out.failed = rows();
+  const under = () => [...document.querySelectorAll("#rows .under")].map((line) => line.textContent);
+  out.reasons = under();
   document.querySelector('[data-tab="all"]').click();
   const search = document.getElementById("search");
   search.value = "p00005"; search.dispatchEvent(new Event("input"));
   out.found = rows();
+  out.text = under();
   document.querySelector("#rows tr").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
   out.detail = document.getElementById("detail").textContent;
   out.images = document.images.length; out.title = document.title;
@@ -352,6 +355,7 @@ def test_a_browser_shows_the_numbers(tmp_path: Path) -> None:
     assert seen["chosen"] == [scores.rows[i].id for i in chosen]
     assert seen["count"] == f"1 to {len(chosen)} of {len(chosen)} prompts"
     assert seen["failed"] == ["p00001", "p00002"] and seen["found"] == ["p00005"]
+    assert "What is 5 + 5?" in seen["text"][0] and all(seen["reasons"]) and len(seen["reasons"]) == 2
     assert "What is 5 + 5?" in seen["detail"] and '<script>document.title="taken"' in seen["detail"]
     assert "reward 1" in seen["detail"] and seen["images"] == 0 and seen["title"] == "Selection report"
     best = sorted(np.flatnonzero(scores.usable), key=lambda i: -scores.table[i, 0])[:5]

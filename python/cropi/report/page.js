@@ -19,9 +19,9 @@
     ["rank", "rank", 0], ["id", "prompt", null], ["task", "task", null],
     ...data.sets.map((name, v) => ["score" + v, name, 4]),
     ["p", "p selected", 2], ["pass", "pass rate", 2], ["norm", "norm", 3], ["ratio", "ratio", 3], ["ess", "ESS", 2],
-    ["tokens", "tokens", 0], ["text", "text", null],
+    ["tokens", "tokens", 0],
   ].filter(([key]) => data.columns[key] !== undefined);
-  const isText = (key) => ["id", "task", "text", "reason"].includes(key);
+  const isText = (key) => ["id", "task"].includes(key);
 
   function value(key, i) {
     const column = data.columns[key];
@@ -64,6 +64,11 @@
     draw();
   }
 
+  function under(i) {
+    const c = data.columns;
+    return c.status[i] !== 0 ? data.statuses[c.status[i]] : c.text ? c.text[i] : "";
+  }
+
   function draw() {
     const head = make("tr", null);
     for (const [key, name] of heads) {
@@ -84,8 +89,9 @@
       for (const [key, , digits] of heads) {
         const x = value(key, i);
         const cell = make("td", null, isText(key) ? { class: "text" } : {});
-        const text = key === "text" && data.columns.status[i] !== 0 ? data.statuses[data.columns.status[i]] : x;
-        cell.append(make("bdi", isText(key) ? (text ?? "–") : number(x, digits)));
+        cell.append(make("bdi", isText(key) ? (x ?? "–") : number(x, digits)));
+        // Under its id and not in a last column: that one lay outside of the page, and ids alone say little.
+        if (key === "id") cell.append(make("bdi", under(i), { class: "soft under" }));
         row.append(cell);
       }
       row.addEventListener("click", () => open(i));
