@@ -117,7 +117,7 @@ def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> 
         ),
         ({"format": "indices"}, "needs a dataset"),
         ({"format": "jsonl"}, "give --dataset or --trajectories"),
-        ({"dataset": "none.parquet"}, "there is no file"),
+        ({"dataset": "data.parqet"}, "data.parqet; did you mean 'data.parquet'? give the path of one"),
         ({"dataset": "data.parquet", "ids": ["9"]}, "1 of 1 selected prompts have no row, for example '9'"),
         (
             {"dataset": "data.parquet", "id_key": "key"},

@@ -387,8 +387,8 @@ def test_states_that_do_not_fit_name_what_differs(tmp_path: Path) -> None:
         read_moments(sgd[1], sgd[0])
     with pytest.raises(CropiError, match="the optimiser trains a parameter of shape"):
         read_moments(optimizer, other)
-    with pytest.raises(CropiError, match="there is no file"):
-        SketchJob((), None, optimizer_state=str(tmp_path / "nothing.pt"))
+    with pytest.raises(CropiError, match="there is no file .*; did you mean 'wrong.pt'. give"):
+        SketchJob((), None, optimizer_state=str(tmp_path / "worng.pt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CropiError, match="holds none of optimizer.pt"):
         SketchJob((), None, optimizer_state=tmp_path / "empty")

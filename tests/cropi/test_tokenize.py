@@ -64,7 +64,7 @@ def test_messages_without_a_template_are_an_error() -> None:
     for tokenizer, template in ((make_tokenizer(), "auto"), (make_tokenizer(chat=True), "none")):
         with pytest.raises(RecordError, match="f:1 .prompt 'a'.: the prompt is a list of messages"):
             Tokenize(tokenizer, VOCABULARY, chat_template=template)(group(prompt=messages))
-    with pytest.raises(CropiError, match="there is no file 'missing.jinja'"):
+    with pytest.raises(CropiError, match="there is no file 'missing.jinja'$"):
         Tokenize(make_tokenizer(), VOCABULARY, chat_template="missing.jinja")
     with pytest.raises(RecordError, match="does not render"):
         Tokenize(make_tokenizer(), VOCABULARY, chat_template="{{ raise_exception('no') }}")(

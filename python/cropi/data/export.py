@@ -28,7 +28,7 @@ from cropi.data.spilled import Rows
 from cropi.data.tables import check_saved, is_saved
 from cropi.data.trainer_rows import FILES, check_text, trainer_row
 from cropi.errors import CropiError, article, optional, shown
-from cropi.files import reading
+from cropi.files import meant, reading
 from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
@@ -266,7 +266,7 @@ def read_dataset(path: Any) -> Any:
         check_saved(path)
         return saved.table_of_dataset(optional("datasets").load_from_disk(str(path)))
     if not os.path.isfile(path):
-        raise CropiError(f"dataset: there is no file {path}")
+        raise CropiError(f"dataset: there is no file {path}; {meant(path)}give the path of one")
     with reading(path, missing=True):
         return _dataset_in(path)
 

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from cropi.errors import CropiError, optional
+from cropi.files import meant
 
 PREFIX = "hf://"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -68,13 +69,13 @@ def from_hub(name: str, of_path: Callable[[Path, str], Any], of_object: Callable
         if name.startswith(PREFIX):
             raise
         raise CropiError(
-            f"{name}: there is no such file here; if a data set of the hub is meant: {error}"
+            f"{name}: there is no such file here; {meant(name)}if a data set of the hub is meant: {error}"
         ) from error
     except Exception as error:  # the libraries raise what requests, fsspec and their own code raise
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise CropiError(
-            f"{name}: there is no such file here, and the data set cannot be loaded from the hub ({why[:300]}); check "
-            f"the name ({FORM}) and the network, or give files"
+            f"{name}: there is no such file here, and the data set cannot be loaded from the hub ({why[:300]}); "
+            f"{meant(name)}check the name ({FORM}) and the network, or give files"
         ) from error
     if not hasattr(held, "column_names") or isinstance(held, dict):
         splits = list(held)

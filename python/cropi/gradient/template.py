@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.errors import CropiError, RecordError, did_you_mean, shown
-from cropi.files import text_of
+from cropi.files import meant, text_of
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATES = re.compile(r"""(["'])((?:(?!\1).)*%(?:(?!\1).)*)\1""")
@@ -42,6 +42,7 @@ def template_text(template: str) -> str:
     if not os.path.isfile(path):
         raise CropiError(
             f"chat_template must be auto, none, a Jinja template or the path of one; there is no file {template!r}"
+            f"; {meant(path)}".rstrip("; ")
         )
     return text_of(path)
 

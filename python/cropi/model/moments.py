@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError, optional, shown, warn
-from cropi.files import entries, failure_of, is_file, is_folder, reading, reason
+from cropi.files import entries, failure_of, is_file, is_folder, meant, reading, reason
 from cropi_kernels import canonical_name
 
 SECOND, LARGEST = "exp_avg_sq", "max_exp_avg_sq"
@@ -186,7 +186,7 @@ def file_of(path: Path) -> Path:
     if os.path.isfile(path) or os.path.isfile(path / ".metadata"):
         return path
     if not os.path.isdir(path):
-        raise CropiError(f"optimizer_state: there is no file {path}; {GIVE}")
+        raise CropiError(f"optimizer_state: there is no file {path}; {meant(path)}{GIVE}")
     for name in NAMES:
         if is_file(path / name):
             return path / name

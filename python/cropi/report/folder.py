@@ -15,7 +15,7 @@ from cropi.data.chat import last_text
 from cropi.data.readers import PromptGroups, read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, shown, warn
-from cropi.files import entries, is_file, is_folder, is_there
+from cropi.files import entries, is_file, is_folder, is_there, meant
 from cropi.locks import one_at_a_time
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
@@ -238,7 +238,9 @@ def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any
     if not os.path.isfile(file):
         if path is None:
             return None
-        raise CropiError(f"check: there is no file {file}; make it with `cropi check --out {file}`")
+        raise CropiError(
+            f"check: there is no file {file}; {meant(file)}make it with `cropi check --out {file}`"
+        )
     held = read_sealed(file, CHECK, "make it again with `cropi check`", writer="`cropi check --out`")
     made = scores.meta.get("train") or {}
     known = [name for name in ("spec", "model") if held.get(name) and made.get(name)]

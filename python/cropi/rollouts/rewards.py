@@ -26,7 +26,7 @@ from typing import Any
 
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import CropiError, RecordError, article, did_you_mean, shown
-from cropi.files import check_name
+from cropi.files import check_name, meant
 from cropi.rollouts.prompts import Prompt
 from cropi.rollouts.scorer_files import files_of
 from cropi.rollouts.verifiers import VERIFIERS
@@ -276,7 +276,7 @@ def _file(path: str, what: str = "reward") -> Any:
     """
     if not os.path.isfile(path):  # also for links in a circle and for names that no system takes
         check_name(path)
-        raise CropiError(f"{what}: there is no file {path}")
+        raise CropiError(f"{what}: there is no file {path}; {meant(path)}give the path of one")
     file = Path(os.path.realpath(path))
     folder = str(file.parent)
     spec = importlib.util.spec_from_file_location(f"cropi_reward_{file.stem}", file)

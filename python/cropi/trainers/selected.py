@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cropi.data.prompt_ids import PromptIds
 from cropi.errors import CropiError
-from cropi.files import reading
+from cropi.files import meant, reading
 from cropi.ranking.selection_files import read_selection
 
 
@@ -47,8 +47,8 @@ class Selected:
                 state = os.stat(self.path)
         except FileNotFoundError:
             raise CropiError(
-                f"selection: there is no file {self.path}; make the first one with `cropi run` or `cropi select --out "
-                f"{self.path}`"
+                f"selection: there is no file {self.path}; {meant(self.path)}make the first one with `cropi run` or "
+                f"`cropi select --out {self.path}`"
             ) from None
         seen = (state.st_ino, state.st_size, state.st_mtime_ns)
         if seen == self._seen:
