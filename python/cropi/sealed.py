@@ -87,8 +87,8 @@ SUMS = ".sha256"
 
 
 def sums_path(path: Path) -> Path:
-    """The file of an export's checksums."""
-    return path.with_name(f"{path.name}{SUMS}")
+    """The file of an export's checksums; ``.`` has no name of its own, and is refused by what reads it."""
+    return Path(f"{path}{SUMS}")
 
 
 @contextlib.contextmanager

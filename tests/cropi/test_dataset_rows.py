@@ -61,7 +61,7 @@ def test_rows_are_what_json_says(
         ("d.jsonl", b'{"id": 1}\n\n{"id": 2\n', "d.jsonl:3 is not JSON: Expecting ',' delimiter: line 2 column 1"),
         ("d.jsonl", b'{"id": 1}\n[2]\n', r"d.jsonl:2 is \[2\], but a dataset should hold objects, one per prompt"),
         ("d.jsonl", b'{"id": "\xff"}\n', "d.jsonl:1 is not JSON: 'utf-8' codec can't decode"),
-        ("d.jsonl", b" \n\n", "d.jsonl should hold objects, one per prompt"),
+        ("d.jsonl", b" \n\n", "d.jsonl holds no row"),
         ("d.json", b'[{"id": 1}, {"id": ]', r"d.json\[1\] is not JSON.*: Expecting value; "),
         ("d.json", b'[{"id": 1}, "x"]', r"d.json\[1\] is 'x', but a dataset should hold objects, one per prompt"),
         ("d.json", b'[{"id": 1} {"id": 2}]', "d.json: a comma or ] is expected after element 0, got '{'"),
@@ -69,8 +69,8 @@ def test_rows_are_what_json_says(
         ("d.json", b'[{"id": 1}] {"id": 2}', "d.json goes on after the end of its JSON array"),
         ("d.json", b'{"id": 1}\n2', "d.json:2 is 2, but a dataset should hold objects, one per prompt"),
         ("d.json", b'[{"id": "\xff"}]', "d.json: not UTF-8 text"),
-        ("d.json", b"[]", "d.json should hold objects, one per prompt"),
-        ("d.json", b"", "d.json should hold objects, one per prompt"),
+        ("d.json", b"[]", "d.json holds no row"),
+        ("d.json", b"", "d.json holds no row"),
         ("d.json", b'[{"id": 1}, {"id": %s}]' % (b"[" * 10**5), r"d.json\[1\] is not readable as JSON"),
         ("d.jsonl", b'{"id": 1}\n{"id": %s}' % (b"[" * 10**5), "d.jsonl:2 is not JSON: maximum recursion depth"),
     ],
@@ -80,6 +80,29 @@ def test_what_is_not_rows_is_named_by_its_place(name: str, text: bytes, words: s
     path.write_bytes(text)
     with pytest.raises(CropiError, match=f"^dataset: .*{words}"):
         read_dataset(path)
+
+
+def test_datasets_without_a_row_are_named(tmp_path: Path) -> None:
+    """An empty folder or table was an IndexError; a folder without dataset_info.json a FileNotFoundError."""
+    datasets, pa = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    empty, out = datasets.Dataset.from_dict({"id": []}), tmp_path / "out.jsonl"
+    empty.save_to_disk(tmp_path / "saved")
+    empty.to_parquet(tmp_path / "d.parquet")
+    held = [tmp_path / "saved", tmp_path / "d.parquet", empty, pa.table({"id": []}), []]
+    for dataset, name in zip(
+        held, ("saved", "d.parquet", "the Dataset", "the Table", "the list"), strict=True
+    ):
+        with pytest.raises(CropiError, match=f"^dataset: .*{name} holds no row; give the dataset"):
+            export(out, ["a"], dataset=dataset)
+    datasets.DatasetDict({}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(CropiError, match="splits holds a dictionary of datasets without a split"):
+        read_dataset(tmp_path / "splits")
+    datasets.Dataset.from_dict({"id": ["a"]}).save_to_disk(tmp_path / "part")
+    (tmp_path / "part/dataset_info.json").unlink()
+    with pytest.raises(CropiError, match="part: datasets cannot load this folder .'Directory"):
+        read_dataset(tmp_path / "part")
+    with pytest.raises(CropiError, match=r"^dataset: there is no file \.; it is a folder"):
+        read_dataset("")
 
 
 @pytest.mark.parametrize("ending", FORMS)

@@ -96,7 +96,7 @@ def test_a_dataset_may_be_a_list_of_prompts_or_a_frame(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "words"),
     [
-        (3, "dataset: got int; give a datasets.Dataset"), ([], "dataset: got list; give"),
+        (3, "dataset: got int; give a datasets.Dataset"), ([], "dataset: the list holds no row; give"),
         ({"id": "a"}, "dataset: got dict; give"),
         (type("DataFrame", (), {"__module__": "polars.dataframe.frame", "to_arrow": None})(),
          r"got polars.DataFrame; give dataset\.to_arrow\(\)$"),

@@ -254,8 +254,18 @@ def read_dataset(path: Any) -> Any:
     dictionaries).
 
     Raises:
-        CropiError: the file does not exist, or is not of that form.
+        CropiError: the file does not exist, is not of that form, or holds no row.
     """
+    table = _read_dataset(path)
+    if not len(table):
+        raise CropiError(
+            f"dataset: {_called(path)} holds no row; give the dataset that the rollouts were made from"
+        )
+    return table
+
+
+def _read_dataset(path: Any) -> Any:
+    """The same, which may be empty."""
     if not isinstance(path, (str, Path)):
         return _held(path)
     if is_hub_name(path) and not os.path.exists(path):
@@ -263,8 +273,7 @@ def read_dataset(path: Any) -> Any:
     path = Path(path)
     check_sums(path)
     if is_saved(path):
-        check_saved(path)
-        return saved.table_of_dataset(optional("datasets").load_from_disk(str(path)))
+        return saved.table_in(path) if check_saved(path) else ()
     if not os.path.isfile(path):
         raise CropiError(f"dataset: there is no file {path}; {meant(path)}give the path of one")
     with reading(path, missing=True):
@@ -279,7 +288,7 @@ def _held(dataset: Any) -> Any:
         return dataset
     if hasattr(dataset, "iterrows"):  # pandas
         return optional("pyarrow").Table.from_pandas(dataset, preserve_index=False)
-    if isinstance(dataset, Sequence) and dataset and all(isinstance(row, Mapping) for row in dataset):
+    if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
         return Rows(dict(row) for row in dataset)
     kind = type(dataset).__name__
     if (
@@ -309,8 +318,6 @@ def _dataset_in(path: Path) -> Any:
         raise CropiError(
             f"dataset: {path} has a row with too many brackets in one another: {error}"
         ) from None
-    if not rows:
-        raise CropiError(f"dataset: {path} should hold objects, one per prompt")
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cropi.atomic import leftovers, make_folder, remove, sync, sync_all, temporary_path
 from cropi.data.tables import is_saved
-from cropi.errors import CropiError, optional
+from cropi.errors import CropiError, optional, shown
 from cropi.files import entries, is_folder, is_there, writing
 
 
@@ -23,6 +23,20 @@ def dataset_of(table: Any) -> Any:
 def table_of_dataset(dataset: Any) -> Any:
     """The rows of a ``datasets.Dataset`` as a pyarrow table, in its order."""
     return dataset.with_format("arrow")[:]
+
+
+def table_in(folder: Path) -> Any:
+    """The rows of a folder that ``save_to_disk`` wrote, as a pyarrow table.
+
+    Raises:
+        CropiError: ``datasets`` cannot load it: a file beside the rows is missing or damaged.
+    """
+    try:
+        return table_of_dataset(optional("datasets").load_from_disk(str(folder)))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CropiError(
+            f"{folder}: datasets cannot load this folder ({shown(str(error), 200)}); save the dataset again"
+        ) from error
 
 
 def check_folder(out: Path) -> None:

@@ -117,14 +117,16 @@ def _rows_or_errors(batch: Any, name: str, numbers: Sequence[int]) -> Iterator[A
             yield row
 
 
-def check_saved(path: Path) -> None:
-    """Check that the files of such a folder are whole, of which ``datasets`` itself reads a cut one without a word.
+def check_saved(path: Path) -> bool:
+    """Check that the files of such a folder are whole, of which ``datasets`` itself reads a cut one without a word;
+    gives whether there is any. Without a row there is none, which ``datasets`` does not load.
 
     Raises:
         CropiError: as :func:`rows_of_saved`.
     """
     for _ in rows_of_saved(path, only=()):
         pass
+    return bool(_files_of_saved(path))
 
 
 def rows_of_saved(path: Path, only: Sequence[int] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,21 +141,28 @@ def rows_of_saved(path: Path, only: Sequence[int] | None = None) -> Iterator[tup
             names = json.loads(text)["splits"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CropiError(f"{path / SPLITS} is damaged ({error}); save the dataset again") from None
+        if not names:
+            raise CropiError(f"{path} holds a dictionary of datasets without a split; save the dataset again")
         raise CropiError(
             f"{path} holds the splits {', '.join(map(str, names))}; give the folder of one, for example "
-            f"{path / str(names[0]) if names else path}"
+            f"{path / str(names[0])}"
         )
-    text = _bytes_of(path / STATE)
-    try:
-        files = [path / entry["filename"] for entry in json.loads(text)["_data_files"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CropiError(f"{path / STATE} is damaged ({error}); save the dataset again") from None
+    files = _files_of_saved(path)
     number = itertools.count()  # of the dataset's rows, over all of its files
     for file in files:
         if not is_file(file):
             raise CropiError(f"{path}: its file {file.name} is missing; copy the folder again")
         for _, _, row in rows_of_table_file(file, "arrow stream", only=only):
             yield f"{path}, row {next(number)}", row
+
+
+def _files_of_saved(path: Path) -> list[Path]:
+    """The files with rows of such a folder, of one split."""
+    text = _bytes_of(path / STATE)
+    try:
+        return [path / entry["filename"] for entry in json.loads(text)["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CropiError(f"{path / STATE} is damaged ({error}); save the dataset again") from None
 
 
 def _bytes_of(path: Path) -> bytes:
