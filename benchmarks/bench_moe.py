@@ -28,8 +28,8 @@ from benchmarks.cost.timing import Cost, alternate
 from benchmarks.lib.bergson_collector import collector, rows_of
 from benchmarks.lib.environment import describe
 from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
-from cropi_kernels.sketcher.decoder import split_parts
-from cropi_kernels.sketcher.experts import Order, recognise_experts, run_experts
+from cropi_kernels.sketcher.model.experts import Order, recognise_experts, run_experts
+from cropi_kernels.sketcher.policy.decoder import split_parts
 
 SEGMENTS, VOCAB, LAYERS = 4, 2048, 2
 HIDDEN, INNER, EXPERTS, TOP_K = 1024, 384, 64, 8

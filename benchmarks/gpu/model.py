@@ -15,7 +15,7 @@ import common
 import torch
 
 from cropi_kernels import GradientSketcher, SketchSpec, logprob_and_grad
-from cropi_kernels.sketcher.host import sent
+from cropi_kernels.sketcher.batch.host import sent
 
 LENGTH, ROWS = 1024, 16  # 16k tokens, 16 prompts
 WIDTHS = (64, 128, 256)

@@ -25,7 +25,7 @@ from cropi.sketching import passes
 from cropi_kernels import GradientSketcher, SketchSpec, bias_grad, norm_grad, rms_norm, rms_norm_backward
 from cropi_kernels._triton import takes_turns
 from cropi_kernels.ops.norm_grad.reference import segment_sums
-from cropi_kernels.sketcher.attention import right_backward
+from cropi_kernels.sketcher.model.attention import right_backward
 from cropi_kernels.testing import sum_error_bound
 
 # One matrix of 420 block pairs: rows, cols, width, tokens of the segments.

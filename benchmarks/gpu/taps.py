@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from cropi_kernels import SketchSpec, plan_vector
-from cropi_kernels.sketcher.engine import Norm, Operators, Site
-from cropi_kernels.sketcher.gpu_engine import GpuEngine
-from cropi_kernels.sketcher.matrix import SlabMatrix
-from cropi_kernels.sketcher.segments import Segments
+from cropi_kernels.sketcher.batch.segments import Segments
+from cropi_kernels.sketcher.sums.engine import Norm, Operators, Site
+from cropi_kernels.sketcher.sums.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.sums.matrix import SlabMatrix
 
 HIDDEN, NARROW, INNER = 1536, 256, 8960
 BATCH, LENGTH = 4, 500

@@ -17,8 +17,8 @@ from cropi.gradient.tokenize import TokenGroup
 from cropi.model.load import load_model
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob, make_tokenize
-from cropi_kernels.sketcher.decoder import split_model
-from cropi_kernels.sketcher.split import SplitModel
+from cropi_kernels.sketcher.policy.decoder import split_model
+from cropi_kernels.sketcher.policy.split import SplitModel
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from cropi.gradient.layout import choose_layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.fingerprint import model_fingerprint
 from cropi_kernels import canonical_name
-from cropi_kernels.sketcher.decoder import split_model
+from cropi_kernels.sketcher.policy.decoder import split_model
 
 from .fidelity_variants import Sketcher, Variant
 

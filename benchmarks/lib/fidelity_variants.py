@@ -14,7 +14,7 @@ import torch
 
 from cropi_kernels import SketchSpec, plan_matrix, project, projection_of, sketch_embedding, sketch_vector
 from cropi_kernels.plan import VectorPlan, plan_vector
-from cropi_kernels.sketcher.matrix import KronMatrix, TensorMatrix
+from cropi_kernels.sketcher.sums.matrix import KronMatrix, TensorMatrix
 
 PARTS = 8  # a gradient's rows are sketched in parts, in parallel
 

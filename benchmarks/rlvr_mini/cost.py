@@ -29,7 +29,7 @@ from cropi.data.records import PromptGroup
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError
 from cropi.gradient.batches import MicroBatch, make_batches
-from cropi_kernels.sketcher.decoder import split_model
+from cropi_kernels.sketcher.policy.decoder import split_model
 
 VARIANTS = ((64, 1), (64, 2), (64, 4), (16, 1), (16, 2), (16, 4))  # width, one in so many responses
 

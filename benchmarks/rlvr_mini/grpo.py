@@ -18,8 +18,8 @@ from cropi.data.rewards import no_gradient_reason
 from cropi.gradient.batches import MicroBatch, make_batches
 from cropi.gradient.estimators import make_estimator
 from cropi.gradient.layout import Layout, attention_cost
-from cropi_kernels.sketcher.decoder import split_model
-from cropi_kernels.sketcher.split import SplitModel
+from cropi_kernels.sketcher.policy.decoder import split_model
+from cropi_kernels.sketcher.policy.split import SplitModel
 
 if TYPE_CHECKING:
     from benchmarks.rlvr_mini.live import Live

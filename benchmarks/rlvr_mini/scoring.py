@@ -38,8 +38,8 @@ from cropi.sketching.summary import Summary
 from cropi.store.earlier import EARLIER
 from cropi.store.rows import OK, SKIPPED, RowInfo
 from cropi_kernels import SketchSpec
-from cropi_kernels.sketcher.decoder import split_model
 from cropi_kernels.sketcher.formed import FormedSketcher
+from cropi_kernels.sketcher.policy.decoder import split_model
 
 
 def sketched_scores(

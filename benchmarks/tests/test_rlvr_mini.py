@@ -38,7 +38,7 @@ from cropi.gradient.batches import make_batches
 from cropi.gradient.estimators import make_estimator
 from cropi.gradient.layout import Layout
 from cropi_kernels import SketchSpec
-from cropi_kernels.sketcher.decoder import split_model
+from cropi_kernels.sketcher.policy.decoder import split_model
 
 
 # ----------------------------------------------------------------------------------------------- tasks

@@ -1,14 +1,14 @@
 """From a model's backward pass to sketches of its gradients, one per segment of the batch. README.md tells the way of
 one linear layer, and what each file holds."""
 
-from .coverage import Coverage, UncoveredParameterError
+from .attach.coverage import Coverage, UncoveredParameterError
+from .checks.selftest import SelfTest, SelfTestError
+from .checks.split_loss import CoupledLossError
 from .gradient_sketcher import BatchSketch, GradientSketcher
-from .head import PolicyGradient
 from .live import LiveSketch, LiveSketcher
-from .logprobs import token_logprobs
-from .probe import PolicyProbeError, Probe
-from .selftest import SelfTest, SelfTestError
-from .split_loss import CoupledLossError
+from .policy.head_pass import PolicyGradient
+from .policy.logprobs import token_logprobs
+from .policy.probe import PolicyProbeError, Probe
 
 __all__ = [
     "BatchSketch",

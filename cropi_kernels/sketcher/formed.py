@@ -19,23 +19,23 @@ from torch import nn
 from ..names import canonical_name
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
-from . import sharded
-from .accumulator import Accumulator, finished
-from .attach import plan_model
-from .attention import right_backward
-from .clock import Clock
-from .coverage import Coverage
-from .formed_sums import Add, TapGroups
-from .groups import planned
-from .head import PolicyGradient, failed_segments, scored_segments
-from .hooks import unless_none
-from .host import on_device
-from .inputs import check_positions, check_rows, check_tensors, ordinary
-from .labels import Batch
-from .logprobs import inputs_of_rows
-from .precision import check_adapters, own_precision, unwrapped
-from .scale import SegmentScales
-from .segments import Segments
+from .attach.attachment import plan_model
+from .attach.coverage import Coverage
+from .batch.host import on_device
+from .batch.inputs import check_positions, check_rows, check_tensors, ordinary
+from .batch.labels import Batch
+from .batch.segments import Segments
+from .checks.formed_sums import Add, TapGroups
+from .model import sharded
+from .model.attention import right_backward
+from .model.hooks import unless_none
+from .model.precision import check_adapters, own_precision, unwrapped
+from .policy.head_pass import PolicyGradient, failed_segments, scored_segments
+from .policy.logprobs import inputs_of_rows
+from .policy.scale import SegmentScales
+from .sums.accumulator import Accumulator, finished
+from .sums.clock import Clock
+from .sums.groups import planned
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 TOKENS = 2048  # of one pass: its logits are in memory
@@ -81,7 +81,7 @@ class FormedSketcher:
         self.change = change
         plan = plan_model(self.model, Accumulator(self.spec), exclude)
         self.coverage: Coverage = plan.coverage
-        self._groups = planned(groups, plan)
+        self._groups = planned(groups, plan.coverage.names, plan.ranks)
         names = {id(p): canonical_name(name) for name, p in self.model.named_parameters()}
         self._add = [
             (names[id(p)], p, add)

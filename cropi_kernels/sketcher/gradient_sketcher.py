@@ -17,19 +17,11 @@ from .._fork import one_thread_after_fork
 from ..frozen import Linears, PackedLinears
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
-from . import sharded
-from .apart import MIXED, ApartTests
-from .attention import right_backward
-from .beside import check_passes, watch_weights
-from .bitsandbytes import check_8bit_layers
-from .coverage import Coverage, origin_of
-from .decoder import evaluating, output_embeddings, split_model, split_parts
-from .groups import width
-from .head import PolicyGradient, failed_segments, head_pass, scored_segments
-from .head_adapters import base_of
-from .head_trial import policy_self_test
-from .host import on_device
-from .inputs import (
+from .attach.coverage import Coverage, origin_of
+from .attach.tapped import TappedModel, check_entered
+from .attach.unseen import calls
+from .batch.host import on_device
+from .batch.inputs import (
     check_positions,
     check_rows,
     check_tensors,
@@ -38,20 +30,29 @@ from .inputs import (
     model_inputs,
     ordinary,
 )
-from .labels import Batch, scored_tokens
-from .one_sequence import check_call
-from .precision import own_precision
-from .probe import Probe, checked_rows, probe_longer, probe_policy
-from .replay import Recorded
-from .scale import SegmentScales
-from .segments import Segments, sizes
-from .selftest import SelfTest, SelfTestError
-from .split import SplitModel
-from .tap_tests import TapTests
-from .tapped import TappedModel, check_entered
-from .trial import few_rows
-from .unseen import calls
-from .untouched import code_shape
+from .batch.labels import Batch, scored_tokens
+from .batch.one_sequence import check_call
+from .batch.segments import Segments, sizes
+from .batch.trial import few_rows
+from .checks.apart import MIXED, ApartTests
+from .checks.beside import check_passes, watch_weights
+from .checks.head_trial import policy_self_test
+from .checks.replay import Recorded
+from .checks.selftest import SelfTest, SelfTestError
+from .checks.tap_tests import TapTests
+from .model import sharded
+from .model.attention import right_backward
+from .model.bitsandbytes import check_8bit_layers
+from .model.head import base_of, output_embeddings
+from .model.precision import own_precision
+from .model.state import code_shape
+from .model.untouched import evaluating
+from .policy.decoder import split_model, split_parts
+from .policy.head_pass import PolicyGradient, failed_segments, head_pass, scored_segments
+from .policy.probe import Probe, checked_rows, probe_longer, probe_policy
+from .policy.scale import SegmentScales
+from .policy.split import SplitModel
+from .sums.groups import width
 
 
 class GradientSketcher:

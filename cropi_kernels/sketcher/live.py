@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 from ..spec import SketchSpec
-from . import sharded
-from .apart import MIXED, ApartTests
-from .attach import Attachment
-from .beside import check_heard, check_passes
-from .coverage import Coverage, origin_of
-from .fused_head import HeadCall, listen
-from .live_audit import Audit, Schedule
-from .one_sequence import one_sequence_a_row
-from .precision import own_precision
-from .replay import Recorded
-from .row_segments import Runs
-from .segments import Segments
-from .selftest import SelfTest
-from .split_loss import COUPLED, LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck
-from .tap_tests import TapTests
-from .tapped import TappedModel, check_entered
-from .untouched import code_shape
+from .attach.attachment import Attachment
+from .attach.coverage import Coverage, origin_of
+from .attach.tapped import TappedModel, check_entered
+from .batch.one_sequence import one_sequence_a_row
+from .batch.row_segments import Runs
+from .batch.segments import Segments
+from .checks.apart import MIXED, ApartTests
+from .checks.beside import check_heard, check_passes
+from .checks.live_audit import Audit, Schedule
+from .checks.replay import Recorded
+from .checks.selftest import SelfTest
+from .checks.split_loss import COUPLED, LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck
+from .checks.tap_tests import TapTests
+from .model import sharded
+from .model.precision import own_precision
+from .model.state import code_shape
+from .policy.fused_head import HeadCall, listen
 
 
 class Scaler(Protocol):

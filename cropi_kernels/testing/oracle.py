@@ -14,11 +14,11 @@ from ..ops.project.reference import project as project_reference
 from ..ops.sketch_linear import reference as linear
 from ..plan import MatrixPlan, plan_vector
 from ..reduce import reduce_sketch
-from ..sketcher.accumulator import Accumulator
-from ..sketcher.attach import plan_model
-from ..sketcher.expert_taps import ExpertsTap
-from ..sketcher.matrix import KronMatrix, MatrixSketch, SlabMatrix, TensorMatrix
-from ..sketcher.taps import EmbeddingTap, LinearTap
+from ..sketcher.attach.attachment import plan_model
+from ..sketcher.sums.accumulator import Accumulator
+from ..sketcher.sums.matrix import KronMatrix, MatrixSketch, SlabMatrix, TensorMatrix
+from ..sketcher.taps.experts import ExpertsTap
+from ..sketcher.taps.taps import EmbeddingTap, LinearTap
 from ..spec import SketchSpec
 
 

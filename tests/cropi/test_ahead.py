@@ -18,7 +18,7 @@ from cropi.sketching.job import SketchJob
 from cropi.sketching.summary import Summary
 from cropi.store.store import SketchStore
 from cropi_kernels import GradientSketcher, SketchSpec
-from cropi_kernels.sketcher import host
+from cropi_kernels.sketcher.batch import host
 
 
 def run_job(folder: Path, out: str, **options: Any) -> Summary:

@@ -22,7 +22,7 @@ from cropi.gradient.masks import handed, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
 from cropi.sketching.passes import fetch
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
-from cropi_kernels.sketcher.inputs import model_inputs
+from cropi_kernels.sketcher.batch.inputs import model_inputs
 
 SHARED, PADDED = Layout(shared=True), Layout(shared=False)
 

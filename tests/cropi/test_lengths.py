@@ -15,7 +15,7 @@ import cropi
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
-from cropi_kernels.sketcher.lengths import measure_lengths
+from cropi_kernels.sketcher.policy.lengths import measure_lengths
 from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(1024, width=16, vocab_width=64)

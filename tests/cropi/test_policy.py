@@ -15,8 +15,8 @@ from support.trl_runs import stored
 
 import cropi.gradient.layout
 import cropi.model.policy
+import cropi_kernels.sketcher.attach.tapped
 import cropi_kernels.sketcher.gradient_sketcher
-import cropi_kernels.sketcher.tapped
 from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour
@@ -47,7 +47,7 @@ def test_three_stores_hash_check_and_tap_the_model_once(
     counted(cropi.model.policy, "model_fingerprint")
     counted(cropi.gradient.layout, "choose_layout")
     counted(cropi_kernels.sketcher.gradient_sketcher, "split_model")
-    counted(cropi_kernels.sketcher.tapped, "plan_model")
+    counted(cropi_kernels.sketcher.attach.tapped, "plan_model")
     policy = Policy(make_model(), make_tokenizer())
     for number in range(3):
         path = write_lines(tmp_path / f"{number}.jsonl", make_records(4, seed=number))

@@ -44,7 +44,7 @@ def test_a_model_that_cannot_be_sketched_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The remedy changes what the store is made of: one that was begun without it would refuse to go on."""
-    monkeypatch.setattr("cropi_kernels.sketcher.exact.LARGEST", 100)
+    monkeypatch.setattr("cropi_kernels.sketcher.taps.exact.LARGEST", 100)
     config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
     model, exclude = transformers.MambaForCausalLM(config).eval(), ["*.A_log", "*.D", "*.conv1d.*"]
     with pytest.raises(UncoveredParameterError, match="mixer.dt_proj"):

@@ -9,7 +9,7 @@ import torch
 from support.tensors import normal
 
 from cropi_kernels import SketchSpec
-from cropi_kernels.sketcher.matrix import MatrixSketch, TensorMatrix, matrix_sketch
+from cropi_kernels.sketcher.sums.matrix import MatrixSketch, TensorMatrix, matrix_sketch
 from cropi_kernels.testing.oracle import _sketch_matrix
 
 NAME = "model.layers.0.mlp.up_proj.weight"

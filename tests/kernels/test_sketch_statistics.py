@@ -24,7 +24,7 @@ from cropi_kernels import (
     sketch_linear,
     sketch_vector,
 )
-from cropi_kernels.sketcher.matrix import matrix_sketch
+from cropi_kernels.sketcher.sums.matrix import matrix_sketch
 from cropi_kernels.spec import KINDS
 from cropi_kernels.testing import countsketch_variance, fold_variance, slab_variance
 

@@ -28,7 +28,7 @@ from cropi_kernels import (
 )
 from cropi_kernels import philox as px
 from cropi_kernels.ops.sketch_linear import coordinates, sketch_matrix
-from cropi_kernels.sketcher.matrix import KronMatrix, TensorMatrix
+from cropi_kernels.sketcher.sums.matrix import KronMatrix, TensorMatrix
 from cropi_kernels.spec import VERSION, VERSIONS
 
 FOLDER = Path(__file__).parent / "vectors"

@@ -40,12 +40,21 @@ def files(*suffixes: str) -> list[Path]:
 
 
 def test_tables_of_files_name_all_of_them() -> None:
+    """Of a page's own folder, and of each folder that a heading above a table names."""
     tables = [path for path in files(".md") if "\n| file | what it" in path.read_text()]
     assert len(tables) == 2
     for path in tables:
-        rows = re.findall(r"^\| (`[^|]+) \|", path.read_text().partition("\n| file | ")[2], re.M)
-        named = {name.partition(".")[0] for row in rows for name in re.findall(r"`([^`]+)`", row)}
-        there = {p.stem for p in path.parent.iterdir() if p.suffix in SOURCE_SUFFIXES} - {"__init__"}
+        named: dict[Path, set[str]] = {}
+        for above, table in re.findall(r"(?s)(.*?)\n\| file \| what it(.*?\n)(?=\n|\Z)", path.read_text()):
+            heading = re.findall(r"^### (\w+)$", above, re.M)
+            rows = re.findall(r"^\| (`[^|]+) \|", table, re.M)
+            names = {name.partition(".")[0] for row in rows for name in re.findall(r"`([^`]+)`", row)}
+            named[path.parent / heading[-1] if heading else path.parent] = names
+        there: dict[Path, set[str]] = {}
+        for source in path.parent.rglob("*"):
+            shown = source.stem != "__init__" and source.parent.name != "tests"
+            if shown and source.suffix in SOURCE_SUFFIXES:
+                there.setdefault(source.parent, set()).add(source.stem)
         assert named == there, path
 
 
@@ -137,6 +146,23 @@ def test_packages_of_the_thin_layer_import_downwards() -> None:
             there = parts[1]
             down = there in floor and floor[there] > floor[here]
             if not down and (here, there) not in beside:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, wrong
+
+
+# The folders of the sketcher from the top; what users call stands above them all.
+SKETCHER = ["checks", "policy", "attach", "taps", "sums", "batch", "model"]
+
+
+def test_folders_of_the_sketcher_import_downwards() -> None:
+    root = KERNELS / "sketcher"
+    assert sorted(SKETCHER) == sorted(path.parent.name for path in root.glob("*/__init__.py"))
+    wrong = []
+    for path in root.glob("*/*.py"):
+        below = SKETCHER[SKETCHER.index(path.parent.name) :]
+        for line, name in imports(path):
+            parts = name.split(".")
+            if parts[:2] == ["cropi_kernels", "sketcher"] and parts[2] not in below:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong, wrong
 
@@ -379,7 +405,8 @@ def test_files_that_prose_names_exist() -> None:
     """`docs/sketch.md` in a page, ``tests/kernels/vectors`` in a docstring: what moves must be renamed there too."""
     tops = "csrc|cropi_kernels|python|tests|benchmarks|docs|examples|scripts|tools"
     named = re.compile(rf"(?<![\w./-])((?:{tops})/[\w./-]*\w)(?![\w<*{{])")
-    history = {ROOT / "CHANGELOG.md"}  # it names what was there
+    # They name what was there.
+    history = {ROOT / "CHANGELOG.md", *(ROOT / "benchmarks" / "results").glob("gpu_*.md")}
     written_later = {"benchmarks/results/gpu.md"}
     wrong = []
     for path in [p for p in files(".md", ".py", ".cpp", ".h", ".cu", ".cuh") if p not in history]:

@@ -11,7 +11,7 @@ from support import zoo
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.sketcher import formed, gradient_sketcher
-from cropi_kernels.sketcher.attention import right_backward
+from cropi_kernels.sketcher.model.attention import right_backward
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from support import architectures, zoo
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec
-from cropi_kernels.sketcher.coverage import UncoveredParameterError
+from cropi_kernels.sketcher.attach.coverage import UncoveredParameterError
 from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(1024, width=16, vocab_width=64)

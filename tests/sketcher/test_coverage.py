@@ -13,7 +13,7 @@ from support import zoo
 from torch import nn
 
 from cropi_kernels import Coverage, GradientSketcher, SketchSpec, UncoveredParameterError, canonical_name
-from cropi_kernels.sketcher import exact
+from cropi_kernels.sketcher.taps import exact
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 transformers.logging.set_verbosity_error()

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cropi_kernels import GradientSketcher, UncoveredParameterError
-from cropi_kernels.sketcher import exact, tap_builder
+from cropi_kernels.sketcher.taps import exact
 from cropi_kernels.testing import sketch_gradients
 
 transformers.logging.set_verbosity_error()
@@ -390,7 +390,7 @@ def test_a_convolution_of_a_large_audio_encoder_is_covered() -> None:
 
 def test_what_is_too_large_is_named_and_left_out_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "LARGEST", 1000)
-    monkeypatch.setattr(tap_builder, "recognise_experts", lambda module: None)
+    monkeypatch.setattr("cropi_kernels.sketcher.attach.builder.recognise_experts", lambda module: None)
     model = odd_models.make("mixtral")
     large = {n: p.numel() for n, p in model.named_parameters() if "experts" in n}
     total = sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from support.zoo import SPEC, assert_close
 from torch import nn
 
 from cropi_kernels import GradientSketcher
-from cropi_kernels.sketcher import listener
+from cropi_kernels.sketcher.checks import listener
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "apertus", "mamba2", "bamba"])

@@ -18,8 +18,8 @@ from support.versions import checkpoint_layers
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError
-from cropi_kernels.sketcher.expert_taps import ExpertsTap
-from cropi_kernels.sketcher.experts import Unsupported, recognise_experts
+from cropi_kernels.sketcher.model.experts import Unsupported, recognise_experts
+from cropi_kernels.sketcher.taps.experts import ExpertsTap
 from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(width=16, vocab_width=64)

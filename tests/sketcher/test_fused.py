@@ -18,8 +18,9 @@ from support.versions import checkpoint_layers
 from torch import nn
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, UncoveredParameterError
-from cropi_kernels.sketcher import engine, fusable
-from cropi_kernels.sketcher.fused import GATE, NORM
+from cropi_kernels.sketcher.attach import fusable
+from cropi_kernels.sketcher.attach.fused import GATE, NORM
+from cropi_kernels.sketcher.sums import engine
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

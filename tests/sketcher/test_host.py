@@ -13,11 +13,11 @@ from support import zoo
 from torch.overrides import TorchFunctionMode
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
-from cropi_kernels.sketcher import host, labels
+from cropi_kernels.sketcher.batch import host, labels
+from cropi_kernels.sketcher.batch.row_segments import RowSegments
+from cropi_kernels.sketcher.batch.segments import Segments
 from cropi_kernels.sketcher.formed import FormedSketcher
-from cropi_kernels.sketcher.head import PolicyGradient
-from cropi_kernels.sketcher.row_segments import RowSegments
-from cropi_kernels.sketcher.segments import Segments
+from cropi_kernels.sketcher.policy.head_pass import PolicyGradient
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 

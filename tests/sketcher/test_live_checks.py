@@ -19,11 +19,11 @@ from torch import nn
 from cropi_kernels import CoupledLossError, GradientSketcher, LiveSketcher
 from cropi_kernels.names import canonical_name
 from cropi_kernels.sketcher import SelfTestError
-from cropi_kernels.sketcher.accumulator import Accumulator
-from cropi_kernels.sketcher.apart import Apart
-from cropi_kernels.sketcher.live_audit import Schedule
-from cropi_kernels.sketcher.row_segments import Runs
-from cropi_kernels.sketcher.selftest import Comparison
+from cropi_kernels.sketcher.batch.row_segments import Runs
+from cropi_kernels.sketcher.checks.apart import Apart
+from cropi_kernels.sketcher.checks.live_audit import Schedule
+from cropi_kernels.sketcher.checks.selftest import Comparison
+from cropi_kernels.sketcher.sums.accumulator import Accumulator
 from cropi_kernels.testing import sketch_gradients
 
 transformers.logging.set_verbosity_error()

@@ -12,7 +12,7 @@ from support import zoo
 from support.live import SPEC, Step
 
 from cropi_kernels import CoupledLossError, LiveSketcher
-from cropi_kernels.sketcher.split_loss import _sorts
+from cropi_kernels.sketcher.checks.split_loss import _sorts
 
 BY_RANK: dict[str, Any] = {
     "aot": lambda x: x.sort()[0], "aot_unpaired": lambda x: x[x.argsort(stable=True)],

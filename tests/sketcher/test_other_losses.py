@@ -12,7 +12,7 @@ import transformers
 from support.zoo import SPEC, assert_close
 
 from cropi_kernels import GradientSketcher, LiveSketcher, canonical_name
-from cropi_kernels.sketcher.selftest import SelfTestError
+from cropi_kernels.sketcher.checks.selftest import SelfTestError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

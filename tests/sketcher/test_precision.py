@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from cropi_kernels import GradientSketcher, SketchSpec
 from cropi_kernels.names import canonical_name
-from cropi_kernels.sketcher import again, listener, measure, recognise
-from cropi_kernels.sketcher.precision import product_eps
+from cropi_kernels.sketcher.model import precision, recognise
+from cropi_kernels.sketcher.model.precision import product_eps
+from cropi_kernels.sketcher.policy import measure
+from cropi_kernels.sketcher.taps import again
 from cropi_kernels.testing import sketch_gradients
 
 SPEC = SketchSpec(dim=1024)
@@ -413,7 +415,7 @@ class Tf32(TorchFunctionMode):
 def test_a_head_whose_forward_was_replaced_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's ``cast_lm_head_to_fp32`` puts a function in place of the head's own, and its trainers turn tf32 on."""
     want = sketches(make("llama"))
-    for module in (again, listener, measure, recognise):
+    for module in (again, measure, precision, recognise):
         monkeypatch.setattr(
             module, "product_eps", lambda x: 2.0**-10 if x.dtype == torch.float32 else 2.0**-52
         )

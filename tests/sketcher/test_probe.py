@@ -14,8 +14,8 @@ from transformers.models.falcon import modeling_falcon as falcon
 
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
 from cropi_kernels.sketcher import PolicyProbeError
-from cropi_kernels.sketcher.decoder import split_parts
-from cropi_kernels.sketcher.probe import probe_rows
+from cropi_kernels.sketcher.policy.decoder import split_parts
+from cropi_kernels.sketcher.policy.probe import probe_rows
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 

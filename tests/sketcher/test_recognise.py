@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from cropi_kernels.sketcher.recognise import embedding_scale, is_conv1d, is_linear, norm_of
+from cropi_kernels.sketcher.model.recognise import embedding_scale, is_conv1d, is_linear, norm_of
 
 
 def conv1d() -> nn.Module:

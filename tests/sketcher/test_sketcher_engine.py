@@ -12,10 +12,11 @@ from support.versions import NAMED_HOOKS
 
 from cropi_kernels import GradientSketcher, SketchSpec, _native
 from cropi_kernels.plan import plan_vector
-from cropi_kernels.sketcher import engine, hooks
-from cropi_kernels.sketcher.engine import CpuEngine, Norm, Operators, Site, engine_for
-from cropi_kernels.sketcher.matrix import matrix_sketch
-from cropi_kernels.sketcher.segments import Segments
+from cropi_kernels.sketcher.batch.segments import Segments
+from cropi_kernels.sketcher.model import hooks
+from cropi_kernels.sketcher.sums import engine
+from cropi_kernels.sketcher.sums.engine import CpuEngine, Norm, Operators, Site, engine_for
+from cropi_kernels.sketcher.sums.matrix import matrix_sketch
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 pytestmark = pytest.mark.skipif(_native.unsupported() is not None, reason="the CPU kernels are not built")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec, UncoveredParameterError
-from cropi_kernels.sketcher import exact
+from cropi_kernels.sketcher.taps import exact
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 transformers.logging.set_verbosity_error()

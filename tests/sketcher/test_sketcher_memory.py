@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cropi_kernels import GradientSketcher, SketchSpec
-from cropi_kernels.sketcher import taps
-from cropi_kernels.sketcher.hooks import widened_input
+from cropi_kernels.sketcher.model.hooks import widened_input
+from cropi_kernels.sketcher.taps import taps
 
 SPEC = SketchSpec(width=16, vocab_width=64)
 

@@ -19,9 +19,9 @@ from support.zoo import SPEC, assert_close
 from torch import nn
 
 from cropi_kernels import GradientSketcher, SketchSpec, UncoveredParameterError, token_logprobs
-from cropi_kernels.sketcher import logprobs
-from cropi_kernels.sketcher.decoder import split_model
-from cropi_kernels.sketcher.hooks import checkpointed
+from cropi_kernels.sketcher.model.hooks import checkpointed
+from cropi_kernels.sketcher.policy import logprobs
+from cropi_kernels.sketcher.policy.decoder import split_model
 
 transformers.logging.set_verbosity_error()
 

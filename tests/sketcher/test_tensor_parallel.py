@@ -14,9 +14,9 @@ from cropi_kernels import SketchSpec
 from cropi_kernels.ops.linear_logprob import logprob_and_grad
 from cropi_kernels.ops.linear_logprob.products import CutInputs, Features, logprob_and_grad_by
 from cropi_kernels.ops.linear_logprob.slices import Words, sliced_logprob_and_grad
-from cropi_kernels.sketcher.matrix import matrix_sketch
-from cropi_kernels.sketcher.parts import PartMatrix
-from cropi_kernels.sketcher.spread import Share, ranges_of
+from cropi_kernels.sketcher.model.spread import Share, ranges_of
+from cropi_kernels.sketcher.sums.matrix import matrix_sketch
+from cropi_kernels.sketcher.taps.parts import PartMatrix
 
 WORKER = Path(__file__).parents[1] / "support" / "tp_ranks.py"
 # Transformers' own plans: head norms that see some heads, a soft-capped tied head, biases, a head without a plan.

@@ -19,7 +19,7 @@ from cropi.gradient.estimators import Estimator
 from cropi.gradient.layout import Layout
 from cropi.gradient.masks import MOST_PAIRS, prefix_mask
 from cropi.gradient.tokenize import TokenGroup
-from cropi_kernels.sketcher.host import sent
+from cropi_kernels.sketcher.batch.host import sent
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cropi.gradient.estimators import Estimator
 from cropi.model.fingerprint import adapters_in_use
 from cropi.model.policy import Policy, check_dropout
 from cropi_kernels import token_logprobs
-from cropi_kernels.sketcher.lengths import measure_lengths
+from cropi_kernels.sketcher.policy.lengths import measure_lengths
 
 BEHAVIOURS = ("auto", "file", "current", "model")
 

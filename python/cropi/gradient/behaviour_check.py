@@ -33,9 +33,9 @@ from cropi.gradient.health import Health
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
-from cropi_kernels.sketcher.inputs import model_inputs
-from cropi_kernels.sketcher.logprobs import measured_split
-from cropi_kernels.sketcher.precision import own_precision
+from cropi_kernels.sketcher.batch.inputs import model_inputs
+from cropi_kernels.sketcher.model.precision import own_precision
+from cropi_kernels.sketcher.policy.logprobs import measured_split
 
 # Scored tokens to ask for, batches to read at most, tokens to judge by.
 ENOUGH, MOST_BATCHES, FEWEST = 256, 4, 16

@@ -302,7 +302,7 @@ def _count(responses: torch.Tensor) -> int:
     """One more than the largest number of a response. A device is not asked for what was sent to it: it may still have
     passes to do."""
     # The command line lists the estimators before it needs a sketcher.
-    from cropi_kernels.sketcher.host import on_host
+    from cropi_kernels.sketcher.batch.host import on_host
 
     (here,) = on_host(responses)
     return int(here.max()) + 1 if here.numel() else 0

@@ -22,8 +22,8 @@ from cropi.errors import CropiError, warn
 from cropi.gradient.layout_trial import LayoutTrial
 from cropi.model.placing import experts_of_a_token
 from cropi.model.policy import Policy
-from cropi_kernels.sketcher.lengths import Lengths, measure_lengths
-from cropi_kernels.sketcher.precision import unwrapped
+from cropi_kernels.sketcher.model.precision import unwrapped
+from cropi_kernels.sketcher.policy.lengths import Lengths, measure_lengths
 
 LAYOUTS = ("auto", "shared", "padded")
 

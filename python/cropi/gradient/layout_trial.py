@@ -30,10 +30,11 @@ from typing import Any
 import torch
 
 from cropi.gradient.masks import handed, prefix_mask
-from cropi_kernels.sketcher.decoder import evaluating, split_parts
-from cropi_kernels.sketcher.hooks import hooked
-from cropi_kernels.sketcher.inputs import model_inputs
-from cropi_kernels.sketcher.precision import own_precision, product_eps
+from cropi_kernels.sketcher.batch.inputs import model_inputs
+from cropi_kernels.sketcher.model.hooks import hooked
+from cropi_kernels.sketcher.model.precision import own_precision, product_eps
+from cropi_kernels.sketcher.model.untouched import evaluating
+from cropi_kernels.sketcher.policy.decoder import split_parts
 
 MEDIUM, LARGEST, LEAK = 4.0, 64.0, 2.0
 

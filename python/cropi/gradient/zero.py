@@ -27,7 +27,7 @@ from cropi.gradient.equal import all_cancel
 from cropi.gradient.estimators import Estimator
 from cropi.gradient.noise import FEWEST, TOO_FEW
 from cropi.gradient.tokenize import TokenGroup
-from cropi_kernels.sketcher.precision import product_eps
+from cropi_kernels.sketcher.model.precision import product_eps
 
 ZERO_GRADIENT = "zero gradient"  # the reason in a prompt's row
 ROUNDINGS = 32  # of a token, per layer, forward and backward

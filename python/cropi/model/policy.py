@@ -33,9 +33,9 @@ from cropi.model.placing import placed_device, placed_dtype
 from cropi.model.settings import model_settings, saved_buffers
 from cropi.model.sources import has_tokenizer, is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
-from cropi_kernels.sketcher.bitsandbytes import check_8bit_layers, keep_gradients
-from cropi_kernels.sketcher.decoder import check_loaded
-from cropi_kernels.sketcher.precision import unwrapped
+from cropi_kernels.sketcher.model.bitsandbytes import check_8bit_layers, keep_gradients
+from cropi_kernels.sketcher.model.precision import unwrapped
+from cropi_kernels.sketcher.model.state import check_loaded
 
 T = TypeVar("T")
 

@@ -23,8 +23,8 @@ from cropi.gradient.layout import layout_of
 from cropi.gradient.tokenize import TokenGroup
 from cropi.model.policy import Policy
 from cropi_kernels import canonical_name
-from cropi_kernels.sketcher.attention import right_backward
-from cropi_kernels.sketcher.growing import forget_longest
+from cropi_kernels.sketcher.model.attention import right_backward
+from cropi_kernels.sketcher.policy.growing import forget_longest
 
 CHUNK = 1 << 22  # numbers of a parameter that are multiplied at once
 

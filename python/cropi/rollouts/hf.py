@@ -29,7 +29,7 @@ from cropi.rollouts.trial import way_of
 from cropi.store.differences import OPTIONAL
 from cropi_kernels.frozen import Linears, PackedLinears, unsupported
 from cropi_kernels.memory import is_out_of_memory
-from cropi_kernels.sketcher.precision import own_precision
+from cropi_kernels.sketcher.model.precision import own_precision
 
 # Responses at once, and tokens that a kill may cost. On a CPU a step costs as much as 25 rows more than it has, and a
 # row stands for several responses; a GPU is left half idle below 256.

@@ -11,8 +11,8 @@ from cropi.checked import absent, is_id
 from cropi.data.checks import LOGPROB_SLACK
 from cropi.errors import CropiError, article
 from cropi.model.policy import Policy
-from cropi_kernels.sketcher.lengths import Lengths
-from cropi_kernels.sketcher.one_sequence import numbered, restart
+from cropi_kernels.sketcher.batch.one_sequence import numbered, restart
+from cropi_kernels.sketcher.policy.lengths import Lengths
 
 
 class BatchRows:

@@ -32,9 +32,9 @@ from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
 from cropi_kernels.adding import add_rows
 from cropi_kernels.memory import is_out_of_memory
+from cropi_kernels.sketcher.batch.host import Fetched
 from cropi_kernels.sketcher.formed import FormedSketcher
-from cropi_kernels.sketcher.host import Fetched
-from cropi_kernels.sketcher.sharded import device_of
+from cropi_kernels.sketcher.model.sharded import device_of
 
 Finished = tuple[RowInfo, torch.Tensor | None]
 AHEAD = ("cuda",)  # devices that work while the host does something else

@@ -61,7 +61,10 @@ from cropi_kernels import (  # noqa: E402
 )
 from cropi_kernels.ops import _checks  # noqa: E402
 from cropi_kernels.ops.linear_logprob import triton_tiles  # noqa: E402
-from cropi_kernels.sketcher import attach, decoder, labels, recognise, tap_builder  # noqa: E402
+from cropi_kernels.sketcher.attach import attachment, builder  # noqa: E402
+from cropi_kernels.sketcher.batch import labels  # noqa: E402
+from cropi_kernels.sketcher.model import recognise  # noqa: E402
+from cropi_kernels.sketcher.policy import decoder  # noqa: E402
 
 _checks.DEVICES = ("cpu", "meta")
 _gpu.on = lambda x: contextlib.nullcontext()
@@ -71,12 +74,12 @@ triton_tiles._multiprocessors = lambda device: 132
 dispatch.choose = lambda *args, **kwargs: "triton"
 torch.is_autocast_enabled = lambda *args: False  # type: ignore[assignment]
 # What a module is, and whether the parts make the model, is found out by values, once, before any pass.
-tap_builder.embedding_scale = lambda module: 1.0
+builder.embedding_scale = lambda module: 1.0
 recognise._multiplies = lambda *args: True
 # transformers reads them, where no mask is.
 masking_utils.find_packed_sequence_indices = lambda position_ids: None
 # Both refuse weights that are not loaded.
-decoder._check_place = attach.check_loaded = lambda model: None
+decoder._check_place = attachment.check_loaded = lambda model: None
 decoder.measure_head = lambda *args: (1.0, None)
 
 

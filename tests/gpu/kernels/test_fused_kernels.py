@@ -17,10 +17,10 @@ from cropi_kernels import (
     swiglu,
     swiglu_backward,
 )
-from cropi_kernels.sketcher.engine import Norm, Operators, Site
-from cropi_kernels.sketcher.gpu_engine import GpuEngine
-from cropi_kernels.sketcher.matrix import SlabMatrix
-from cropi_kernels.sketcher.segments import Segments
+from cropi_kernels.sketcher.batch.segments import Segments
+from cropi_kernels.sketcher.sums.engine import Norm, Operators, Site
+from cropi_kernels.sketcher.sums.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.sums.matrix import SlabMatrix
 from cropi_kernels.testing import sum_error_bound
 
 EPS = 1e-6

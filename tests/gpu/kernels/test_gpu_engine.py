@@ -9,10 +9,10 @@ import torch
 from rehearsal import set_stage
 
 from cropi_kernels import SketchSpec, dispatch, plan_vector, sketch_vector
-from cropi_kernels.sketcher.engine import Norm, Operators, Site
-from cropi_kernels.sketcher.gpu_engine import GpuEngine
-from cropi_kernels.sketcher.matrix import SlabMatrix
-from cropi_kernels.sketcher.segments import Segments
+from cropi_kernels.sketcher.batch.segments import Segments
+from cropi_kernels.sketcher.sums.engine import Norm, Operators, Site
+from cropi_kernels.sketcher.sums.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.sums.matrix import SlabMatrix
 from cropi_kernels.testing import sum_error_bound
 
 SPEC = SketchSpec(width=128)
@@ -152,7 +152,7 @@ def test_vectors_that_leave_in_several_launches_have_the_same_bits(
     stage: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How many launches depends on the tokens of the batch. The vectors fall on the same numbers of the sketch."""
-    from cropi_kernels.sketcher import gpu_engine
+    from cropi_kernels.sketcher.sums import gpu_engine
 
     size, launches = 1024, []
     named = (plan_vector(SPEC, f"model.{i}.bias", size) for i in range(1000))

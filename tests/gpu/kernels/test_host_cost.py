@@ -22,10 +22,10 @@ from rehearsal import set_stage
 from triton.runtime.jit import JITFunction
 
 from cropi_kernels import GradientSketcher, SketchSpec, _launch, plan_matrix, sketch_grouped
-from cropi_kernels.sketcher import taps
-from cropi_kernels.sketcher.accumulator import Accumulator
-from cropi_kernels.sketcher.clock import Clock
-from cropi_kernels.sketcher.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.sums.accumulator import Accumulator
+from cropi_kernels.sketcher.sums.clock import Clock
+from cropi_kernels.sketcher.sums.gpu_engine import GpuEngine
+from cropi_kernels.sketcher.taps import taps
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,0 +1,1 @@
+"""Which tap each module of a model gets, and how the taps come on and off."""

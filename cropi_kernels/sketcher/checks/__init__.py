@@ -1,0 +1,1 @@
+"""What is compared with autograd before the first batch and in it."""
