@@ -13,15 +13,21 @@ import pytest
 import torch
 import yaml
 from support.made_curriculum import config, curriculum, make_folder, report, selections
+from support.made_data import make_model
 from support.stores import sketches_of
 
 import cropi
 from cropi.cli import main
+from cropi.data.readers import read
 from cropi.errors import CropiError
-from cropi.options import Rescoring, Selecting
+from cropi.model.policy import Policy
+from cropi.options import Rescoring, Selecting, Sketching
+from cropi.pipeline.rescoring import Anew, Pool, _row
 from cropi.ranking.cut import EXPLORE, Drift, affordable, anew, spreads
 from cropi.ranking.rule import Rule
 from cropi.ranking.table import read_scores
+from cropi.sketching.job import make_job
+from cropi.sketching.run import sketch
 from cropi.store.earlier import open_together
 from cropi.store.rows import OK, RowInfo
 from cropi.store.store import SketchStore
@@ -183,6 +189,25 @@ def test_a_share_of_the_time() -> None:
         choosing = spent + cost * tokens
         assert choosing / (choosing + others) == pytest.approx(share)
     assert affordable(0.05, 100.0, 50.0, 0.01) == 0 and affordable(1.0, 0.0, 9.0, 1.0) == math.inf
+
+
+@pytest.mark.parametrize("few", [{}, {"token_share": 0.3}, {"responses": 2}])
+def test_what_a_token_costs_is_told_by_the_tokens_that_a_pool_counts(few: dict[str, Any]) -> None:
+    """Tokens of tools, equal responses and tokens that are not drawn: a budget paid for a part of its tokens only."""
+    ids = [[8, 9, 10, 1], [8, 9, 10, 1], [7, 6, 5, 1], [5, 9, 1]]
+    masked = {
+        "response_ids": ids,
+        "rewards": [1.0, 0.5, 0.0, 0.0],
+        "loss_mask": [[0, 0, 0, 1]] * 3 + [[0, 0, 1]],
+    }
+    records = [{"id": f"{i}", "prompt_ids": [3 + i, 4], **masked} for i in range(3)]
+    pool = Pool([_row(group, few.get("responses")) for group in read(records)])
+    job = make_job(Sketching(dim=256, verify=False, **few), read(records), None)
+    timed = Anew(Rescoring(), Path(), Path(), None, [])
+    timed.took(sketch(Policy(make_model()), job, progress=False))
+    assert (
+        timed.passed == pool.costs.sum() == 3 * round(15 * few.get("responses", 4) / 4) and timed.seconds > 0
+    )
 
 
 def test_bad_bounds_are_named() -> None:

@@ -230,7 +230,7 @@ def _sketch_one(stage: Stage, maker: str, models: dict[str, Policy], part: Part,
     )
     return {
         "files": [source.name for source in part.groups.sources], "behaviour": behaviour,
-        "seconds": made.wall, "tokens": made.scored_tokens,
+        "seconds": made.wall, "tokens": made.cost,
     }  # fmt: skip
 
 

@@ -202,6 +202,7 @@ def together(every: Sequence[Summary], copies: int = 1) -> Summary:
         failed=[pair for one in every for pair in one.failed],
         scored_tokens=sum(one.scored_tokens for one in every),
         model_tokens=sum(one.model_tokens for one in every),
+        cost=sum(one.cost for one in every),
         seconds={name: sum(one.seconds.get(name, 0.0) for one in every) / count for name in names},
         wall=max(one.wall for one in every),
         read=max(one.read for one in every),

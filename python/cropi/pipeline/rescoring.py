@@ -38,7 +38,7 @@ from cropi.ranking.rule import Rule
 from cropi.ranking.table import SCORES, read_scores
 from cropi.ranking.values import FROM_SCORES
 from cropi.sealed import read_sealed, sealed
-from cropi.sketching.rows import row_of
+from cropi.sketching.rows import cost_of, row_of
 from cropi.sketching.summary import Summary
 from cropi.store.earlier import EARLIER, keep_earlier, open_together, scored_at
 from cropi.store.rows import OK, SKIPPED, RowInfo
@@ -85,7 +85,8 @@ class Anew:
         spent: seconds that this stage's choosing takes beside the sketches of training prompts, asked once the
             validation prompts are sketched.
         say: takes a line for the user.
-        seconds, passed: of sketches that were timed, in all, and their scored tokens: what a token costs.
+        seconds, passed: of sketches that were timed, in all, and their tokens, as the pool counts them: what a token
+            costs.
         scored: prompts with a gradient that this stage sketches.
         left: those that keep an earlier sketch, or have none yet.
     """
@@ -106,7 +107,7 @@ class Anew:
     def took(self, summary: Summary) -> None:
         """Sketches were timed."""
         self.seconds += summary.wall
-        self.passed += summary.scored_tokens
+        self.passed += summary.cost
 
     def settle(
         self,
@@ -249,15 +250,11 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def _row(group: PromptGroup, responses: int | None) -> RowInfo:
-    """A prompt's row before it is sketched; ``tokens`` counts the responses that would go through the model."""
+    """A prompt's row before it is sketched; its ``tokens`` are :func:`cropi.sketching.rows.cost_of`."""
     reason = group.no_gradient
     if reason:
         return row_of(group, SKIPPED, reason, None)
-    _, lengths = group.lengths
-    # Where there are no token ids: about four characters are one.
-    size = sum(lengths) if lengths is not None else sum(len(str(text)) for text in group.responses or ()) // 4
-    share = 1.0 if responses is None else min(1.0, responses / group.size)
-    return row_of(group, OK, "", None, tokens=max(round(size * share), 1))
+    return row_of(group, OK, "", None, tokens=cost_of(group, responses))
 
 
 def _earlier_scores(

@@ -26,7 +26,7 @@ from cropi.gradient.tokenize import TokenGroup
 from cropi.gradient.zero import ZERO_GRADIENT, Suspicion, is_zero, rounding
 from cropi.sketching.chunks import Participant
 from cropi.sketching.job import SketchJob
-from cropi.sketching.rows import row_of
+from cropi.sketching.rows import cost_of, row_of
 from cropi.sketching.summary import Summary
 from cropi.store.rows import FAILED, OK, SKIPPED, RowInfo
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec
@@ -260,6 +260,7 @@ class Passes:
         A gradient that is small beside its weights may be rounding and nothing else: it is compared with the sizes of
         its responses' gradients.
         """
+        self.summary.cost += cost_of(group.group, self.job.responses)
         status, reason, norm, zero = OK, "", float(sums.sketch.double().norm()), False
         if (
             self.job.zeros

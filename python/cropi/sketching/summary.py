@@ -22,6 +22,7 @@ from cropi.store.store import SketchStore
 class Summary:
     """Counts and times of one job. ``seconds`` holds forward, backward and sketch (a part of the other two).
 
+    ``cost``: of the prompts that were computed (:func:`cropi.sketching.rows.cost_of`).
     ``health``: ratios of all tokens of this run; ``finding``: of the few that were looked at before it.
     """
 
@@ -34,6 +35,7 @@ class Summary:
     bad_records: list[str] = field(default_factory=list)
     scored_tokens: int = 0
     model_tokens: int = 0
+    cost: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     wall: float = 0.0
     coverage: str = ""
