@@ -191,9 +191,9 @@ def influence(
     """Score the sketches of training prompts against those of validation prompts.
 
     Args:
-        train: sketches of training prompts: a :class:`cropi.SketchStore`, the batch of :func:`cropi.score_batch`, or
-            floats ``[n, dim]``, a tensor or an array: of any examples, by any projection, whose ids are then the
-            numbers of the rows, with leading zeros.
+        train: sketches of training prompts: a :class:`cropi.SketchStore`, the batch of :func:`cropi.score_batch` or of
+            `cropi.LiveSketcher`, or floats ``[n, dim]``, a tensor or an array: of any examples, by any projection.
+            Ids of the last two are the numbers of the rows, with leading zeros.
         valid: the same of validation prompts, or several of them in a list; prompts with the same ``set`` are one set.
             Batches and floats may be a dict by the name of their set.
         noise: stores that ``cropi.sketch(..., noise=True)`` made of some or all of these prompts: the uncertainty then

@@ -257,9 +257,16 @@ def test_influence_of_sketched_batches() -> None:
     want = torch.nn.functional.cosine_similarity(train.sketches, valid.sketches.mean(0)[None])
     assert scores.ids == ["p0", "p1", "p2", "p3"] and scores.select(0.25).ids == [f"p{int(want.argmax())}"]
     np.testing.assert_allclose(scores.table[:, 0], want.double(), rtol=1e-5, atol=1e-6)
+    with cropi.LiveSketcher(model, train.spec) as live, live.batch(torch.arange(4), shape=(4, 5)) as step:
+        (4 * 3 * model(rows[:4], labels=labels[:4]).loss).backward()
+    same = cropi.influence(step, valid, draws=0)
+    assert same.ids == ["0", "1", "2", "3"]
+    np.testing.assert_allclose(same.table, scores.table, rtol=1e-4, atol=1e-5)
     train.sketches[1], train.sketches[2] = 0, float("nan")
     assert cropi.influence(train, valid, draws=0).usable.tolist() == [True, False, False, True]
     other = sketched(slice(4, 6), make_model(num_hidden_layers=1))
+    with pytest.raises(CropiError, match="train and valid cannot be compared: model.parameters"):
+        cropi.influence(step, other)
     for side, words in (
         (other, "model.parameters"),
         (valid.sketches, "spec"),

@@ -212,7 +212,7 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "an empty cell": ({"prompt_ids": np.array([1, 1, float("nan"), 2, 2, 3, 3])}, "the prompt of row 0 is 1.0: give"),
     "lists for names": ({"prompt_ids": [["a"]] * 7}, r"the prompt of row 0 is \['a'\]: give a string"),
     "a name": ({"prompt_ids": "aabbccd"}, "prompt_ids is 7 names: give a list of 7"),
-    "nothing to weigh by": ({"advantages": None}, "give one of rewards, advantages and weights: none is given"),
+    "nothing to weigh by": ({"advantages": None}, "supervised loss: weights of ones.: none is given"),
     "two weights": ({"weights": ADVANTAGES}, "advantages and weights are given"),
     "too few advantages": ({"advantages": torch.ones(3)}, r"advantages has shape \[3\]: give \[7\] \(a row\)"),
     "a list of advantages": ({"advantages": [0.5] * 7}, "advantages is of type list: give a tensor"),

@@ -45,7 +45,8 @@ def project(
         offset: coordinate of the first column; ``offset + P`` may reach 2^62.
         out: contiguous float32 [B, dim] to add to, for streams of chunks; returned.
         nonfinite: a row that holds NaN or infinity (or overflows) comes out NaN throughout, all others right;
-            ``"warn"`` names such rows in a RuntimeWarning, ``"raise"`` in an error, ``"ignore"`` says nothing.
+            ``"warn"`` names such rows in a RuntimeWarning, ``"raise"`` in an error, ``"ignore"`` says nothing, which
+            alone is traced by ``torch.compile(fullgraph=True)``.
             Coordinates that ``keep`` drops are never looked at.
         backend: ``"cuda"`` (compiled CUDA C++), ``"triton"`` (sparse kinds on a GPU), ``"cpu"``, ``"reference"`` (plain
             torch, any device) or None for the first of them that can. The last two take float64 as well, where they

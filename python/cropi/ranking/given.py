@@ -15,10 +15,11 @@ from cropi.ranking.origin import origin_of
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
+from cropi_kernels import LiveSketch
 
 WANTED = (
-    "a SketchStore (cropi.sketch, SketchStore.open), the batch of cropi.score_batch, or sketches [n, dim] as a tensor "
-    "or an array"
+    "a SketchStore (cropi.sketch, SketchStore.open), the batch of cropi.score_batch or LiveSketcher, or sketches "
+    "[n, dim] as a tensor or an array"
 )
 FLOATS = "give floats [n, dim], a sketch a row"
 
@@ -27,7 +28,8 @@ def given_stores(train: Any, valid: Any) -> tuple[SketchStore, list[SketchStore]
     """The store of training prompts, and the validation stores.
 
     Args:
-        train: a store, a :class:`cropi.SketchedBatch`, or floats ``[n, dim]``, whose rows are named by their numbers.
+        train: a store, a :class:`cropi.SketchedBatch`, or a `cropi_kernels.LiveSketch` or floats ``[n, dim]``, whose
+            rows are named by their numbers.
         valid: the same, a list of these, or a dict of batches and floats by the name of their validation set.
 
     Raises:
@@ -62,8 +64,11 @@ def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
             sketches = torch.from_numpy(np.array(given, np.float32, order="C"))
     elif isinstance(given, torch.Tensor):
         sketches = given
-    elif isinstance(getattr(given, "sketches", None), torch.Tensor) and hasattr(given, "ids"):
-        sketches, ids, origin = given.sketches, [str(name) for name in given.ids], origin_of(given)
+    elif isinstance(getattr(given, "sketches", None), torch.Tensor) and (
+        hasattr(given, "ids") or isinstance(given, LiveSketch)
+    ):
+        sketches, origin = given.sketches, origin_of(given)
+        ids = None if isinstance(given, LiveSketch) else [str(name) for name in given.ids]
         manifest = {"spec": given.spec.to_dict(), "model": origin, "estimator": origin.pop("estimator", None)}
     else:
         raise CropiError(f"{name} is {article(type(given).__name__)}: give {WANTED}")
@@ -76,7 +81,7 @@ def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
         # Ids are ordered as text.
         digits = len(str(len(sketches) - 1))
         ids = [f"{row:0{digits}d}" for row in range(len(sketches))]
-        manifest = {"notes": {NUMBERED: True}}
+        manifest["notes"] = {NUMBERED: True}
     store = MemoryStore({"spec": {"dim": sketches.shape[1]}, **manifest})
     store.path = Path(name)  # what messages name
     sketches = sketches.detach().to("cpu", torch.float32)

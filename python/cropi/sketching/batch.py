@@ -169,7 +169,9 @@ def _factors(
     present = {name: value for name, value in given.items() if value is not None}
     if len(present) != 1:
         words = "none is" if not present else f"{' and '.join(present)} are"
-        raise CropiError(f"give one of rewards, advantages and weights: {words} given")
+        raise CropiError(
+            f"give one of rewards, advantages and weights (of a supervised loss: weights of ones): {words} given"
+        )
     ((name, value),) = present.items()
     if name == "weights":
         if old_logprobs is not None:
