@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from cropi.gradient.template import template_text
 from cropi.option_fields import changed
 from cropi.options import SOURCES, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
+from cropi.sealed import digest
 from cropi.sketching.job import SketchJob
 
 WHEN = ("first", "every")
@@ -196,8 +196,7 @@ class Plan:
 
     def fingerprint(self) -> str:
         """SHA-256 (16 hex digits) of :meth:`settings`."""
-        text = json.dumps(self.settings(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self.settings())[:16]
 
     def stage_folder(self, stage: int) -> Path:
         """Where a stage's files are."""

@@ -87,7 +87,7 @@ def sketch(
         held = team.agree(lambda: whole or SketchStore.open(out))
         settle_products(held.manifest)
         done = frozenset(row.id for row in held.rows())
-        team.same({"store": digest(done)}, REMEDIES)
+        team.same({"store": prompts_digest(done)}, REMEDIES)
         ready.summary.resumed = len(done)
         if len(done) < ready.total:
             part = (Claimed if group is None else group.part)(team, BATCHES * ready.tokens_per_batch, done)
@@ -252,7 +252,7 @@ def _part_store(
     return SketchStore.create(part_path(out, team.rank), manifest, shard_rows=ready.job.shard_rows)
 
 
-def digest(names: frozenset[str]) -> str:
+def prompts_digest(names: frozenset[str]) -> str:
     """Which prompts these are, in a few characters."""
     text = "\n".join(sorted(names))
     return f"{len(names)} prompts, {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cropi.distributed.ranks import REMEDIES, check_whole, digest, together
+from cropi.distributed.ranks import REMEDIES, check_whole, prompts_digest, together
 from cropi.distributed.ray_worker import JobFacts, Make, Worker
 from cropi.distributed.team import check_same
 from cropi.errors import CropiError, optional
@@ -202,7 +202,7 @@ class _Driver:
             self._prepared(held, result)
         elif held.doing == "begin":
             assert self.store is not None
-            there = {"store": digest(frozenset(row.id for row in self.store.rows()))}
+            there = {"store": prompts_digest(frozenset(row.id for row in self.store.rows()))}
             check_same([there, {"store": result}], ["the driver", str(held)], REMEDIES)
             self._assign(held)
         elif held.doing == "here":

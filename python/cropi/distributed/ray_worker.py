@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cropi.distributed.ranks import check_undivided, digest, facts
+from cropi.distributed.ranks import check_undivided, facts, prompts_digest
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk, Participant
@@ -99,7 +99,7 @@ class Worker:
         )
         self.part = Asked(BATCHES * tokens_per_batch, done, store)
         threading.Thread(target=self._run, args=(store,), name="cropi-sketch", daemon=True).start()
-        return digest(done)
+        return prompts_digest(done)
 
     @in_words
     def work(self, number: int) -> dict[int, str] | None:

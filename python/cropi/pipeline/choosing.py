@@ -85,18 +85,9 @@ def choose(
 
     parts, stores = checked, _Stores(who, at)
     if anew is None:
-
-        def sketched() -> dict[str, SketchStore]:
-            return sketch_all(
-                policy,
-                parts,
-                setup,
-                stores.here,
-                ranks=who,
-                say=say,
-                progress=progress,
-            )
-
+        sketched = partial(
+            sketch_all, policy, parts, setup, stores.here, ranks=who, say=say, progress=progress
+        )
         stores.mine.update(who.agree(sketched))
     else:
         _sketch_anew(policy, parts, setup, stores, anew, say, progress)
