@@ -343,11 +343,22 @@ def test_trajectories_of_other_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_too_few_selected_prompts(tmp_path: Path) -> None:
+    """Known when the trainer is built: from files, and by a count of prompts that are yet to be recorded."""
     files = trl_runs.files(tmp_path)
-    with pytest.raises(
-        CropiError, match="stage 0 has 1 prompts, but one generation batch takes 2.*raise fraction"
+    unknown = stored(tmp_path / "more.jsonl", seed=3, count=16)  # of no prompt of the dataset
+    for options, message in (
+        (
+            files | {"fraction": 0.1},
+            "stage 0 has 1 prompts, but one generation batch takes 2.*raise fraction or count",
+        ),
+        (files | {"fraction": 0.1, "train": [files["train"], unknown]}, "stage 0 has 1 prompts"),
+        (
+            {"valid": files["valid"], "count": 1, "fraction": 0.1},
+            "stage 1 has 1 prompts, but one generation batch takes 2",
+        ),
     ):
-        staged(tmp_path / "a", files | {"fraction": 0.1}).train()
+        with pytest.raises(CropiError, match=message):
+            staged(tmp_path / "a", options)
 
 
 @pytest.mark.long

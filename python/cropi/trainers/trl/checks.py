@@ -25,13 +25,14 @@ from cropi_kernels import GradientSketcher
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
+def check_arguments(trainer: Any, options: Curriculum, prompts: int, pool: Scan | None = None) -> None:
     """Check the trainer's arguments against the stages.
 
     Args:
         trainer: a GRPOTrainer.
         options: of the curriculum.
         prompts: rows of the dataset that was given.
+        pool: of the files, those prompts; None: this run's rollouts are chosen among.
 
     Raises:
         CropiError: no number of steps, stages that cut a generation batch in two, a model in shards, rows that the
@@ -73,8 +74,11 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int) -> None:
             "live=Live(coupled=True) to take the parts of the gradient that pass through each prompt's tokens, or "
             "args.router_aux_loss_coef=0.0 to train without that loss"
         )
-    stage = prompts if options.live is None else drawn(options, prompts)
-    check_enough(range(stage), int(args.generation_batch_size // trainer.num_generations), 0)
+    batch = int(args.generation_batch_size // trainer.num_generations)
+    check_enough(range(first_stage(options, prompts, pool)), batch, 0)
+    # Where a fraction chooses too few of recorded prompts, more are taken.
+    if options.count is not None and args.max_steps > steps:
+        check_enough(range(options.count), batch, 1)
     if options.valid is None:
         if trainer.eval_dataset is None:
             raise CropiError(
@@ -113,6 +117,20 @@ def with_template_values(trainer: Any, options: Curriculum, scans: Mapping[str, 
 def balances_experts(trainer: Any) -> bool:
     """Whether TRL adds a load-balancing loss of experts (its versions before that say nothing of one)."""
     return bool(getattr(trainer, "aux_loss_enabled", False))
+
+
+def first_stage(options: Curriculum, prompts: int, pool: Scan | None) -> int:
+    """How many prompts the first stage trains on at most: a selection, or all that there are.
+
+    Raises:
+        CropiError: the fraction chooses nothing.
+    """
+    if options.live is not None:
+        return drawn(options, prompts)
+    if pool is None or not pool.usable:  # nothing is recorded yet, or to be selected
+        return prompts
+    size = pool.usable if options.pool == "usable" else pool.prompts
+    return min(options.count or how_many(options.fraction, size), pool.usable)
 
 
 def drawn(options: Curriculum, pool: int) -> int:

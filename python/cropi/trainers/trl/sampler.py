@@ -84,7 +84,7 @@ def check_enough(rows: Sequence[int], prompts: int, stage: int) -> None:
     if len(rows) < prompts:
         raise CropiError(
             f"stage {stage} has {len(rows)} prompts, but one generation batch takes {prompts} different ones "
-            "(generation_batch_size / num_generations); raise fraction, give more trajectories, or make "
+            "(generation_batch_size / num_generations); raise fraction or count, give more trajectories, or make "
             "generation_batch_size smaller"
         )
 

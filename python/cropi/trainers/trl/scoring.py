@@ -167,7 +167,7 @@ def check_files(
         known: whether a training prompt is in the dataset.
 
     Returns:
-        What was read of those that are files, by "train" and "valid".
+        What was read of those that are files, by "train" (its prompts in the dataset) and "valid".
 
     Raises:
         CropiError: what :func:`choose_prompts` would raise for these files in stage 0, or log-probs that the files lack
@@ -204,7 +204,7 @@ def check_files(
             f"recorded ones {'with' if recorded else 'without'}: ratios of two kinds would be ranked against "
             f"each other; set behaviour='current'{'' if stored else ', or Recording(logprobs=False)'}"
         )
-    return scans
+    return scans | {"train": pool}
 
 
 def folder_of(stage: int) -> str:

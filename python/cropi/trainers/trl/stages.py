@@ -145,7 +145,7 @@ class Stages(Recorder):
         self._clock = 0.0, 0  # when the last selection was done, and at which step
         self._resumed = False
         self._earlier = [path for kind in ("train", "valid") for path in log_files(self.log.folder, kind)]
-        check_arguments(trainer, options, len(ids))
+        check_arguments(trainer, options, len(ids), scans.get("train"))
         check_policy(self.model, options)
         if opened.get("train") is not None:
             tokens = make_tokenize(
