@@ -64,6 +64,10 @@ def test_rows_of_a_dataset_are_copied_whole_and_best_first(tmp_path: Path, parqu
             CropiError, match=f"the prompt id {re.escape(repr(name))} is not one line without spaces"
         ):
             export(tmp_path / "ids.txt", ["p2", name], format="ids")
+    # Read again, the first was taken for JSON, and of the second the mark was lost without a word.
+    for name in ("{a", '{"id": "x"}', "\ufeffb"):
+        with pytest.raises(CropiError, match=f"the prompt id {re.escape(repr(name))} begins with"):
+            export(tmp_path / "ids.txt", [name, "p2"], format="ids")
 
 
 def test_line_separators_inside_strings_do_not_end_a_line(

@@ -106,6 +106,9 @@ def _export(
                 raise CropiError(
                     f"format ids: the prompt id {name!r} is not one line without spaces around it; use jsonl"
                 )
+            # Read again, the first would be JSON, and the second is taken for a mark of the file's encoding.
+            if name[0] in "{\ufeff":
+                raise CropiError(f"format ids: the prompt id {name!r} begins with {name[0]!r}; use jsonl")
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
     if format in BY_PLACE:
