@@ -19,6 +19,7 @@ from support.trl_runs import Seen, selected, staged  # noqa: E402
 from cropi.errors import CropiError  # noqa: E402
 from cropi.ranking.table import read_scores  # noqa: E402
 from cropi.trainers.trl import Curriculum, Live  # noqa: E402
+from cropi.trainers.trl.stages import Stages  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +65,32 @@ def test_stages_within_a_share_of_the_tokens_and_a_resumed_run(
 
 
 @pytest.mark.long
-def test_a_share_of_the_time(files: dict[str, Path], tmp_path: Path) -> None:
-    """The first stage scores all; the second nothing, where a millionth of its time pays for nothing."""
-    trainer = staged(tmp_path, files | {"budget": 1e-6, "fraction": 0.25}, max_steps=4, eval_dataset=None)
+def test_a_share_of_the_time(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stage scores all; the third nothing, where a millionth of its time pays for nothing: the second keeps
+    its prompts, and left no sketches to the third, which scored all again. A run that went on between two stages took
+    the time since the machine's start for that of a stage."""
+    valid, score, others = Stages._valid, Stages._score, []
+
+    def of_stage(self: Stages, stage: int, folder: Path) -> Any:
+        return (None, self.options) if stage == 1 else valid(self, stage, folder)
+
+    def scored(self: Stages, stage: int, folder: Path, seconds: float) -> Any:
+        others.append(seconds)
+        return score(self, stage, folder, seconds)
+
+    monkeypatch.setattr(Stages, "_valid", of_stage)
+    monkeypatch.setattr(Stages, "_score", scored)
+    options = files | {"budget": 1e-6, "fraction": 0.25}
+    run: dict[str, Any] = dict(max_steps=6, eval_dataset=None, save_strategy="steps", save_steps=4)
+    trainer = staged(tmp_path, options, **run)
     trainer.train()
-    first, second = json_lines(tmp_path / "cropi" / "stages.jsonl")
-    assert (first["left"], second["anew"]) == (0, 0) and first["anew"] == second["left"] == first["usable"]
-    assert len(selected(tmp_path, 1)) == 4
+    first, kept, third = json_lines(tmp_path / "cropi" / "stages.jsonl")
+    assert kept["kept"] and (first["left"], third["anew"]) == (0, 0)
+    assert first["anew"] == third["left"] == first["usable"] and len(selected(tmp_path, 2)) == 4
     assert trainer._cropi.seconds() > 0
+    held = json.loads((tmp_path / "checkpoint-4" / "cropi_state.json").read_text())["seconds"]
+    staged(tmp_path, options, **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert others[-1] == held > 0
 
 
 def test_options_are_checked(files: dict[str, Path]) -> None:

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +21,13 @@ import torch
 from cropi import pipeline
 from cropi.data.scan import NothingToSelect, Scan, check_covered, check_pool, scan
 from cropi.errors import CropiError, as_keywords
-from cropi.files import entries, is_folder
+from cropi.files import entries, is_file, is_folder
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.option_fields import part_of
 from cropi.options import Choosing, Comparing, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
-from cropi.pipeline.rescoring import Anew
+from cropi.pipeline.rescoring import PLAN, Anew
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sketching.job import SketchJob
 from cropi.store.earlier import EARLIER
@@ -91,7 +91,7 @@ def choose_prompts(
     """
     begun, anew = time.monotonic(), None
     if options.budget is not None or options.passes is not None:
-        last = folder.with_name(folder_of(stage - 1)) if stage else None
+        last = last_scored(folder.parent, stage)
         anew = Anew(
             Rescoring(**part_of(options, Rescoring)), folder, folder / f"{TRAINING}{EARLIER}", last,
             [] if last is None else entries(last, f"{TRAINING}*"), others=others,
@@ -212,11 +212,19 @@ def folder_of(stage: int) -> str:
     return f"stage-{stage:04d}"
 
 
-def forget_sketches(folder: Path, wanted: Container[int], before: int) -> None:
-    """Remove the sketches that stages before one have kept for those after them, but those of the ``wanted`` ones."""
+def last_scored(folder: Path, before: int) -> Path | None:
+    """The folder of the newest stage before one that sketched within a budget; one that kept its prompts did not."""
+    made = (folder / folder_of(stage) for stage in reversed(range(before)))
+    return next((stage for stage in made if is_file(stage / PLAN)), None)
+
+
+def forget_sketches(folder: Path, wanted: Iterable[int], before: int) -> None:
+    """Remove the sketches that stages before one have kept for those after them, but what its successor needs, and
+    those of the ``wanted`` ones."""
+    needed = [last_scored(folder, stage + 1) for stage in (before, *wanted)]
     for stage in range(before):
-        if stage not in wanted:
-            _clean(folder / folder_of(stage))
+        if (one := folder / folder_of(stage)) not in needed:
+            _clean(one)
 
 
 def _clean(folder: Path, but: Sequence[str] = ()) -> None:

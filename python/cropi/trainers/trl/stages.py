@@ -59,7 +59,9 @@ from cropi.trainers.trl.scoring import (
 
 STATE = "cropi_state.json"
 KEPT_PROMPTS = "the prompts of the stage before are kept"
-_FORM = {"stage": int, "selected": list[str] | None, "logs": {str: int}, "settings": dict}
+_FORM = {
+    "stage": int, "selected": list[str] | None, "logs": {str: int}, "settings": dict, "seconds?": float | None,
+}  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -143,6 +145,7 @@ class Stages(Recorder):
         self._chosen: list[str] | None = None  # of stage `_known`, best first; None: the whole dataset
         self._known = -1
         self._clock = 0.0, 0  # when the last selection was done, and at which step
+        self._seconds = math.nan  # of a stage's steps, before there are any since then
         self._resumed = False
         self._earlier = [path for kind in ("train", "valid") for path in log_files(self.log.folder, kind)]
         check_arguments(trainer, options, len(ids), scans.get("train"))
@@ -241,6 +244,7 @@ class Stages(Recorder):
         """
         if not self._resumed:
             return
+        self._clock = time.monotonic(), self.step
         trainer, args = self.trainer, self.trainer.args
         if args.sync_ref_model and args.beta:
             logger.warning(
@@ -330,10 +334,11 @@ class Stages(Recorder):
             return None if self._chosen is None else Chosen(self._chosen, {"kept": True})
 
     def seconds(self) -> float:
-        """Seconds of a stage's steps, by the steps since the last selection, or since this run went on; NaN before."""
+        """Seconds of a stage's steps, by the steps since the last selection, or since this run went on; before there
+        are any as the checkpoint says, else NaN."""
         begun, step = self._clock
         steps = self.step - step
-        return (time.monotonic() - begun) / steps * self.options.stage_steps if steps else math.nan
+        return (time.monotonic() - begun) / steps * self.options.stage_steps if steps else self._seconds
 
     def _forget(self, stage: int) -> None:
         """Sketches of earlier stages are needed by this one's successor, and where a checkpoint leads back to them."""
@@ -428,6 +433,7 @@ class Stages(Recorder):
             return
         state = {
             "version": 1, "stage": self._known, "selected": self._chosen, "logs": sizes, "settings": self.settings(),
+            "seconds": None if math.isnan(seconds := self.seconds()) else seconds,
         }  # fmt: skip
         if self.live is not None:
             self.live.save(checkpoint)
@@ -462,6 +468,7 @@ class Stages(Recorder):
         if self.live is not None:
             self.live.load(checkpoint)
         self._known, self._chosen = int(state["stage"]), ids
+        self._seconds = math.nan if state.get("seconds") is None else float(state["seconds"])
         self.log.close()
         self.newest = {kind: Newest() for kind in self.newest}
         self.ranks.agree(lambda: self._rewind(state) if self.ranks.first else None)
