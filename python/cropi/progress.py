@@ -17,7 +17,11 @@ def in_log() -> bool:
     """Whether standard error is read later, where a bar would be one long line."""
     bar = optional("tqdm.auto").tqdm
     # In a notebook tqdm.auto has a class of its own, and draws though nothing is a terminal.
-    return bar is optional("tqdm.asyncio").tqdm and not getattr(sys.stderr, "isatty", bool)()
+    if bar is not optional("tqdm.asyncio").tqdm:
+        return False
+    with contextlib.suppress(ValueError):  # it was closed
+        return not getattr(sys.stderr, "isatty", bool)()
+    return True
 
 
 def bar_of(

@@ -54,7 +54,9 @@ def test_a_log_that_cannot_be_written_ends_no_job(
         def flush(self) -> None:
             raise OSError(28, "No space left on device")
 
-    for log in (Full(), None):
+    closed = io.StringIO()
+    closed.close()
+    for log in (Full(), None, closed):
         monkeypatch.setattr(sys, "stderr", log)
         with progress.bar_of(3, "store", True) as bar:
             bar.update(2)

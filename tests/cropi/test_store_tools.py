@@ -19,6 +19,7 @@ from cropi.errors import CropiError
 from cropi.ranking.influence import influence
 from cropi.store import SketchStore, export, merge
 from cropi.store.compact import due
+from cropi.store.parts import part_path, take_parts
 from cropi.store.rows import RowInfo
 from cropi.store.shards import Shard, shard_number
 
@@ -49,6 +50,17 @@ def test_small_shards_are_joined_as_they_come(tmp_path: Path) -> None:
     assert len(sizes) == 2 and sizes[0] >= 40_000 > sizes[1]
     assert len(os.listdir(tmp_path / "s")) == 2 * 2 + 2, "what was joined is removed"
     assert all(torch.equal(v, vector(int(name[1:]))) for name, v in content(tmp_path / "s").items())
+
+
+def test_parts_are_found_where_their_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script may go to another folder meanwhile: the parts of a relative path were not found, and none was taken."""
+    monkeypatch.chdir(tmp_path)
+    with SketchStore.create("s", MANIFEST) as whole:
+        fill(part_path(Path("s"), 0), 4, MANIFEST)
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir("other")
+        assert take_parts(whole) == 4
+    assert len(content(tmp_path / "s")) == sum(row.status == "ok" for row in whole.rows()) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4", "int1"])

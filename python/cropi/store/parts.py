@@ -50,7 +50,7 @@ def take_parts(store: SketchStore) -> int:
         CropiError: a process still writes to a part, a part was made with other settings, or it is damaged.
     """
     before = len(store)
-    for path in part_paths(store.path):
+    for path in part_paths(store.folder):
         if is_there(path / MANIFEST):  # else its process was killed before it wrote anything
             with SketchStore.create(path, store.manifest) as part:  # removes what was not finished
                 copy_rows(store, part.files())

@@ -68,7 +68,7 @@ class SketchStore(StoredSketches):
         super().__init__(path, manifest)
         self.shard_rows, self.shard_bytes = shard_rows, shard_bytes
         # Where it is written to: a script may go to another folder meanwhile. Messages name the path that was given.
-        self._folder = path.absolute()
+        self.folder = path.absolute()
         self._lock: int | None = None
         self._pending: dict[str, tuple[RowInfo, torch.Tensor | None]] = {}
         self._pending_sketches = 0
@@ -273,13 +273,13 @@ class SketchStore(StoredSketches):
         number = max(map(shard_number, self._shards), default=-1) + 1
         places = iter(range(len(rows)))
         rows = [placed(row, next(places) if one else None) for row, one in zip(rows, has, strict=True)]
-        path = self._folder / f"shard-{number:05d}.safetensors"
+        path = self.folder / f"shard-{number:05d}.safetensors"
         shard = self._write_shard(path, rows, tensors, [shard_number(one.path) for one in replaces])
         self._shards[shard.path] = shard
         self._rows.update((row.id, row) for row in rows)
         for old in replaces:
             del self._shards[old.path]
-        with writing(self._folder):
+        with writing(self.folder):
             for old in replaces:
                 remove(old.path)
 
@@ -345,7 +345,7 @@ class SketchStore(StoredSketches):
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self._check_writable()
-        write_atomic(self._folder / MANIFEST, manifest_text(manifest))
+        write_atomic(self.folder / MANIFEST, manifest_text(manifest))
         self.manifest = manifest
 
     def _check_writable(self) -> None:
@@ -353,7 +353,7 @@ class SketchStore(StoredSketches):
             raise CropiError(
                 f"the store {self.path} is open for reading only; SketchStore.resume opens it for writing"
             )
-        if not is_at(self._lock, self._folder / LOCK):
+        if not is_at(self._lock, self.folder / LOCK):
             raise CropiError(
                 f"the folder {self.path} was removed or replaced while this job writes to it; what it held is gone "
                 "from there; run the same command again"
