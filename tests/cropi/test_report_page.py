@@ -122,6 +122,7 @@ def test_numbers_of_the_page_are_those_of_the_selection() -> None:
         and "by fused ranks (rrf)" in text
     )
     assert f"{given.uncertainty.overlap:.0%} of the chosen prompts would stay" in text
+    assert "<bdi>standard error" in page, "advice, without the name that its row begins with"
     assert "ratio 1.03" in text and "1 failed" in text and "not measured on this model" in text
     ratios = page.split("mean ratio of a prompt")[1].split("</svg>")[0]
     for kind, rows in (("pool", usable.tolist()), ("chosen", chosen)):
@@ -179,7 +180,7 @@ def test_text_of_users_is_never_markup() -> None:
     evil.uncertainty.sets[0] = replace(evil.uncertainty.sets[0], name="grade`4", signal=0.1)
     evil.uncertainty.overlap_of_set["grade`4"] = 0.5
     page = render(evil)
-    assert page.count("grade`4: 12 prompts") == 2 and "<code>4" not in page
+    assert page.count("grade`4: 12 prompts") == 1 and "<bdi>grade`4</bdi>" in page and "<code>4" not in page
     assert page.count("<script") == 2 and "<img" not in page and "<b>bold" not in page
     body = page.split("</style>")[1].split('<script type="text/plain"')[0]
     assert "\x00" not in page and "\x1b" not in data_of(page)["details"]["p00005"]["text"]

@@ -183,7 +183,10 @@ def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
         {
             "name": one.name, "prompts": one.prompts, "overlap": sure.overlap_of_set[one.name],
             "signal": f"{max(one.signal, 0):.2f}" if math.isfinite(one.signal) else "–",
-            "advice": one.advice(len(sure.sets) == 1),
+            # Name and number stand in the row's first cells.
+            "advice": one.advice(len(sure.sets) == 1)
+            .removeprefix(f"{one.name}: {one.prompts} prompts")
+            .lstrip(",; "),
         }
         for one in sure.sets
     ]  # fmt: skip

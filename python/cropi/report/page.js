@@ -73,7 +73,7 @@
     const head = make("tr", null);
     for (const [key, name] of heads) {
       const cell = make("th", null, isText(key) ? { class: "text", scope: "col" } : { scope: "col" });
-      const button = make("button", name + (shown.sort === key ? (shown.down ? " ▾" : " ▴") : ""), { type: "button" });
+      const button = make("button", name + (shown.sort === key ? (shown.down ? "\u00a0▾" : "\u00a0▴") : ""), { type: "button" });
       if (shown.sort === key) cell.setAttribute("aria-sort", shown.down ? "descending" : "ascending");
       button.addEventListener("click", () => {
         shown.down = shown.sort === key ? !shown.down : !(isText(key) || key === "rank");
