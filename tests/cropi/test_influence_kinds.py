@@ -30,6 +30,7 @@ from cropi.store.codec import DTYPES
 from cropi.store.exporting import export
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import RowInfo
+from cropi.store.store import SketchStore
 
 
 @pytest.fixture
@@ -382,3 +383,18 @@ def test_the_size_of_a_gradient_changes_no_direction(tmp_path: Path) -> None:
     assert len(expected[2]) == 1 and expected[0]["v000"][0][0].cosine > 0.1
     assert found([0, -100, -45, 45, 100, 70] * 2, 100, "large") == expected
     assert found([-70, 100, -30, 100, -100, -45] * 2, -100, "small") == expected
+
+
+def test_the_draw_of_validation_prompts_is_one_for_every_order_of_their_stores() -> None:
+    torch.manual_seed(0)
+    train, rows = in_memory(torch.randn(8, 64), "t", ["t"] * 8), torch.randn(12, 64)
+    one, other = in_memory(rows[:5], "b", ["x"] * 5), in_memory(rows[5:], "a", ["x"] * 7)
+    tables = [
+        influence(train, stores, max_valid=4).table
+        for stores in ([one, other], [other, one], [SketchStore.join([one, other])])
+    ]
+    for table in tables[1:]:
+        np.testing.assert_allclose(table, tables[0], atol=1e-6)
+    assert not np.allclose(
+        tables[0], influence(train, [one, other], max_valid=4, valid_seed=1).table, atol=1e-2
+    )

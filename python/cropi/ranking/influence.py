@@ -333,7 +333,8 @@ def choose_members(
             )
     chosen = {}
     for name in sorted(members):
-        candidates = sorted(members[name])
+        # By id alone: another order of the stores would be another draw.
+        candidates = sorted(members[name], key=lambda member: member[1])
         if cap is not None and len(candidates) > cap:
             picked = np.random.default_rng(seed).choice(len(candidates), cap, replace=False)
             candidates = [candidates[i] for i in picked]
