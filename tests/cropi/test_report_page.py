@@ -28,6 +28,7 @@ from cropi.report.browser import shown_in_full
 from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
 from cropi.report.html import ReportInput, render, write_report
 from cropi.report.policy import is_close, policy_text
+from cropi.report.snippets import Snippets, snippet
 from cropi.store.rows import RowInfo
 
 BROWSER = next(
@@ -240,6 +241,32 @@ def test_the_table_shows_what_is_asked_not_what_stands_before_it() -> None:
     columns = data_of(render(given))["columns"]
     text = dict(zip(columns["id"], columns["text"]))
     assert [text[name] for name in ids] == ["Is 0 even?", "[user] Call f [assistant]"]
+
+
+def test_the_table_shows_the_question_behind_an_example_that_all_prompts_begin_with() -> None:
+    """It showed the example's beginning, the same in every row."""
+    given, example = make_input(), "Answer as here.\n\nQ: how many legs have two dogs and a bird?\nA: 10\n\n"
+    texts = [f"{example}Q: what is {i} + {i}?\nA:" for i in range(len(given.selection.ids))]
+    given.groups = [
+        PromptGroup(name, text, ["a", "b"], [1.0, 0.0])
+        for name, text in zip(given.selection.ids, texts, strict=True)
+    ]
+    given.validation_texts = dict(zip(given.neighbours, texts))
+    page = render(given)
+    columns = data_of(page)["columns"]
+    shown = dict(zip(columns["id"], columns["text"]))
+    assert [shown[name] for name in given.selection.ids[:2]] == ["…what is 0 + 0? A:", "…what is 1 + 1? A:"]
+    # Alike, short, or one that ends where the others go on: whole.
+    for some, lines in (
+        ([example, example], [" ".join(example.split())] * 2),
+        (["Is 1 even?", "Is 2 even?"], ["Is 1 even?", "Is 2 even?"]),
+        ([texts[0], texts[0] + " 0"], [snippet(" ".join(texts[0].split()))] * 2),
+        ([example + "b" * 99, example + "c"], ["…10 " + "b" * 65 + "…", "…10 c"]),
+    ):
+        made = Snippets()
+        for i, text in enumerate(some):
+            made.add(str(i), None, text)
+        assert list(made.lines().values()) == lines
 
 
 def test_texts_have_room_beside_a_table_that_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:

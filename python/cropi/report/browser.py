@@ -18,12 +18,12 @@ from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 from cropi.ranking.table_rows import values_of
 from cropi.report.rendering import shown
+from cropi.report.snippets import Snippets
 
 if TYPE_CHECKING:
     from cropi.report.html import ReportInput
 
 FULL = 120  # prompts of each kind (best, at the cut, worst, without a score, largest norm) whose responses are shown
-SNIPPET = 70  # characters of the other prompts
 LONG, SHORT = 6000, 200  # characters of one text at most; as few as these where the page would be too large
 MOST_BYTES = 1_900_000  # of the data, packed: with base64 and the rest a page is below 3 MB
 MOST_VALUES = 2_000_000  # of the browser's table, in which 100,000 prompts have 20 columns: a page of 8 MB
@@ -131,14 +131,13 @@ def near_the_cut(selection: Selection) -> int:
 def _texts(
     groups: Iterable[PromptGroup], full: set[str], some: set[str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    snippets, details = {}, {}
+    snippets, details = Snippets(), {}
     for group in groups:
         if group.id not in some:
             continue
         prompt = _conversation(group.prompt) or "(token ids)"
         # The beginning of a conversation is a system message or a solved example, the same for all prompts.
-        asked = last_text(group.prompt) or prompt
-        snippets[group.id] = snippet(" ".join(asked.split()))
+        snippets.add(group.id, group.task, last_text(group.prompt) or prompt)
         if group.id in full:
             rewards = group.rewards
             advantages = rewards if group.demonstrations else _advantages(rewards)
@@ -149,7 +148,7 @@ def _texts(
                     for text, reward, a in zip(responses, rewards, advantages, strict=True)
                 ]
             }
-    return snippets, details
+    return snippets.lines(), details
 
 
 def _advantages(rewards: Sequence[float]) -> list[float]:
@@ -171,11 +170,6 @@ def _conversation(text: Any) -> str:
 def _long(text: str) -> dict[str, Any]:
     """The beginning of a text, and how many characters it has."""
     return {"text": shown(text[:LONG])[:LONG], "size": len(text)}
-
-
-def snippet(text: str) -> str:
-    """The beginning of a text, on one line of the table."""
-    return shown(text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…")
 
 
 def _digits(x: Any) -> float | None:

@@ -29,6 +29,7 @@ from cropi.report import browser
 from cropi.report.charts import bars, density, signed
 from cropi.report.policy import TAKEN, is_close, policy_text
 from cropi.report.rendering import markup, part, rendered
+from cropi.report.snippets import Snippets
 
 if TYPE_CHECKING:
     from cropi.ranking.pairwise import Neighbour
@@ -103,7 +104,10 @@ def _values(given: ReportInput) -> dict[str, Any]:
         )  # fmt: skip
     origin = scores.meta.get("train") or {}
     model = origin.get("model")
-    texts = given.validation_texts
+    texts = Snippets()
+    for name in given.neighbours:
+        texts.add(name, None, given.validation_texts.get(name, ""))
+    lines = texts.lines()
     return {
         "title": given.title, "prompts": len(scores.rows), "ranked": len(usable), "chosen": len(chosen),
         "method": selection.method, "sets": sets, "unfinished": given.unfinished,
@@ -117,7 +121,7 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "tasks": sorted(task for task, _ in _tasks(scores).most_common(MOST_TASKS)),
         "listed": len(browser.listed(given)),
         "neighbours": [
-            {"name": name, "text": browser.snippet(texts.get(name, "")), "helpful": pair[0], "harmful": pair[1]}
+            {"name": name, "text": lines[name], "helpful": pair[0], "harmful": pair[1]}
             for name, pair in given.neighbours.items()
         ],
         "policy": _policy(scores, chosen), "anatomy": _anatomy(given.check), "run": list(given.run),
