@@ -383,7 +383,7 @@ def _policies(
     model: Any, tokenizer: Any, behaviour_model: Any, progress: bool, options: dict[str, Any]
 ) -> tuple[Policy, Policy | None, dict[str, Any]]:
     """The policy, the one that made the responses if it is given, and the options that are not about loading them."""
-    loading, rest = _loading(options, model)
+    loading, rest = _loading(options)
     if not isinstance(progress, bool):
         raise CropiError(f"progress must be True or False, got {progress!r}")
 
@@ -405,7 +405,7 @@ def _choice(options: dict[str, Any]) -> tuple[Selecting, dict[str, Any]]:
     return made, {name: value for name, value in options.items() if name not in OF_CHOICE}
 
 
-def _loading(options: dict[str, Any], model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _loading(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of loading, checked, and the others."""
     own = {name: options[name] for name in names_of(Loading) if name in options}
     split(own, Loading)

@@ -95,7 +95,7 @@ def test_a_set_whose_gradients_add_up_to_zero_is_left_out_where_its_mean_counts(
 
 
 @pytest.mark.filterwarnings(
-    "ignore::cropi.data.shared.RepeatedPrompts", "ignore::cropi.ranking.influence.SharedPrompts"
+    "ignore::cropi.data.twice.RepeatedPrompts", "ignore::cropi.ranking.influence.SharedPrompts"
 )
 def test_gradients_that_cancel_are_refused_early_by_the_options_alone() -> None:
     """The check before the training prompts knew of no options: it refused what `aggregate="nearest"` can score."""

@@ -19,6 +19,10 @@ from cropi.data.readers import read as read_groups
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.ranking.table import read_scores
+from cropi.trainers.dumps.auto import read_rollouts
+from cropi.trainers.dumps.fields import BadSample, finite, only_tokens, whole
+from cropi.trainers.dumps.folders import files_of
+from cropi.trainers.dumps.rows import named_reward
 from cropi.trainers.trl import rollout_log
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
@@ -198,6 +202,57 @@ def test_one_process_is_rank_zero_of_one() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- selecting
+# ------------------------------------------------------------------------------------------- fields of dumps
+def test_numbers_of_no_dimension_are_numbers() -> None:
+    """Of NumPy and torch, as a pickled step has them; a list of one number is finite, and no integer."""
+    for one in (np.array(3), torch.tensor(3), np.int64(3), 3):
+        assert whole(one, "step", "here") == finite(one, "reward", "here") == 3
+    for one in (np.array([3]), torch.tensor([3])):
+        assert finite(one, "reward", "here") == 3
+        with pytest.raises(BadSample, match="should be an integer"):
+            whole(one, "step", "here")
+    for two in (np.array([3, 4]), torch.tensor([3, 4])):
+        with pytest.raises(BadSample, match="should be a finite number"):
+            finite(two, "reward", "here")
+
+
+def test_empty_images_are_none() -> None:
+    for empty in (np.zeros((0, 3)), torch.zeros(0, 3), [[], {}], None):
+        only_tokens({"pixel_values": empty}, "here")
+    for held in (np.zeros((1, 3)), torch.zeros(1, 3), torch.tensor(1.0)):
+        with pytest.raises(BadSample, match="pixel_values"):
+            only_tokens({"pixel_values": held}, "here")
+
+
+def test_a_named_reward_may_have_a_plus_in_its_name() -> None:
+    row = {"a": 1.0, "b": 2.0, "a+c": 5.0}
+    assert named_reward(row, "a+b", "here") == 3.0 and named_reward(row, "a+c", "here") == 5.0
+
+
+@pytest.mark.parametrize(
+    ("source", "row"),
+    [
+        ("openrlhf", {"input": "1+1=", "output": "2", "reward": 1.0, "label": "two"}),
+        (
+            "skyrl",
+            {"input_prompt": "1+1=", "output_response": "2", "score": 1.0, "data_source": "sums",
+             "env_extras": {"reward_spec": {"ground_truth": "two"}}},
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_text_keeps_its_answer(source: str, row: dict[str, Any], tmp_path: Path) -> None:
+    (rollout,) = read_rollouts(write_lines(tmp_path / "1.jsonl", [row]), source)
+    assert (rollout.answer, rollout.extra.get("task")) == ("two", row.get("data_source"))
+
+
+def test_files_are_looked_for_three_folders_down(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "c" / "1.jsonl"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert files_of(tmp_path) == [file] and files_of(tmp_path, 2) == []
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_a_policy_in_training_mode_is_scored_without_its_dropout_and_left_as_it_was(tmp_path: Path) -> None:

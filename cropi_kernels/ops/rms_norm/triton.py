@@ -127,10 +127,9 @@ def backward_launch(n: int, sums: bool) -> Launch:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, scale: torch.Tensor) -> None:
     """Fills ``y`` and ``scale``."""
     x, weight = _native.rows_view(x), weight.contiguous()
-    n_tokens, n = x.shape
     if x.numel():
-        forward(x, weight, eps, y, scale, n_tokens, x.stride(0))
-    elif n_tokens:
+        forward(x, weight, eps, y, scale, len(x), x.stride(0))
+    elif len(x):
         scale.fill_(float("nan"))  # a row of no features has no mean
 
 

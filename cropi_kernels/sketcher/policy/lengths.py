@@ -65,7 +65,7 @@ def lengths_of(model: nn.Module, split: SplitModel, ids: torch.Tensor) -> Length
     known = [
         n for name, n in config_numbers(getattr(model, "config", None)) if "position" in name and n > length
     ]
-    if not known or not _may_go_beyond(model, split):
+    if not known or not _may_go_beyond(model):
         return Lengths()
 
     def beside(last: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def lengths_of(model: nn.Module, split: SplitModel, ids: torch.Tensor) -> Length
         return Lengths()  # a table of positions ends, or none are taken
 
 
-def _may_go_beyond(model: nn.Module, split: SplitModel) -> bool:
+def _may_go_beyond(model: nn.Module) -> bool:
     """Whether positions beyond the context may be tried.
 
     A table of positions that ends raises an error on a CPU. On a GPU it would end the process, so there only models

@@ -95,7 +95,7 @@ def usable_stores(
     left = set(sets) - set(lost)
     if left <= {given.minus}:
         raise NothingToFollow("; ".join(lost.values()) or "there is no validation set besides minus")
-    if given.minus is not None and given.minus not in left:
+    if given.minus not in left:
         given = without_minus(given)
     return _stores_without(kept, lost), given, lost
 
