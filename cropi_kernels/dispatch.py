@@ -59,6 +59,7 @@ def choose(
     without: Mapping[str, str | None] | None = None,
     fallback: bool = True,
     order: Sequence[str] = ("cuda", "triton"),
+    remedy: str = "move or cast the tensor, or ask for plain torch by backend='reference'",
 ) -> str:
     """The backend for ``op`` on these tensors; on a device the first that serves, in this ``order``.
 
@@ -88,10 +89,7 @@ def choose(
     if not on_host and "cuda" in (without or {}) and against["cuda"] != reason:
         reason += f"; CUDA C++: {against['cuda']}"
     if not fallback:
-        raise RuntimeError(
-            f"no kernel of {op} serves this call: {reason}; move or cast the tensor, or ask for plain torch by "
-            "backend='reference'"
-        )
+        raise RuntimeError(f"no kernel of {op} serves this call: {reason}; {remedy}")
     if all(t.dtype != torch.float64 for t in tensors) and reason not in _said:
         _said.add(reason)
         warnings.warn(

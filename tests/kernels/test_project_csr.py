@@ -174,7 +174,7 @@ def test_float64_rows_are_summed_in_float64_where_the_backend_is_named(
         for start in range(0, 3000, 1100):
             project(x[:, start : start + 1100], spec, offset + start, out=pieces, backend="cpu")
         assert ((pieces - want).abs() <= eps * (x.abs() @ s)).all()
-    with pytest.raises(RuntimeError, match="no kernel of project serves this call: dtype torch.float64"):
+    with pytest.raises(RuntimeError, match="dtype torch.float64 .*or name backend='cpu'"):
         project(x, spec)
 
 

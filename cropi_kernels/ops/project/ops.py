@@ -18,9 +18,11 @@ _COPY, _DEVICE_COPY = 1 << 24, 1 << 26  # bytes copied at a time
 
 def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str | None, adjoint: bool = False) -> Any:
     """The module that serves the call. On the host the reference is never chosen for a caller: it is far slower."""
-    if backend == "cpu" and x.dtype == torch.float64 and x.device.type == "cpu" and not x.requires_grad:
+    wide = x.dtype == torch.float64 and x.device.type == "cpu" and not x.requires_grad
+    if backend == "cpu" and wide:
         _native.native()
         return cpu  # by name only: float64 is most often NumPy's default and not a wish, and costs more than float32
+    by_name = {"remedy": "cast it (x.float()), or name backend='cpu', which sums it in float64"}
     no_triton = None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
     # On an H200, 1e9 coordinates: adjoints take 1.11 ms in Triton and 1.99 in CUDA C++, eight rows of an SJLT with four
     # nonzeros 12.8 and 15.1, of CountSketch with a tenth of the coordinates 7.0 and 12.5, with all 4.6 and 4.2.
@@ -33,6 +35,7 @@ def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str | None, adjoint: 
         without={"cuda": _cuda.unsupported(x), "triton": no_triton},
         fallback=x.is_cuda and x.dtype != torch.float64,
         order=("triton", "cuda") if triton_first else ("cuda", "triton"),
+        **(by_name if wide and not adjoint else {}),
     )
     return dispatch.kernels(__package__, name)
 
