@@ -52,6 +52,7 @@ from .policy.head_pass import PolicyGradient, failed_segments, head_pass, scored
 from .policy.probe import Probe, checked_rows, probe_longer, probe_policy
 from .policy.scale import SegmentScales
 from .policy.split import SplitModel
+from .sums.clock import Clock
 from .sums.groups import width
 
 
@@ -317,58 +318,28 @@ class GradientSketcher:
         batch, length = input_ids.shape
         where = Segments.of(here.segments, batch, length, num_segments)
         assert here.positions is not None
-        scored, segment = scored_segments(where, here.positions)
+        scored = scored_segments(where, here.positions)
         kwargs = self._inputs(split, here, attention_mask, position_ids, model_kwargs)
         if labels is not None and segments.ndim == 1:
-            check_call(
-                batch, kwargs | {"attention_mask": here.attention_mask, "position_ids": here.position_ids}
-            )
-        explained = memory.explained(
-            f"policy_gradient on {batch} x {length} tokens with {positions.numel()} scored ones and {where.count} "
-            f"segments (sketches: {memory.size(4 * where.count * width(self.spec, self._tapped.groups))})",
-            "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn on "
-            "gradient checkpointing",
-        )
-        plans, acc = self._tapped.plans, self._tapped.acc
-        device = sharded.device_of(self.model)
-        attention, failing = right_backward(device, length), sharded.starting_over(self.model)
-        with (
-            explained,
-            own_precision(self.model, device),
-            self._linears.around(self.model),
-            attention,
-            failing,
-        ):
-            acc.begin(where, device, self._tapped.groups)
-            try:
-                for other in self._tapped.more:
-                    other.acc.begin(where, device)
+            masks = {"attention_mask": here.attention_mask, "position_ids": here.position_ids}
+            check_call(batch, kwargs | masks)
+        plans, device = self._tapped.plans, sharded.device_of(self.model)
+        with self._surrounded(where, device, input_ids.shape, positions.numel()):
+            with self._open(where, device) as clock:
                 # Before the forward: see `head_pass`.
                 of_labels = () if labels is None else (positions, targets)
-                offsets, scored, segment, *there = on_device(
-                    device, where.offsets, scored, segment, *of_labels
-                )
+                offsets, ranges, segment, *there = on_device(device, where.offsets, *scored, *of_labels)
                 where.keep(offsets)
-                scales = SegmentScales(scored, segment)
+                scales = SegmentScales(ranges, segment)
                 if labels is not None:
                     positions, targets = there
-                mark = acc.clock.mark
-                start = mark()
+                start = clock.mark()
                 with torch.enable_grad():
                     hidden = split.hidden(input_ids := ordinary(input_ids), **kwargs)
                 with split.whole_head():
-                    logprobs, grad, used = head_pass(
-                        split,
-                        plans,
-                        hidden,
-                        positions,
-                        targets,
-                        weighing(positions),
-                        temperature,
-                        scales,
-                        whole,
-                    )
-                middle = mark()
+                    asked = positions, targets, weighing(positions), temperature, scales, whole
+                    logprobs, grad, used = head_pass(split, plans, hidden, *asked)
+                middle = clock.mark()
                 if hidden.requires_grad:  # else nothing of the decoder is tapped
                     hidden.backward(grad)
                 failed = failed_segments(logprobs, used, scales)
@@ -376,22 +347,47 @@ class GradientSketcher:
                     for out in plan.acc.outs:
                         scales.restore(out)
                         out.masked_fill_(failed, float("nan"))
-                end = mark()
+                end = clock.mark()
                 self._tests.check("policy_gradient", where)
-                clock = acc.clock
                 sketches, *others = [plan.acc.end() for plan in plans]
-            finally:
-                self._close()
             if self._verify:
                 self._tests.again("policy_gradient", [partial(split.hidden, input_ids, **kwargs)], where)
-
-        share = acc.sketch_share(clock, lambda: clock.between(start, end))
-
-        def measure() -> dict[str, float]:
-            seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
-            return seconds | {"sketch": share() * sum(seconds.values())}
-
+        measure = self._tapped.acc.pass_seconds(clock, start, middle, end)
         return PolicyGradient(sketches, logprobs, used, measure, tuple(others))
+
+    @contextmanager
+    def _surrounded(
+        self, where: Segments, device: torch.device, shape: torch.Size, scored: int
+    ) -> Iterator[None]:
+        """What a pass runs in: the precision of the weights, packed products, an attention whose backward is right;
+        and what an error says where memory runs out."""
+        batch, length = shape
+        explained = memory.explained(
+            f"policy_gradient on {batch} x {length} tokens with {scored} scored ones and {where.count} segments "
+            f"(sketches: {memory.size(4 * where.count * width(self.spec, self._tapped.groups))})",
+            "give fewer rows a call (nothing of this call is left; sketches of parts of a prompt add up), or turn on "
+            "gradient checkpointing",
+        )
+        with (
+            explained,
+            own_precision(self.model, device),
+            self._linears.around(self.model),
+            right_backward(device, length),
+            sharded.starting_over(self.model),
+        ):
+            yield
+
+    @contextmanager
+    def _open(self, where: Segments, device: torch.device) -> Iterator[Clock]:
+        """A batch of every spec, with the clock of the pass; closed at the end, also where an error ends it."""
+        acc = self._tapped.acc
+        acc.begin(where, device, self._tapped.groups)
+        try:
+            for other in self._tapped.more:
+                other.acc.begin(where, device)
+            yield acc.clock
+        finally:
+            self._close()
 
     def _ready(self, here: Batch) -> SplitModel:
         """The model's decoder and head, and the batch's tokens checked against them."""

@@ -18,7 +18,7 @@ from .attach.tapped import TappedModel, check_entered
 from .batch.one_sequence import one_sequence_a_row
 from .batch.row_segments import Runs
 from .batch.segments import Segments
-from .checks.apart import MIXED, ApartTests
+from .checks.apart import MIXED, Apart, ApartTests
 from .checks.beside import check_heard, check_passes
 from .checks.live_audit import Audit, Schedule
 from .checks.replay import Recorded
@@ -195,13 +195,7 @@ class LiveSketcher:
             self._plan.ranks.check_same("segments", runs.segments.offsets)
         size = _number(scale)
         due = self._verify and self._audited and self._audits.due()
-        if due and code_shape(self.model) != self._tapped_shape:
-            with self._untapped():  # hooks or forwards of others have come or gone
-                self._forget_another_shape()
-        if self._verify and self._whole and not self._ready:
-            with own_precision(self.model):
-                self._try(lambda: self._tests.before_batches())
-            self._ready = True
+        self._test_taps(due)
         check = LossCheck(self.model, self._acc, runs) if self._asks(runs, due) else None
         apart = self._apart.next(segments) if self._verify and not self.coupled else None
         trained = self._plan.wanted if self._verify else ()
@@ -209,30 +203,10 @@ class LiveSketcher:
         self._runs = runs
         result, recorded, started = LiveSketch(), Recorded(), time.perf_counter()
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(one_sequence_a_row(self.model, runs))
-                audit = Audit(self._plan) if due else None
-                if audit is not None:
-                    stack.enter_context(audit.listening())
-                if check is not None:
-                    stack.enter_context(check.watching())
-                if apart is not None:
-                    stack.enter_context(apart.watching())
-                if self._untested():
-                    stack.enter_context(recorded.of(self.model))
+            audit = Audit(self._plan) if due else None
+            with self._watching(runs, audit, check, apart, recorded):
                 yield result
-            check_passes(self._plan)
-            if audit is not None:
-                audit.verdict(runs.segments, self._audits)
-            if check is not None:  # a backward pass has run: `check_passes`
-                self._note(check)
-            if apart is not None and (mixed := apart.mixed()) is not None:
-                if mixed:
-                    self.loss = COUPLED
-                    raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
-                self._apart.done = True
-            if self._audits.heard is not None:
-                check_heard(self._plan, self._audits.heard, runs.segments, partly=True)
+            self._judge(runs, audit, check, apart)
             clock, sketches = self._acc.clock, self._acc.end()
         finally:
             if check is not None and check.verdict == COUPLED:
@@ -247,6 +221,53 @@ class LiveSketcher:
         result.spec, result.names, result.origin = self.spec, self.coverage.names, self.origin
         block = time.perf_counter() - started
         result.seconds = {"block": block, "sketch": self._acc.sketch_share(clock, lambda: block)() * block}
+
+    def _test_taps(self, due: bool) -> None:
+        """Before the first batch, and once more where the model's code has changed since."""
+        if due and code_shape(self.model) != self._tapped_shape:
+            with self._untapped():  # hooks or forwards of others have come or gone
+                self._forget_another_shape()
+        if self._verify and self._whole and not self._ready:
+            with own_precision(self.model):
+                self._try(lambda: self._tests.before_batches())
+            self._ready = True
+
+    @contextmanager
+    def _watching(
+        self,
+        runs: Runs,
+        audit: Audit | None,
+        check: LossCheck | None,
+        apart: Apart | None,
+        recorded: Recorded,
+    ) -> Iterator[None]:
+        """Whatever is to be seen of the passes inside, for `_judge` and for a test of the taps afterwards."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(one_sequence_a_row(self.model, runs))
+            if audit is not None:
+                stack.enter_context(audit.listening())
+            if check is not None:
+                stack.enter_context(check.watching())
+            if apart is not None:
+                stack.enter_context(apart.watching())
+            if self._untested():
+                stack.enter_context(recorded.of(self.model))
+            yield
+
+    def _judge(self, runs: Runs, audit: Audit | None, check: LossCheck | None, apart: Apart | None) -> None:
+        """Raise what the passes of the open batch have shown: see `batch`."""
+        check_passes(self._plan)
+        if audit is not None:
+            audit.verdict(runs.segments, self._audits)
+        if check is not None:  # a backward pass has run: `check_passes`
+            self._note(check)
+        if apart is not None and (mixed := apart.mixed()) is not None:
+            if mixed:
+                self.loss = COUPLED
+                raise CoupledLossError(f"{MIXED}, or take {PARTS}: coupled=True")
+            self._apart.done = True
+        if self._audits.heard is not None:
+            check_heard(self._plan, self._audits.heard, runs.segments, partly=True)
 
     def fused_head(
         self,

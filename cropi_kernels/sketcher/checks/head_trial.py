@@ -7,6 +7,7 @@ the decoder's taps are compared as everywhere (`selftest`).
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -52,6 +53,23 @@ def policy_self_test(split: SplitModel, plan: Attachment) -> SelfTest:
     return self_test(plan, trial, comparisons)
 
 
+class _Wide(NamedTuple):
+    """The head in float64, for hidden states ``h`` [n, D] of the scored tokens: ``z`` = h W^T + b [n, V], ``dz`` the
+    gradient of the weighted sum of ``logprobs`` [n]."""
+
+    h: torch.Tensor
+    z: torch.Tensor
+    dz: torch.Tensor
+    logprobs: torch.Tensor
+    # A bound of the norm of a row of W, and the float64 copies of adapters' parameters.
+    widest: float
+    low_rank: dict[torch.Tensor, torch.Tensor]
+    # The unit roundoff of a logit, and how far the tested head's z and dz may be off.
+    unit: float
+    off_z: float
+    off_dz: float
+
+
 def _compare_head(
     split: SplitModel,
     plan: Attachment,
@@ -65,7 +83,7 @@ def _compare_head(
     Returns:
         The comparisons, and the gradient of the hidden states [tokens, n] by `head_pass`.
     """
-    acc, head, device = plan.acc, split.head, hidden.device
+    acc, device = plan.acc, hidden.device
     weights = weights_of(len(positions), device)
     offsets, owner = scored_segments(segments, positions)
     acc.begin(segments, device)
@@ -77,60 +95,82 @@ def _compare_head(
         scales.restore(acc.out)
         took = _summed(acc, projected(acc.out))
         acc.out.zero_()
-        h = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
-        z, widest, low_rank = _wide_logits(h, split)
-        logits = z * split.scale
-        if split.softcap is not None:
-            logits = split.softcap * torch.tanh(logits / split.softcap)
-        wide = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-        (dz,) = torch.autograd.grad(wide @ weights.double(), z, retain_graph=True)
-        # A logit is a float32 sum of products (a GPU rounds it to the dtype of the head).
-        unit = unit_roundoff(h) if h.is_cuda else 2.0**-24
-        off_z = 4 * max(unit, h.shape[1] ** 0.5 * 2.0**-24) * float(h.float().norm(dim=1).max()) * widest
-        off_dz = 2 * abs(split.scale) * float(weights.abs().sum()) * off_z
-        covered = _add_formed(split, plan, h, z, dz, low_rank, offsets)
+        wide = _in_float64(split, hidden, positions, targets, weights)
+        covered = _add_formed(split, plan, wide, offsets)
         want = _summed(acc, projected(acc.out))
     finally:
         acc.close()
-    error = float((wide.detach().float() - logprobs).abs().max())
-    what = "the log-probs are not those of softmax(logits)"
-    comparisons = [Comparison(("log-probs",), what, error, 2 * abs(split.scale) * off_z + 1e-5, 1.0)]
-    terms = norm(h) * (1 + sum(one.size() for one in split.adapters)) + len(positions) ** 0.5
-    allowed = terms * (norm(dz) * bound(unit, 1, len(positions)) + off_dz)
-    if covered:
-        what = "the head's sketch is not that of its gradient"
-        comparisons.append(Comparison(covered, what, norm(took - want), allowed, norm(want)))
-        comparisons += _hooked(head, dz, h, plan, covered, unit)
     flat = grad.reshape(-1, grad.shape[-1])
-    exact = torch.zeros(flat.shape, dtype=torch.float64, device=device)
-    powers = torch.ldexp(torch.ones_like(dz[:, :1]), -scales.exponent[scales.segment][:, None])
-    dz = dz.detach() * powers
-    off_dz *= float(powers.max())
+    comparisons = [_of_logprobs(split, wide, logprobs)]
+    if covered:
+        comparisons += [
+            _of_sketch(split, wide, covered, took, want),
+            *_hooked(split.head, wide, plan, covered),
+        ]
+    comparisons.append(_of_hidden(split, wide, positions, flat, scales))
+    return comparisons, flat
+
+
+def _in_float64(
+    split: SplitModel,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+) -> _Wide:
+    h = split.head_input(hidden.reshape(-1, hidden.shape[-1])[positions])
+    z, widest, low_rank = _wide_logits(h, split)
+    logits = z * split.scale
+    if split.softcap is not None:
+        logits = split.softcap * torch.tanh(logits / split.softcap)
+    logprobs = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    (dz,) = torch.autograd.grad(logprobs @ weights.double(), z, retain_graph=True)
+    # A logit is a float32 sum of products (a GPU rounds it to the dtype of the head).
+    unit = unit_roundoff(h) if h.is_cuda else 2.0**-24
+    off_z = 4 * max(unit, h.shape[1] ** 0.5 * 2.0**-24) * float(h.float().norm(dim=1).max()) * widest
+    off_dz = 2 * abs(split.scale) * float(weights.abs().sum()) * off_z
+    return _Wide(h, z, dz, logprobs, widest, low_rank, unit, off_z, off_dz)
+
+
+def _of_logprobs(split: SplitModel, wide: _Wide, logprobs: torch.Tensor) -> Comparison:
+    what = "the log-probs are not those of softmax(logits)"
+    error = float((wide.logprobs.detach().float() - logprobs).abs().max())
+    return Comparison(("log-probs",), what, error, 2 * abs(split.scale) * wide.off_z + 1e-5, 1.0)
+
+
+def _of_sketch(
+    split: SplitModel, wide: _Wide, covered: tuple[str, ...], took: torch.Tensor, want: torch.Tensor
+) -> Comparison:
+    what, tokens = "the head's sketch is not that of its gradient", len(wide.h)
+    terms = norm(wide.h) * (1 + sum(one.size() for one in split.adapters)) + tokens**0.5
+    allowed = terms * (norm(wide.dz) * bound(wide.unit, 1, tokens) + wide.off_dz)
+    return Comparison(covered, what, norm(took - want), allowed, norm(want))
+
+
+def _of_hidden(
+    split: SplitModel, wide: _Wide, positions: torch.Tensor, grad: torch.Tensor, scales: SegmentScales
+) -> Comparison:
+    """The gradient of the hidden states ``grad`` [tokens, D], which is that of scaled segments."""
+    what = "the head does not hand on the gradient of its logits"
+    powers = torch.ldexp(torch.ones_like(wide.dz[:, :1]), -scales.exponent[scales.segment][:, None])
+    dz, off_dz = wide.dz.detach() * powers, wide.off_dz * float(powers.max())
+    exact = torch.zeros(grad.shape, dtype=torch.float64, device=grad.device)
     exact.index_add_(0, positions, _times_head(dz, split))
     # Hidden states may have 32 bits where the head has 16 (Mamba's residual): the gradient is rounded to the head's.
-    allowed = (
-        widest
-        * (
-            (2 * max(unit_roundoff(flat), unit_roundoff(h)) + 64 * 2.0**-24) * float(dz.abs().sum())
-            + off_dz * head.weight.shape[0] ** 0.5
-        )
-        + 4 * max(smallest(flat), smallest(h)) * flat.numel() ** 0.5
-    )
-    what = "the head does not hand on the gradient of its logits"
-    comparisons.append(Comparison(("hidden states",), what, norm(flat - exact), allowed, norm(exact)))
-    return comparisons, flat
+    rounding = 2 * max(unit_roundoff(grad), unit_roundoff(wide.h)) + 64 * 2.0**-24
+    lost = 4 * max(smallest(grad), smallest(wide.h)) * grad.numel() ** 0.5
+    words = split.head.weight.shape[0]
+    allowed = wide.widest * (rounding * float(dz.abs().sum()) + off_dz * words**0.5) + lost
+    return Comparison(("hidden states",), what, norm(grad - exact), allowed, norm(exact))
 
 
 def _add_formed(
     split: SplitModel,
     plan: Attachment,
-    h: torch.Tensor,
-    z: torch.Tensor,
-    dz: torch.Tensor,
-    low_rank: dict[torch.Tensor, torch.Tensor],
+    wide: _Wide,
     offsets: torch.Tensor,
 ) -> tuple[str, ...]:
-    """Add the sketches of the head's gradients, which follow from ``dz`` [n, V] in float64, to the open batch.
+    """Add the sketches of the head's gradients, which follow from ``dz``, to the open batch.
 
     Returns:
         The names of the parameters whose gradients were added.
@@ -139,17 +179,18 @@ def _add_formed(
     acc, matrix, bias = plan.acc, plan.head_matrix, plan.head_bias
     own = (split.head.weight, matrix), (split.head.bias, bias)
     covered = [names.get(id(p), "lm_head") for p, sketch in own if sketch is not None]
-    starts = offsets.to(h.device)
+    starts = offsets.to(wide.h.device)
     if matrix is not None and plan.head_adds[0]:
-        matrix.add(dz.float(), matrix.fold(h), starts, acc.out)
+        matrix.add(wide.dz.float(), matrix.fold(wide.h), starts, acc.out)
     if bias is not None and (acc.ranks is None or acc.ranks.rank == 0):
-        acc.engine.add_vector(bias_grad(dz.float(), starts), bias)
+        acc.engine.add_vector(bias_grad(wide.dz.float(), starts), bias)
     for module in (m for one in split.adapters for m in (one.a, one.b)):
         tap = plan.taps.get(module)
         for p, add in [] if tap is None else tap.formed(module):
             covered.append(names.get(id(p), "lm_head's adapter"))
             for s, (begin, end) in enumerate(pairwise(offsets.tolist())):
-                (formed,) = torch.autograd.grad(z[begin:end], low_rank[p], dz[begin:end], retain_graph=True)
+                part = wide.z[begin:end], wide.low_rank[p], wide.dz[begin:end]
+                (formed,) = torch.autograd.grad(*part, retain_graph=True)
                 add(formed.float(), acc.out[s : s + 1])
     return tuple(covered)
 
@@ -211,21 +252,14 @@ def _times_head(dz: torch.Tensor, split: SplitModel) -> torch.Tensor:
         return over.group.sum(out if over.share.axis == 0 else over.share.placed(out, 1))
 
 
-def _hooked(
-    head: nn.Linear,
-    dz: torch.Tensor,
-    h: torch.Tensor,
-    plan: Attachment,
-    names: tuple[str, ...],
-    unit: float,
-) -> list[Comparison]:
+def _hooked(head: nn.Linear, wide: _Wide, plan: Attachment, names: tuple[str, ...]) -> list[Comparison]:
     """Whether hooks on the head's parameters change their gradients, which the head's pass never forms."""
     changed = []
     for p, sketch in ((head.weight, plan.head_matrix), (head.bias, plan.head_bias)):
         if sketch is not None and p is not None and p._backward_hooks:
-            plain = (dz.sum(0) if p is head.bias else dz.T @ h.double()).to(p.dtype)
+            plain = (wide.dz.sum(0) if p is head.bias else wide.dz.T @ wide.h.double()).to(p.dtype)
             with thawed([p]):
                 (got,) = torch.autograd.grad(p, p, plain)
             what = "a hook on the parameter changes its gradient, which no tap sees"
-            changed.append(Comparison(names, what, norm(got - plain), unit * norm(plain), norm(plain)))
+            changed.append(Comparison(names, what, norm(got - plain), wide.unit * norm(plain), norm(plain)))
     return changed

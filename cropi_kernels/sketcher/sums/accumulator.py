@@ -206,6 +206,18 @@ class Accumulator:
             self._share = functools.cache(lambda: clock.seconds() / took if (took := whole()) > 0 else 0.0)
         return self._share
 
+    def pass_seconds(self, clock: Clock, *marks: float | torch.cuda.Event) -> Callable[[], dict[str, float]]:
+        """What gives the seconds of a pass that has ended, from its clock's marks before forward, between forward and
+        backward, and behind; see `sketch_share`."""
+        start, middle, end = marks
+        share = self.sketch_share(clock, lambda: clock.between(start, end))
+
+        def measure() -> dict[str, float]:
+            seconds = {"forward": clock.between(start, middle), "backward": clock.between(middle, end)}
+            return seconds | {"sketch": share() * sum(seconds.values())}
+
+        return measure
+
     def folded(self, key: str | None, x: torch.Tensor, fold: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``fold()``, computed once for all layers that fold the tensor ``x`` in the same way (q/k/v, gate/up).
 
