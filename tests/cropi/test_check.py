@@ -20,7 +20,7 @@ from cropi.cli import main
 from cropi.data.readers import read
 from cropi.errors import CropiError
 from cropi.gradient.behaviour import Behaviour
-from cropi.gradient.estimators import ESTIMATORS
+from cropi.gradient.estimators import ESTIMATORS, make_estimator
 from cropi.gradient.tokenize import TokenGroup, Tokenize
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
@@ -76,6 +76,33 @@ def test_exact_gradients_are_those_of_each_response_in_float64(
     assert error < 2**-9, float(error)
     assert sum(made.squares.values()) == pytest.approx(1)
     assert all(p.requires_grad and p.grad is None for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e24])
+def test_rewards_of_any_size_have_exact_gradients(policy: Policy, size: float) -> None:
+    def made(scale: float) -> tuple[torch.Tensor, dict[str, float]]:
+        responses = [[[8, 1], [9, i + 3, 1]] for i in range(4)]
+        records = [
+            {
+                "id": str(i),
+                "prompt_ids": [5, 7 + i],
+                "response_ids": responses[i],
+                "rewards": [scale * i, -scale],
+            }
+            for i in range(4)
+        ]
+        few = [
+            TokenGroup(group, group.prompt_ids, group.response_ids, None, 1.0, None)
+            for group in read(records)
+        ]
+        names = [name for name, _ in policy.model.named_parameters()]
+        found = exact_gradients(policy, few, names, make_estimator("rloo"), Behaviour("current"))
+        return leave_one_out(found.gram), found.squares
+
+    # Kept in bfloat16: 2^-9 of every number, which rounds otherwise at another size.
+    (got, shares), (want, whole) = made(size), made(1.0)
+    np.testing.assert_allclose(got.numpy(), want.numpy(), atol=2**-9)
+    assert shares == pytest.approx(whole, rel=2**-9)
 
 
 def test_standard_errors_are_those_of_a_score_table() -> None:

@@ -67,18 +67,19 @@ def exact_gradients(
     parameters = _parameters(policy.model, names)
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
     squares: dict[str, list[float]] = {name: [] for name in parameters}
+    scales: list[float] = []
     with _only(policy.model, list(parameters.values())):
         for group in groups:
-            scale = _backward(policy, group, estimator, behaviour, tokens_per_batch)
+            scales.append(_backward(policy, group, estimator, behaviour, tokens_per_batch))
             for name, parameter in parameters.items():
                 gradient = parameter.grad
                 full = torch.zeros_like(parameter) if gradient is None else gradient.detach()
-                full = full.float() * scale
+                full = full.float()
                 if not bool(full.isfinite().all()):
                     raise CropiError(
                         f"prompt {group.id!r}: its exact gradient has a NaN or an infinity in {name}"
                     )
-                squares[name].append(float(full.double().square().sum()))
+                squares[name].append(float(full.double().square().sum()) * scales[-1] ** 2)
                 kept[name].append(full.flatten().to(torch.bfloat16).cpu())
                 parameter.grad = None
     gram = torch.zeros(len(groups), len(groups), dtype=torch.float64, device="cpu")
@@ -87,6 +88,9 @@ def exact_gradients(
         for start in range(0, rows.shape[1], CHUNK):
             part = rows[:, start : start + CHUNK].float()
             gram += (part @ part.T).double()
+    # Not before: rewards may have any size, and products of gradients are then beyond float32.
+    sizes = torch.tensor(scales, dtype=torch.float64, device="cpu")
+    gram *= sizes[:, None] * sizes
     total = [sum(column) or 1.0 for column in zip(*squares.values(), strict=True)]
     shares = {
         name: sum(value / whole for value, whole in zip(values, total, strict=True)) / len(total)
