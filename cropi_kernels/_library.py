@@ -65,7 +65,7 @@ def refuse_misaligned(name: str, x: torch.Tensor) -> None:
 def no_autocast(*args: Any) -> contextlib.AbstractContextManager[Any]:
     """Autocast would round the operands of products in plain torch, and their sums, to bfloat16."""
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 

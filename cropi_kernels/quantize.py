@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ._fork import one_thread_after_fork
+from ._native import not_plain
 
 BLOCK = 128  # numbers that share an int8 scale; costs 3 % of the space
 _TINY = torch.finfo(torch.float32).tiny
@@ -42,10 +43,12 @@ def quantize_rows(y: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     tensor([[ 0.2500, -1.0000,  0.0000]])
 
     Raises:
-        ValueError: ``dtype`` is another one, or ``y`` is not a matrix of floating-point numbers.
+        ValueError: ``dtype`` is another one, or ``y`` is not a dense matrix of floating-point numbers.
     """
     if dtype not in (torch.int8, torch.float16):
         raise ValueError(f"dtype={dtype}: rows can be held as torch.int8 or torch.float16")
+    if (reason := not_plain(y)) is not None:
+        raise ValueError(f"y: {reason}")
     if y.ndim != 2 or not y.dtype.is_floating_point:
         raise ValueError(f"y is {y.dtype} {tuple(y.shape)}: give floating-point rows [B, dim]")
     one_thread_after_fork()
@@ -60,6 +63,6 @@ def quantize_rows(y: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
         scale = torch.exp2(torch.floor(torch.log2(largest.clamp_min(_TINY))))
         values = blocks / scale[..., None]
     bad = ~torch.isfinite(largest)
-    if bool(bad.any()):
+    if bad.is_meta or bool(bad.any()):  # on meta there is nothing to see
         values, scale = values.masked_fill(bad[..., None], 0), scale.masked_fill(bad, torch.nan)
     return QuantizedRows(values.to(dtype).view(n, dim), scale)

@@ -249,6 +249,20 @@ def test_quantized_rows_hold_their_error_bounds(dim: int, blocks: int) -> None:
     assert quantize_rows(y, torch.float16).float().isnan().all(1).tolist() == [False, True, False, False]
 
 
+def test_rows_on_meta_have_shapes_and_sparse_rows_are_named() -> None:
+    """torch spoke of nonzero, of autocast, or of copying out of a meta tensor."""
+    x, spec = torch.empty(3, 100, device="meta"), ProjectionSpec(64)
+    y = project(x, spec, nonfinite="raise")
+    assert y.is_meta and y.shape == (3, 64)
+    for dtype in (torch.int8, torch.float16):
+        held = quantize_rows(y, dtype)
+        assert held.values.shape == (3, 64) and held.scale.shape == (3, 1)
+    with pytest.raises(RuntimeError, match="no kernel of project serves this call: the tensor is on meta"):
+        project(x, spec, out=y)
+    with pytest.raises(ValueError, match=r"^y: the tensor has the layout torch.sparse_coo: give a dense"):
+        quantize_rows(torch.ones(2, 4).to_sparse(), torch.int8)
+
+
 # ------------------------------------------------------------------------------------------------ torch integration
 def test_gradient_is_the_adjoint_and_operators_are_well_formed() -> None:
     spec = ProjectionSpec(48, kind="sjlt", nnz=3)
