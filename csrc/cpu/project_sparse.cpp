@@ -30,30 +30,27 @@ void add_run(const T* x, int64_t n, float* out, int64_t bucket, uint32_t low, co
       out[(bucket + i) ^ int64_t(low)] += flip_sign(to_float(x[i]), bit_of(sign, bit + uint64_t(i)));
   };
   int64_t i = 0;
-  const auto bits = [](const uint32_t* of, uint64_t at) { return kWhole ? group_bits(of, at) : any_bits(of, at); };
   const int64_t head = min64(n, -bucket & (group - 1));
   for (; i < head; ++i) one(i);
-  const Swap swap(low);
+  const Reader<T> reader(low);
   constexpr int kVectors = kGroup / kLanes;
   auto groups = [&](auto count) {  // all loads of x before the first store: a store may not be passed
     constexpr int kCount = decltype(count)::value;
     Vec value[kCount][kVectors];
 #pragma GCC unroll 8
-    for (int g = 0; g < kCount; ++g) {
-      const uint32_t s = bits(sign, bit + uint64_t(i + g * kGroup));
-      const uint32_t k = kKeep ? bits(keep, bit + uint64_t(i + g * kGroup)) : 0;
+    for (int g = 0; g < kCount; ++g)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        Vec loaded = load_as_float(x + i + g * kGroup + v * kLanes);
-        if (kKeep) loaded = keep_lanes(loaded, k >> (v * kLanes));
-        value[g][v] = swap(flip_signs(loaded, s >> (v * kLanes)));
+        const int64_t at = i + g * kGroup, lane = v * kLanes;
+        const uint32_t s = vector_bits<kWhole>(sign, bit + uint64_t(at), lane);
+        const uint32_t k = kKeep ? vector_bits<kWhole>(keep, bit + uint64_t(at), lane) : 0;
+        value[g][v] = reader.template read<kKeep>(x + at + lane, s, k);
       }
-    }
 #pragma GCC unroll 8
     for (int g = 0; g < kCount; ++g)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        float* to = out + bucket + i + g * kGroup + ((v * kLanes) ^ swap.high);
+        float* to = out + bucket + i + g * kGroup + ((v * kLanes) ^ reader.high());
         store(to, load(to) + value[g][v]);
       }
     i += kCount * kGroup;
@@ -69,34 +66,42 @@ template <class T, bool kKeep, int kTiles>
 void add_tiles(const T* x, int64_t width, const TilePlace* place, float* out, const uint32_t* sign,
                const uint32_t* keep, uint64_t bit) {
   constexpr int kVectors = kGroup / kLanes;
-  alignas(Swap) char memory[kTiles * sizeof(Swap)];
-  Swap* swap = reinterpret_cast<Swap*>(memory);
-  for (int q = 0; q < kTiles; ++q) new (swap + q) Swap(place[q].low);
+  alignas(Reader<T>) char memory[kTiles * sizeof(Reader<T>)];
+  Reader<T>* reader = reinterpret_cast<Reader<T>*>(memory);
+  for (int q = 0; q < kTiles; ++q) new (reader + q) Reader<T>(place[q].low);
+  const auto bytes = [](const uint32_t* bits, uint64_t at) { return reinterpret_cast<const uint8_t*>(bits) + at / 8; };
   for (int64_t bucket = 0, next; bucket < width; bucket = next) {
     next = width;  // the first bucket where a tile starts again, or all end
-    int64_t from[kTiles];
+    for (int q = 0; q < kTiles; ++q)
+      if (place[q].shift > bucket && place[q].shift < next) next = place[q].shift;
+    // Where the vectors of the first group lie, and their bits: all move on by one count from group to group.
+    constexpr int kLoads = kBitsOfVectors ? kVectors : 1;
+    const T* from[kTiles][kVectors];
+    const uint8_t *signs[kTiles][kLoads], *keeps[kTiles][kLoads];
     for (int q = 0; q < kTiles; ++q) {
-      const int64_t shift = place[q].shift;
-      if (shift > bucket && shift < next) next = shift;
-      from[q] = q * width + bucket - shift + (bucket < shift ? width : 0);
+      const int64_t shift = place[q].shift, group = q * width + bucket - shift + (bucket < shift ? width : 0);
+      for (int v = 0; v < kVectors; ++v) from[q][v] = x + group + ((v * kLanes) ^ reader[q].high());
+      for (int v = 0; v < kLoads; ++v) {
+        const uint64_t at = bit + uint64_t(kBitsOfVectors ? from[q][v] - x : group);
+        signs[q][v] = bytes(sign, at);
+        if (kKeep) keeps[q][v] = bytes(keep, at);
+      }
     }
-    for (; bucket < next; bucket += kGroup) {
+    float* to = out + bucket;
+    const int64_t n = next - bucket;
+    for (int64_t i = 0, byte = 0; i < n; i += kGroup, byte += kGroup / 8) {
       Vec sum[kVectors];
-      for (int v = 0; v < kVectors; ++v) sum[v] = load(out + bucket + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) sum[v] = load(to + i + v * kLanes);
 #pragma GCC unroll 8
-      for (int q = 0; q < kTiles; ++q) {
-        const uint32_t s = group_bits(sign, bit + uint64_t(from[q]));
-        const uint32_t k = kKeep ? group_bits(keep, bit + uint64_t(from[q])) : 0;
+      for (int q = 0; q < kTiles; ++q)
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          const int64_t lane = (v * kLanes) ^ swap[q].high;
-          Vec loaded = load_as_float(x + from[q] + lane);
-          if (kKeep) loaded = keep_lanes(loaded, k >> lane);
-          sum[v] += swap[q](flip_signs(loaded, s >> lane));
+          const uint64_t shift = kBitsOfVectors ? 0 : uint64_t((v * kLanes) ^ reader[q].high());
+          const uint32_t s = some_bits(signs[q][v % kLoads] + byte, shift);
+          const uint32_t k = kKeep ? some_bits(keeps[q][v % kLoads] + byte, shift) : 0;
+          sum[v] += reader[q].template read<kKeep>(from[q][v] + i, s, k);
         }
-        from[q] += kGroup;
-      }
-      for (int v = 0; v < kVectors; ++v) store(out + bucket + v * kLanes, sum[v]);
+      for (int v = 0; v < kVectors; ++v) store(to + i + v * kLanes, sum[v]);
     }
   }
 }

@@ -91,18 +91,21 @@ void for_runs(const Draws& draws, const Shape& s, int64_t j, uint64_t begin, uin
   }
 }
 
-// 16 bits from a multiple of 16 on.
-inline uint32_t group_bits(const uint32_t* bits, uint64_t i) {
-  uint16_t piece;
-  std::memcpy(&piece, reinterpret_cast<const char*>(bits) + i / 8, 2);  // little endian, as every machine served
-  return piece;
+// Bits of coordinates, the first of them bit `shift` of a byte: those of a vector and some more. AVX2 loads them by a
+// broadcast, one for every vector; where four lanes are a vector, one load serves a group.
+constexpr bool kBitsOfVectors = kLanes >= 8;
+
+inline uint32_t some_bits(const uint8_t* at, uint64_t shift) {
+  uint32_t bits;
+  std::memcpy(&bits, at, 4);  // little endian, as every machine served
+  return bits >> shift;
 }
 
-// 16 bits from anywhere on.
-inline uint32_t any_bits(const uint32_t* bits, uint64_t i) {
-  uint32_t piece;
-  std::memcpy(&piece, reinterpret_cast<const char*>(bits) + i / 8, 4);
-  return piece >> (i % 8) & 0xffff;
+// Those of the lanes from `lane` on of the group that begins at bit i, a multiple of 16 where groups are whole.
+template <bool kWhole>
+inline uint32_t vector_bits(const uint32_t* bits, uint64_t i, int64_t lane) {
+  const uint64_t first = kBitsOfVectors ? i + uint64_t(lane) : i, rest = kBitsOfVectors ? 0 : uint64_t(lane);
+  return some_bits(reinterpret_cast<const uint8_t*>(bits) + first / 8, (kWhole ? 0 : first % 8) + rest);
 }
 
 // v[lane ^ low]. The shuffle of the baseline is chosen among four that are known when compiling.
@@ -137,6 +140,48 @@ struct Swap {
   }
 #endif
 };
+
+// Numbers of x as float32, those without a bit in `keep` 0, the sign of those with one in `signs` flipped, in the order of
+// their buckets.
+template <class T>
+struct Reader {
+  Swap swap;
+  explicit Reader(uint32_t low) : swap(low) {}
+  int64_t high() const { return swap.high; }
+  template <bool kKeep>
+  Vec read(const T* x, uint32_t signs, uint32_t keep) const {
+    Vec v = load_as_float(x);
+    if (kKeep) v = keep_lanes(v, keep);
+    return swap(flip_signs(v, signs));
+  }
+};
+
+#if defined(CROPI_ISA_v3)
+// One shuffle of bytes widens bfloat16 and changes places: 0.83 of the time of one after the other (SJLT, tiles of 4096).
+template <>
+struct Reader<BFloat16> {
+  int64_t group;
+  __m256i bytes, lane;
+  explicit Reader(uint32_t low) : group(low & 8) {
+    VecI32 b, c;
+    for (int i = 0; i < kLanes; ++i) {
+      b[i] = int32_t(0x01008080u + 0x02020000u * (uint32_t(i) ^ (low & 7)));
+      c[i] = int32_t(31 - (uint32_t(i) ^ (low & 7)));
+    }
+    bytes = __m256i(b);
+    lane = __m256i(c);
+  }
+  int64_t high() const { return group; }
+  template <bool kKeep>
+  Vec read(const BFloat16* x, uint32_t signs, uint32_t keep) const {
+    const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    VecI32 w = VecI32(_mm256_shuffle_epi8(v, bytes));
+    const auto spread = [&](uint32_t bits) { return VecI32((VecU32{} + bits) << VecU32(lane)); };
+    if (kKeep) w &= spread(keep) >> 31;
+    return Vec(w ^ (spread(signs) & INT32_MIN));
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace cropi::CROPI_ISA
