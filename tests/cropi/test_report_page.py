@@ -256,12 +256,13 @@ def test_the_table_shows_the_question_behind_an_example_that_all_prompts_begin_w
     columns = data_of(page)["columns"]
     shown = dict(zip(columns["id"], columns["text"]))
     assert [shown[name] for name in given.selection.ids[:2]] == ["…what is 0 + 0? A:", "…what is 1 + 1? A:"]
-    # Alike, short, or one that ends where the others go on: whole.
+    # Alike, short, without a blank (it lost its first letter), or one that ends where the others go on: whole.
     for some, lines in (
         ([example, example], [" ".join(example.split())] * 2),
         (["Is 1 even?", "Is 2 even?"], ["Is 1 even?", "Is 2 even?"]),
         ([texts[0], texts[0] + " 0"], [snippet(" ".join(texts[0].split()))] * 2),
         ([example + "b" * 99, example + "c"], ["…10 " + "b" * 65 + "…", "…10 c"]),
+        (["x" * 35 + "1", "x" * 35 + "2"], ["x" * 35 + "1", "x" * 35 + "2"]),
     ):
         made = Snippets()
         for i, text in enumerate(some):

@@ -55,8 +55,8 @@ def _begin(shared: str) -> int:
     """How much of what texts share is left out: up to the sentence in which they differ, or the word."""
     if len(shared) < SNIPPET // 2:
         return 0
-    sentence = max(shared.rfind(end) for end in (". ", "? ", "! ", ": ")) + 2
-    return sentence if len(shared) - sentence < SNIPPET // 2 else shared.rfind(" ") + 1
+    end = max(shared.rfind(end) for end in (". ", "? ", "! ", ": "))
+    return end + 2 if 0 <= end and len(shared) - end - 2 < SNIPPET // 2 else shared.rfind(" ") + 1
 
 
 def snippet(text: str) -> str:
