@@ -194,8 +194,9 @@ def influence(
         train: sketches of training prompts: a :class:`cropi.SketchStore`, the batch of :func:`cropi.score_batch` or of
             `cropi.LiveSketcher`, or floats ``[n, dim]``, a tensor or an array: of any examples, by any projection.
             Ids of the last two are the numbers of the rows, with leading zeros.
-        valid: the same of validation prompts, or several of them in a list; prompts with the same ``set`` are one set.
-            Batches and floats may be a dict by the name of their set.
+        valid: the same of validation prompts, or several of them in a list (where numbers of rows stand behind the
+            place in it, as ``1-03``); prompts with the same ``set`` are one set. Batches and floats may be a dict by
+            the name of their set.
         noise: stores that ``cropi.sketch(..., noise=True)`` made of some or all of these prompts: the uncertainty then
             includes the responses.
         options: the fields of :class:`cropi.options.Influence`: ``metric``, ``mean``, ``aggregate``, ``minus``,

@@ -236,6 +236,10 @@ def test_arrays_are_taken_whatever_memory_they_stand_in() -> None:
         warnings.simplefilter("error")
         for same in (rows[::-1].copy()[::-1], fixed, rows.astype(">f4"), rows.astype(np.longdouble)):
             assert np.array_equal(cropi.influence(same, same[:2], draws=0).table, want)
+        # Rows of one set in two pieces: both had a row 0, which was said to be one prompt twice.
+        split = cropi.influence(rows, [rows[:1], rows[1:2]], draws=0)
+    assert split.sets == ["valid"] and np.allclose(split.table, want, atol=1e-6)
+    assert list(cropi.neighbours(rows, [rows[:1], rows[1:3]], 1)) == ["0-0", "1-0", "1-1"]
 
 
 def test_influence_of_sketched_batches() -> None:
@@ -258,6 +262,10 @@ def test_influence_of_sketched_batches() -> None:
     assert scores.ids == ["p0", "p1", "p2", "p3"] and scores.select(0.25).ids == [f"p{int(want.argmax())}"]
     np.testing.assert_allclose(scores.table[:, 0], want.double(), rtol=1e-5, atol=1e-6)
     with cropi.LiveSketcher(model, train.spec) as live, live.batch(torch.arange(4), shape=(4, 5)) as step:
+        with pytest.raises(
+            CropiError, match=r"^train is LiveSketch\(not filled yet.*: give it when its block has ended$"
+        ):
+            cropi.influence(step, valid)
         (4 * 3 * model(rows[:4], labels=labels[:4]).loss).backward()
     same = cropi.influence(step, valid, draws=0)
     assert same.ids == ["0", "1", "2", "3"]

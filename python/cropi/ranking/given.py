@@ -30,7 +30,8 @@ def given_stores(train: Any, valid: Any) -> tuple[SketchStore, list[SketchStore]
     Args:
         train: a store, a :class:`cropi.SketchedBatch`, or a `cropi_kernels.LiveSketch` or floats ``[n, dim]``, whose
             rows are named by their numbers.
-        valid: the same, a list of these, or a dict of batches and floats by the name of their validation set.
+        valid: the same, a list of these, or a dict of batches and floats by the name of their validation set. In a list
+            of several, the place in it stands before the numbers of rows.
 
     Raises:
         CropiError: what is given is none of these.
@@ -41,7 +42,11 @@ def given_stores(train: Any, valid: Any) -> tuple[SketchStore, list[SketchStore]
             raise CropiError(f"valid names a set {wrong[0]!r:.100}: give names as text")
         sides = [_store(given, f"valid[{name!r}]", name) for name, given in valid.items()]
     elif isinstance(valid, (list, tuple)):
-        sides = [_store(given, f"valid[{place}]") for place, given in enumerate(valid)]
+        several = len(valid) > 1
+        sides = [
+            _store(given, f"valid[{place}]", before=f"{place}-" if several else "")
+            for place, given in enumerate(valid)
+        ]
     else:
         sides = [_store(valid, "valid")]
     if not sides:
@@ -49,7 +54,7 @@ def given_stores(train: Any, valid: Any) -> tuple[SketchStore, list[SketchStore]
     return pool, sides
 
 
-def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
+def _store(given: Any, name: str, of_set: str | None = None, before: str = "") -> SketchStore:
     if isinstance(given, SketchStore):
         if of_set is not None:
             raise CropiError(f"{name} is a SketchStore, whose rows name their set: give stores in a list")
@@ -70,6 +75,8 @@ def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
         sketches, origin = given.sketches, origin_of(given)
         ids = None if isinstance(given, LiveSketch) else [str(name) for name in given.ids]
         manifest = {"spec": given.spec.to_dict(), "model": origin, "estimator": origin.pop("estimator", None)}
+    elif isinstance(given, LiveSketch):
+        raise CropiError(f"{name} is {given!r}: give it when its block has ended")
     else:
         raise CropiError(f"{name} is {article(type(given).__name__)}: give {WANTED}")
     dense = sketches.layout == torch.strided
@@ -80,7 +87,7 @@ def _store(given: Any, name: str, of_set: str | None = None) -> SketchStore:
     if ids is None:
         # Ids are ordered as text.
         digits = len(str(len(sketches) - 1))
-        ids = [f"{row:0{digits}d}" for row in range(len(sketches))]
+        ids = [f"{before}{row:0{digits}d}" for row in range(len(sketches))]
         manifest["notes"] = {NUMBERED: True}
     store = MemoryStore({"spec": {"dim": sketches.shape[1]}, **manifest})
     store.path = Path(name)  # what messages name
