@@ -178,8 +178,9 @@ def test_loop_of_a_trainer_runs() -> None:
         mask[:, 3:] = 1
         prompts = torch.arange(len(ids)).repeat_interleave(2)
         return SimpleNamespace(
-            input_ids=rows, mask=mask, prompts=prompts, advantages=torch.tensor([1.0, -1.0] * len(ids))
-        )
+            input_ids=rows, attention_mask=torch.ones_like(rows), mask=mask, prompts=prompts,
+            advantages=torch.tensor([1.0, -1.0] * len(ids)),
+        )  # fmt: skip
 
     def loss(model: Any, rows: Any) -> torch.Tensor:
         logp = (
