@@ -256,6 +256,8 @@ def test_near_misses_get_a_hint(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(FileNotFoundError, match="did you mean .*model.gguf"):
         load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"modle.gguf\); did you mean 'model.gguf'.$"):
+        load_model(tmp_path / "modle.gguf")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="it holds an adapter of PEFT: give its base"):
         load_model(tmp_path)

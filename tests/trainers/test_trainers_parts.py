@@ -291,7 +291,7 @@ def test_a_curriculums_files_may_be_dumps(tmp_path: Path) -> None:
     (group,) = read_groups(options.opened("train"))
     assert group.responses == ["r", "s"] and group.rewards == [1.0, 0.0]
     assert options.opened("valid") == [stored]
-    with pytest.raises(CropiError, match="train: there is no trajectory file"):
-        Curriculum(stage_steps=1, train=tmp_path / "nowhere", valid=stored)
+    with pytest.raises(CropiError, match="train: there is no trajectory file .*did you mean .stored.jsonl"):
+        Curriculum(stage_steps=1, train=tmp_path / "stord.jsonl", valid=stored)
     with pytest.raises(CropiError, match="source must be one of auto, records, .*, got 'sky'"):
         Curriculum(stage_steps=1, train=steps, valid=stored, source="sky")

@@ -45,7 +45,9 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     if name.endswith(".gguf"):
         if not is_file(path):
             raise FileNotFoundError(
-                f"model {name!r}: there is no such .gguf file (looked at {path.absolute()})"
+                f"model {name!r}: there is no such .gguf file (looked at {path.absolute()}); {meant(path)}".rstrip(
+                    "; "
+                )
             )
         return _gguf(name, path)
     if is_folder(path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from cropi.data.opened import BUFFER
 from cropi.errors import CropiError
-from cropi.files import open_to_read, reading
+from cropi.files import meant, open_to_read, reading
 from cropi.trainers.dumps.pickle_items import PickleItems, load
 from cropi.trainers.dumps.unpickle import Forbidden, Reader, StandIn, read_zip
 
@@ -121,7 +121,7 @@ def check_size(path: Path, largest: int = LARGEST) -> None:
         CropiError: it is not.
     """
     if not os.path.isfile(path):
-        raise CropiError(f"there is no file {path}")
+        raise CropiError(f"there is no file {path}; {meant(path)}give the path of one")
     with reading(path, missing=True):
         size = path.stat().st_size
     if size > largest:

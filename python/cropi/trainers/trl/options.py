@@ -10,7 +10,7 @@ from typing import Any
 
 from cropi.checked import check_fields
 from cropi.errors import CropiError, as_keywords
-from cropi.files import is_there
+from cropi.files import is_there, meant
 from cropi.gradient.estimators import Estimator, make_estimator
 from cropi.option_fields import changed, keywords_of
 from cropi.options import SOURCES, Checks, Choosing, Comparing, Rescoring
@@ -172,7 +172,9 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
                 )
             for path in files or ():
                 if not is_there(path):
-                    raise CropiError(f"{name}: there is no trajectory file {path}")
+                    raise CropiError(
+                        f"{name}: there is no trajectory file {path}; {meant(path)}give the path of one"
+                    )
             steps = name == "train" and self.live is not None  # whose own sketches choose
             if files is None and self.recording is None and not steps:
                 raise CropiError(
