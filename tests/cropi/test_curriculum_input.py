@@ -195,7 +195,8 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
         ({"dtype": "float23"}, ["trl: dtype must be one of float32, bfloat16, float16, got 'float23'"]),
         ({"device": "cdua"}, ["trl: device 'cdua' is not a torch device"]),
         ({"args": {"per_device_train_batch_size": 40, "num_generations": 2}},
-         ["stage 0: 4 of 40 prompts are selected, but one generation batch takes 20 different ones"]),
+         ["stage 0: 4 of 40 prompts are selected, but one generation batch takes 20 different ones",
+          "raise fraction or count, give more"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip

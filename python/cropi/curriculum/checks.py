@@ -164,6 +164,6 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
     if chosen < batch:
         raise CropiError(
             f"stage {stage}: {chosen} of {pool} prompts are selected, but one generation batch takes {batch} different "
-            "ones (generation_batch_size / num_generations in trl.args); raise fraction, give more trajectories, or "
-            "make the batch smaller"
+            "ones (generation_batch_size / num_generations in trl.args); raise fraction or count, give more "
+            "trajectories, or make the batch smaller"
         )

@@ -158,8 +158,8 @@ def train_stage(
     if len(rows) < batch:
         raise CropiError(
             f"{records}: {len(rows)} prompts are selected, but one generation batch takes {batch} different ones "
-            "(generation_batch_size / num_generations in trl.args), so TRL would train nothing; raise fraction, or "
-            "make the batch smaller"
+            "(generation_batch_size / num_generations in trl.args), so TRL would train nothing; raise fraction or "
+            "count, or make the batch smaller"
         )
     rewards = [named_function(name, "trl.reward") for name in _names(options["reward"])]
     trainer = trl.GRPOTrainer(
