@@ -201,7 +201,6 @@ def test_one_process_is_rank_zero_of_one() -> None:
         ranks.agree(lambda: 1 // 0)
 
 
-# ---------------------------------------------------------------------------------------------- selecting
 # ------------------------------------------------------------------------------------------- fields of dumps
 def test_numbers_of_no_dimension_are_numbers() -> None:
     """Of NumPy and torch, as a pickled step has them; a list of one number is finite, and no integer."""
@@ -253,6 +252,7 @@ def test_files_are_looked_for_three_folders_down(tmp_path: Path) -> None:
     assert files_of(tmp_path) == [file] and files_of(tmp_path, 2) == []
 
 
+# ---------------------------------------------------------------------------------------------- selecting
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 def test_a_policy_in_training_mode_is_scored_without_its_dropout_and_left_as_it_was(tmp_path: Path) -> None:
