@@ -356,6 +356,8 @@ def test_too_few_selected_prompts(tmp_path: Path) -> None:
             {"valid": files["valid"], "count": 1, "fraction": 0.1},
             "stage 1 has 1 prompts, but one generation batch takes 2",
         ),
+        (files | {"count": 99, "fraction": 0.1}, "count 99 is more than the 11 prompts that have a gradient"),
+        (files | {"quota": ["sum=2"]}, "quota: there is no task 'sum'; "),
     ):
         with pytest.raises(CropiError, match=message):
             staged(tmp_path / "a", options)

@@ -28,7 +28,9 @@ from cropi.option_fields import part_of
 from cropi.options import Choosing, Comparing, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
 from cropi.pipeline.rescoring import PLAN, Anew
+from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
+from cropi.ranking.selection import check_selecting
 from cropi.sketching.job import SketchJob
 from cropi.store.earlier import EARLIER
 from cropi.trainers.trl.options import KEYWORDS, Curriculum
@@ -196,6 +198,10 @@ def check_files(
     except NothingToSelect:
         if options.on_nothing != "keep":
             raise
+    else:
+        choice = Selecting(**part_of(options, Choosing))
+        groups = {"task": pool.by_task, "file": pool.by_file}.get(grouped_by(choice))
+        check_selecting(choice, prompts=pool.prompts, usable=pool.usable, groups=groups)
     recorded = options.recording is not None and options.recording.logprobs
     stored = scans["train"].with_logprobs > 0
     if options.use_recorded and options.behaviour == "auto" and estimator.ratio and recorded != stored:
