@@ -101,6 +101,9 @@ def test_datasets_without_a_row_are_named(tmp_path: Path) -> None:
     (tmp_path / "part/dataset_info.json").unlink()
     with pytest.raises(CropiError, match="part: datasets cannot load this folder .'Directory"):
         read_dataset(tmp_path / "part")
+    (tmp_path / "part/dataset_info.json").write_text("[]")
+    with pytest.raises(CropiError, match="part: datasets cannot load this folder .*has no attribute"):
+        read_dataset(tmp_path / "part")
     with pytest.raises(CropiError, match=r"^dataset: there is no file \.; it is a folder"):
         read_dataset("")
 

@@ -33,7 +33,7 @@ def table_in(folder: Path) -> Any:
     """
     try:
         return table_of_dataset(optional("datasets").load_from_disk(str(folder)))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CropiError(
             f"{folder}: datasets cannot load this folder ({shown(str(error), 200)}); save the dataset again"
         ) from error
