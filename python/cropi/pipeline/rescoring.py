@@ -79,7 +79,7 @@ class Anew:
         options: how much may be scored anew.
         folder: of the stage: :data:`PLAN` is written there.
         kept: the folder for the store of rows that are kept.
-        last: the folder of the stage before; None in the first.
+        last: the folder of the newest stage before that was scored within these bounds; None: there is none.
         earlier: that stage's training stores.
         others: seconds of a stage beside choosing, for ``options.budget``; the stage before shows them.
         spent: seconds that this stage's choosing takes beside the sketches of training prompts, asked once the
