@@ -33,6 +33,8 @@ class _Bare(nn.Module):
 def _call(module: nn.Module, tensors: dict[str, torch.Tensor], *args: torch.Tensor) -> Any:
     """What the module computes of ``args`` with other parameters and buffers; may raise anything. Autocast does not
     apply: a layer that is not recognised under it would have other coordinates there."""
+    if any(x.is_meta for x in args):
+        raise NotImplementedError("on meta there are no numbers to compare")
     with torch.no_grad(), no_autocast(*args):
         return functional_call(_Bare(module), {f"module.{name}": x for name, x in tensors.items()}, args)
 
