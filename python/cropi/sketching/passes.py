@@ -260,7 +260,6 @@ class Passes:
         A gradient that is small beside its weights may be rounding and nothing else: it is compared with the sizes of
         its responses' gradients.
         """
-        self.summary.cost += cost_of(group.group, self.job.responses)
         status, reason, norm, zero = OK, "", float(sums.sketch.double().norm()), False
         if (
             self.job.zeros
@@ -273,9 +272,9 @@ class Passes:
             status, reason, norm = FAILED, "NaN or infinity in its gradient", 0.0
         elif norm == 0 or zero:  # every token is clipped, or the responses cancel
             status, reason, norm = SKIPPED, ZERO_GRADIENT, 0.0
-        row = row_of(
-            group.group, status, reason, self.job.set, tokens=group.scored, norm=norm, extra=sums.health.to_dict()
-        )  # fmt: skip
+        health = sums.health.to_dict()
+        self.summary.cost += cost_of(group.group, self.job.responses)
+        row = row_of(group.group, status, reason, self.job.set, tokens=group.scored, norm=norm, extra=health)
         return row, sums.sketch if status == OK else None
 
     def _sizes(self, group: TokenGroup, budget: int, stored: bool) -> float:
