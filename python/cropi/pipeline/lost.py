@@ -89,7 +89,9 @@ def usable_stores(
     lost = {
         name: no_gradient(name, reasons) for name, reasons in sorted(sets.items()) if not reasons.pop("", 0)
     }
-    if kept := _stores_without(stores, lost):
+    kept = _stores_without(stores, lost)
+    # Where the nearest prompts count alone, as in the report, no mean does: making them reads every sketch.
+    if kept and given.aggregate != "nearest":
         means = any_means(kept, given)
         lost |= {name: words for name in means if (words := without_direction(name, means, given))}
     left = set(sets) - set(lost)
