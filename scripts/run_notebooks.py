@@ -7,34 +7,49 @@ Executed copies go to build/notebooks; with ``--write`` the notebooks themselves
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
-
-import nbformat
-from nbclient import NotebookClient
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    folder, write = Path(sys.argv[1]), "--write" in sys.argv
+    parser = argparse.ArgumentParser(description="Run the notebooks of a folder in the repository's root.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--write", action="store_true", help="give the notebooks themselves the outputs, too")
+    args = parser.parse_args()
+
+    import nbformat
+    from nbclient import NotebookClient
+
     out = ROOT / "build" / "notebooks"
     out.mkdir(parents=True, exist_ok=True)
-    paths = sorted(folder.glob("*.ipynb"))
+    paths = sorted(args.folder.glob("*.ipynb"))
     if not paths:
-        sys.exit(f"{folder} holds no notebook")
+        sys.exit(f"{args.folder} holds no notebook")
     for path in paths:
         begun, notebook = time.monotonic(), nbformat.read(path, as_version=4)
+
+        # A cell takes minutes where it trains: what runs is said before it runs.
+        def say(cell: Any, cell_index: int, name: str = path.name, cells: int = len(notebook.cells)) -> None:
+            print(f"{name}: cell {cell_index + 1} of {cells}", flush=True)
+
         client = NotebookClient(
-            notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": ROOT}}
+            notebook,
+            timeout=1800,
+            kernel_name="python3",
+            resources={"metadata": {"path": ROOT}},
+            on_cell_execute=say,
         )
         client.execute()
         for cell in notebook.cells:  # times of execution are left out of a notebook
             cell.metadata.pop("execution", None)
         notebook.metadata.pop("language_info", None)
         nbformat.write(notebook, out / path.name)
-        if write:
+        if args.write:
             nbformat.write(notebook, path)
         print(f"{path.name}: {len(notebook.cells)} cells in {time.monotonic() - begun:.0f} s")
 

@@ -8,11 +8,11 @@ written anew: to a page's place, or for other files to the repository.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +107,9 @@ def navigation(places: dict[Path, str]) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Put the pages of the site together.")
+    parser.add_argument("out", type=Path, help="folder of the pages: removed first, if it is there")
+    out = parser.parse_args().out
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     places = pages()

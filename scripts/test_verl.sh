@@ -6,7 +6,7 @@
 # verl's pins (numpy below 2, an older transformers) would tear down the environment that everything else is tested in,
 # so its wheel goes in without its dependencies, and what its data and trainer modules import is added. No CUDA.
 set -euo pipefail
-version=$1 base=$2
+version=${1:?a version of verl, such as 0.9.1} base=${2:?the environment that make build made: .venv}
 shift 2
 venv=build/verl-$version
 if [ ! -e "$venv/ready" ]; then

@@ -7,8 +7,13 @@
 # constraints.txt, with which everything else is tested.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-which=$1 python=$2
+which=${1:?lowest or newest} python=${2:?an interpreter, such as python3.12}
 shift 2
+case $which in
+  lowest) pins=constraints-lowest.txt torch=constraints-lowest.txt more= ;;
+  newest) pins=/dev/null torch=constraints.txt more=,triton ;;
+  *) echo "give lowest or newest, not $which" >&2; exit 2 ;;
+esac
 env=build/versions/$which
 pip="$env/bin/python -m pip install --quiet --disable-pip-version-check"
 
@@ -16,11 +21,6 @@ rm -rf "$env"
 "$python" -m venv "$env"
 # The pip that an interpreter brings may not know --only-deps yet.
 $pip "$(grep '^pip==' constraints.txt)"
-case $which in
-  lowest) pins=constraints-lowest.txt torch=constraints-lowest.txt more= ;;
-  newest) pins=/dev/null torch=constraints.txt more=,triton ;;
-  *) echo "give lowest or newest, not $which" >&2; exit 2 ;;
-esac
 version=${TORCH:-$(sed -n 's/^torch==//p' $torch)}
 { echo "torch==$version"; grep -v '^torch==' $pins || true; } > "$env/wanted.txt"
 "$env/bin/python" scripts/install_torch.py "$env/wanted.txt" "$env/pins.txt"

@@ -5,7 +5,8 @@
 #   scripts/wheels.sh OUT PYTHON [PYTHON ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=$1
+out=${1:?a folder for the wheels, and interpreters: see the head of this script}
+: "${2:?an interpreter, such as python3.12}"
 shift
 
 for python in "$@"; do
