@@ -70,14 +70,30 @@ def no_autocast(*args: Any) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-def refuse_forward_mode(op: str, **operands: torch.Tensor | None) -> None:
-    """PyTorch drops the tangent of an operator's operand without a word: `torch.func.jvp` would give zeros."""
+def refuse_transforms(op: str, **operands: torch.Tensor | None) -> None:
+    """PyTorch drops the tangent of an operator's operand without a word: `torch.func.jvp` would give zeros. In the
+    reverse modes of `torch.func` it ends in a text about its own classes."""
     for name, x in operands.items():
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError(
                 f"{op} has no derivative in forward mode, and {name} has a tangent (of torch.func.jvp or jacfwd, say): "
                 f"differentiate in reverse, by backward() or torch.autograd.grad, or give {name}.detach()"
             )
+        if x is not None and not torch.compiler.is_compiling() and _differentiated(x):
+            raise RuntimeError(
+                f"{op} has no derivative under torch.func (grad, vjp, jacrev), and {name} is differentiated there: use "
+                f"backward() or torch.autograd.grad outside of torch.func, or give {name}.detach()"
+            )
+
+
+def _differentiated(x: torch.Tensor) -> bool:
+    """Whether a transform of `torch.func` takes derivatives with respect to ``x``, be it under others."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,9 @@ class Spec:
             object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
-        # Made here and not when it is asked for: a call may be traced, which json is not for.
-        object.__setattr__(self, "_recipe", json.dumps(self.to_dict()))
+        # As json.dumps writes it, which torch.compile cannot trace; made here, so that calls need not make it.
+        pairs = (f'"{name}": {_as_json(value)}' for name, value in self.to_dict().items())
+        object.__setattr__(self, "_recipe", f"{{{', '.join(pairs)}}}")
 
     @property
     def recipe(self) -> str:
@@ -60,6 +61,11 @@ class Spec:
     def fingerprint(self) -> str:
         """16 hex digits that are equal exactly for equal specs."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _as_json(value: str | float | None) -> str:
+    """A checked field: its strings are names, its numbers finite."""
+    return "null" if value is None else f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 # -------------------------------------------------------------------------------------------------- checks

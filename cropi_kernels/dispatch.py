@@ -52,6 +52,11 @@ def checked(backend: str | None) -> str | None:
     return backend
 
 
+def named(backend: str | None) -> str | None:
+    """The backend that the caller or the environment names."""
+    return checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None)
+
+
 def choose(
     op: str,
     *tensors: torch.Tensor,
@@ -68,19 +73,19 @@ def choose(
         RuntimeError: the named backend cannot serve the call, or none was named, no kernel can, and the reference is no
             ``fallback`` for them; the message gives the reason.
     """
-    named = checked(backend if backend is not None else os.environ.get("CROPI_KERNELS_BACKEND") or None)
-    if named == "reference":
-        return named
+    asked = named(backend)
+    if asked == "reference":
+        return asked
     on_host = not tensors or tensors[0].device.type == "cpu"
-    if named is None and on_host and not (without or {}).get("cpu") and _native.unsupported(*tensors) is None:
+    if asked is None and on_host and not (without or {}).get("cpu") and _native.unsupported(*tensors) is None:
         return "cpu"  # what nearly every call on a CPU comes to; the others' reasons would cost more than its kernel
-    if named is None and not on_host and not without and _triton.unsupported(*tensors) is None:
+    if asked is None and not on_host and not without and _triton.unsupported(*tensors) is None:
         return "triton"  # and on a device; an op with other kernels names them in `without`
     against = reasons_against(*tensors, without=without)
-    if named is not None:
-        if against[named] is not None:
-            raise RuntimeError(f"backend={named!r} cannot run {op}: {against[named]}")
-        return named
+    if asked is not None:
+        if against[asked] is not None:
+            raise RuntimeError(f"backend={asked!r} cannot run {op}: {against[asked]}")
+        return asked
     order = ("cpu",) if on_host else order  # the interpreter serves tests, and only by name
     for name in order:
         if against[name] is None:

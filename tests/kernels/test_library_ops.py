@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,7 @@ import cropi_kernels
 from cropi_kernels import (
     MatrixPlan,
     ProjectionSpec,
+    SketchSpec,
     bias_grad,
     dispatch,
     fold_inputs,
@@ -257,8 +259,9 @@ def test_no_sketch_has_a_gradient() -> None:
         ("project_transpose .* y", lambda x: project_transpose(x, ProjectionSpec(40), 30)),
     ],
 )
-def test_what_has_a_gradient_refuses_forward_mode(named: str, run: Callable[[Any], Any]) -> None:
-    """PyTorch takes an operator's results for constants there: derivatives were zeros."""
+def test_what_has_a_gradient_refuses_transforms(named: str, run: Callable[[Any], Any]) -> None:
+    """PyTorch takes an operator's results for constants in forward mode: derivatives were zeros. Reverse modes of
+    torch.func ended in a text about autograd.Function."""
 
     def jvp() -> Any:
         return torch.func.jvp(run, (A,), (A,))
@@ -268,6 +271,50 @@ def test_what_has_a_gradient_refuses_forward_mode(named: str, run: Callable[[Any
             ask()
     with torch.autograd.forward_ad.dual_level():
         run(A)  # which has no tangent
+
+    def loss(x: Any) -> Any:
+        return run(x).sum()
+
+    def of_rows(x: Any) -> Any:
+        return torch.func.vmap(lambda row: loss(row.expand(len(x), -1)))(x).sum()
+
+    for ask in (loss, of_rows):
+        with pytest.raises(
+            RuntimeError, match=named.replace(".*", "has no derivative under torch.func .*, and")
+        ):
+            torch.func.grad(ask)(A)
+    torch.func.grad(lambda y: (run(A).sum() * y).sum())(A)  # a constant there
+
+
+def test_project_under_vmap_names_what_needs_the_numbers() -> None:
+    spec = ProjectionSpec(40)
+    for more, named in (
+        ({}, "nonfinite='warn': torch.func.vmap"),
+        ({"out": torch.zeros(1, 40)}, "out: torch.func"),
+    ):
+        with pytest.raises(RuntimeError, match=named):
+            torch.func.vmap(lambda x, more=more: project(x[None], spec, **more)[0])(A)
+    rows = torch.func.vmap(lambda x: project(x[None], spec, nonfinite="ignore")[0])(A)
+    assert torch.equal(rows, project(A, spec))
+
+
+@pytest.mark.long
+def test_a_spec_is_made_inside_a_compiled_function() -> None:
+    """json.dumps, which wrote its recipe, cannot be traced."""
+    fields = {"kind": "sjlt", "nnz": 4, "keep": 0.3, "seed": 1 << 70, "size": 1 << 40}
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        return project(x, ProjectionSpec(40, **fields), nonfinite="ignore") * SketchSpec(4096).dim
+
+    torch._dynamo.reset()
+    traced = torch.compile(inside, fullgraph=True, backend="eager")
+    assert torch.equal(traced(A), project(A, ProjectionSpec(40, **fields)) * 4096)
+    for spec in (
+        ProjectionSpec(40, **fields),
+        SketchSpec(64, width=None),
+        SketchSpec(kind="dropout", keep=1e-5),
+    ):
+        assert spec.recipe == json.dumps(spec.to_dict())
 
 
 def test_fake_tensors_pass_through() -> None:

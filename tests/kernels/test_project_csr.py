@@ -13,6 +13,7 @@ from torch import library
 from cropi_kernels import CsrRows, ProjectionSpec, project, project_csr, project_csr_sparse
 from cropi_kernels import _native as native_module
 from cropi_kernels.ops.project import reference
+from cropi_kernels.projectors import BasicProjector
 
 SPECS = [
     ProjectionSpec(64),
@@ -158,7 +159,7 @@ def test_sums_that_overflow_are_named_and_dropped_numbers_are_not_read() -> None
 @pytest.mark.parametrize("kind,nnz", [("countsketch", 1), ("sjlt", 4), ("rademacher", 1), ("gaussian", 1)])
 @pytest.mark.parametrize("keep", [1.0, 0.4])
 def test_float64_rows_are_summed_in_float64_where_the_backend_is_named(
-    kind: Any, nnz: int, keep: float
+    kind: Any, nnz: int, keep: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g = torch.Generator().manual_seed(5)
     x = torch.randn(3, 3000, generator=g, dtype=torch.float64) * 1e60
@@ -176,6 +177,13 @@ def test_float64_rows_are_summed_in_float64_where_the_backend_is_named(
         assert ((pieces - want).abs() <= eps * (x.abs() @ s)).all()
     with pytest.raises(RuntimeError, match="dtype torch.float64 .*or name backend='cpu'"):
         project(x, spec)
+    # Projectors take no backend: there the environment names it.
+    projector = BasicProjector(3000, dim, 0, kind if kind != "gaussian" else "normal", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="CROPI_KERNELS_BACKEND=cpu"):
+        projector.project(x, 0)
+    monkeypatch.setenv("CROPI_KERNELS_BACKEND", "cpu")
+    want = project(x, projector.spec(0), backend="cpu") * dim**0.5
+    assert torch.equal(projector.project(x, 0), want)
 
 
 @pytest.mark.parametrize("dim", [250, 252, 248, 1000, 514, 4100])

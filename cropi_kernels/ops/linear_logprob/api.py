@@ -6,7 +6,7 @@ import torch
 
 from ... import _native, dispatch, memory
 from ..._fork import one_thread_after_fork
-from ..._library import no_autocast, refuse_forward_mode
+from ..._library import no_autocast, refuse_transforms
 from ..._spec_base import as_int, check_int
 from .._checks import check_plain
 from . import chunks, ops
@@ -60,7 +60,7 @@ def linear_logprob(
             asked for.
     """
     settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
-    refuse_forward_mode("linear_logprob", hidden=hidden, head=head, bias=bias)
+    refuse_transforms("linear_logprob", hidden=hidden, head=head, bias=bias)
     if torch.is_grad_enabled():
         for given, tensor in (("head", head), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ..._fork import one_thread_after_fork
-from ..._library import no_autocast, refuse_forward_mode, refuse_misaligned
+from ..._library import no_autocast, refuse_misaligned, refuse_transforms
 from ..._spec_base import as_int
 from ...dispatch import checked
 from . import ops
@@ -61,7 +61,14 @@ def project(
     _check_input("x", x, spec, "[B, P]")
     offset = check_range(offset, x.shape[1], spec)
     check_nonfinite(nonfinite)
-    refuse_forward_mode("project", x=x, out=out)
+    refuse_transforms("project", x=x, out=out)
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        refused = "out" if out is not None else f"nonfinite={nonfinite!r}" if nonfinite != "ignore" else ""
+        if refused:
+            raise RuntimeError(
+                f"{refused}: torch.func.vmap hides the numbers of x: project all rows [B, P] in one call without vmap, "
+                "or give nonfinite='ignore' and no out"
+            )
     failed, y = None, out
     if y is None:
         y = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend))
@@ -104,7 +111,7 @@ def project_transpose(
     if whole is None:
         raise ValueError(f"n={n!r}: give the number of coordinates, an integer >= 0")
     offset = check_range(offset, whole, spec)
-    refuse_forward_mode("project_transpose", y=y)
+    refuse_transforms("project_transpose", y=y)
     result: torch.Tensor = torch.ops.cropi.project_transpose(y, whole, offset, spec.recipe, checked(backend))
     return result
 

@@ -19,10 +19,13 @@ _COPY, _DEVICE_COPY = 1 << 24, 1 << 26  # bytes copied at a time
 def choose(x: torch.Tensor, spec: ProjectionSpec, backend: str | None, adjoint: bool = False) -> Any:
     """The module that serves the call. On the host the reference is never chosen for a caller: it is far slower."""
     wide = x.dtype == torch.float64 and x.device.type == "cpu" and not x.requires_grad
-    if backend == "cpu" and wide:
+    if wide and dispatch.named(backend) == "cpu":
         _native.native()
         return cpu  # by name only: float64 is most often NumPy's default and not a wish, and costs more than float32
-    by_name = {"remedy": "cast it (x.float()), or name backend='cpu', which sums it in float64"}
+    by_name = {
+        "remedy": "cast it (x.float()), or name backend='cpu', which sums it in float64 (for a projector or module, "
+        "set CROPI_KERNELS_BACKEND=cpu in the environment)"
+    }
     no_triton = None if spec.sparse else f"{spec.kind} projections have no Triton kernel"
     # On an H200, 1e9 coordinates: adjoints take 1.11 ms in Triton and 1.99 in CUDA C++, eight rows of an SJLT with four
     # nonzeros 12.8 and 15.1, of CountSketch with a tenth of the coordinates 7.0 and 12.5, with all 4.6 and 4.2.
