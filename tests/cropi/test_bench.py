@@ -53,6 +53,23 @@ def test_a_table_holds_shares_and_ratios() -> None:
     assert made.lines(before)[2].split()[-2:] == ["2.000", "2.00"]
 
 
+def test_a_row_is_printed_before_the_next_op_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bfloat16 the whole table takes minutes on a CPU without instructions for it; nothing was said till its end."""
+    seen: list[int] = []
+
+    def call() -> None:
+        seen.append(len(capsys.readouterr().out.splitlines()))
+
+    monkeypatch.setattr(table, "_rates", lambda device, dtype, rounds: (1e9, 1e9))
+    monkeypatch.setattr(table, "_ops", lambda device, dtype: [table.Op(name, "1", call) for name in "abc"])
+    monkeypatch.setattr(table, "once", lambda call, device, repeats: call() or 1.0)
+    assert main(["bench", "--rounds", "1"]) == 0
+    # Three calls an op: the processor, the rates and the head come first, then a line an op.
+    assert seen == [3, 0, 0, 1, 0, 0, 1, 0, 0] and capsys.readouterr().out.startswith("c ")
+
+
 @pytest.mark.long
 def test_the_command_measures_every_op_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -66,7 +83,10 @@ def test_the_command_measures_every_op_and_compares(
     assert len(rows) == 8 and all(row["seconds"] > 0 for row in rows.values())
     assert rows["sketch_linear, every coordinate"]["floor"] == 2 * 16 * 32 * 8 / 1e9
     assert rows["norm_grad"]["floor"] == 2 * 16 * 8 * 4 / 1e9
-    capsys.readouterr()
+    printed = capsys.readouterr().out.splitlines()
+    assert main(["info", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [f"figures       {out}: {printed[0]}", *printed[1:-1]]
     assert main(["bench", "--rounds", "1", "--compare", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[-2:] == ["before", "ratio"]
     assert main(["bench", "--dtype", "bfloat16", "--compare", str(out)]) == 2

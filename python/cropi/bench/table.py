@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cropi.checked import fits
 from cropi.errors import CropiError
 from cropi_kernels import (
     ProjectionSpec,
@@ -32,6 +33,27 @@ from cropi_kernels import (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Of SmolLM2-135M on a CPU, of a model of 1.5 billion parameters on a GPU.
 SHAPES = {"cpu": (1024, 576, 1536, 49152), "cuda": (4096, 1536, 8960, 151936)}
+
+# Of what `cropi bench --out` writes (cropi.form).
+FORM = {
+    "machine": {"processor": str},
+    "versions": {str: str},
+    "table": {
+        "device": str,
+        "dtype": str,
+        "copy": float,
+        "gemm": float,
+        "rows": [
+            {
+                "op": str,
+                "shape": str,
+                "seconds": lambda value: fits(value, float) and value > 0,
+                "floor": float,
+                "plain": (None, float),
+            }
+        ],
+    },
+}
 
 LEAST = 0.02  # seconds of one measurement: short calls are repeated
 
@@ -77,6 +99,13 @@ class Table:
         """Plain JSON values."""
         return asdict(self)
 
+    @staticmethod
+    def of_dict(held: dict[str, Any]) -> Table:
+        """What :meth:`to_dict` gave, of the form :data:`FORM`."""
+        names = ("op", "shape", "seconds", "floor", "plain")
+        rows = [Row(*(row[name] for name in names)) for row in held["rows"]]
+        return Table(held["device"], held["dtype"], held["copy"], held["gemm"], rows)
+
     def lines(self, before: dict[str, Any] | None = None) -> list[str]:
         """As text; ``before`` is :meth:`to_dict` of an earlier table, whose times are compared."""
         earlier = {(row["op"], row["shape"]): row["seconds"] for row in (before or {}).get("rows", ())}
@@ -96,13 +125,21 @@ class Table:
         return lines
 
 
-def measure(device: str = "cpu", dtype: str = "float32", *, rounds: int = 7) -> Table:
+def measure(
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    rounds: int = 7,
+    on_row: Callable[[Table], object] = lambda table: None,
+) -> Table:
     """Measure every op on a device.
 
     Args:
         device: "cpu", "cuda", "cuda:1", ...
         dtype: of the activations: "float32" or "bfloat16".
-        rounds: medians are over so many; about a second each on a CPU.
+        rounds: medians are over so many; some seconds each on a CPU, and in bfloat16 minutes on one without
+            instructions for it.
+        on_row: called with the table as soon as the rates are known, and after every row.
 
     Raises:
         CropiError: no such device or dtype.
@@ -116,14 +153,16 @@ def measure(device: str = "cpu", dtype: str = "float32", *, rounds: int = 7) -> 
         raise CropiError(f"device {device!r} cannot be used: {error}") from error
     kind = DTYPES[dtype]
     copy, gemm = _rates(where, kind, rounds)
-    rows = []
+    table = Table(str(where), dtype, copy, gemm, [])
+    on_row(table)
     with torch.no_grad():
         for op in _ops(where, kind):
             calls = [op.call] if op.plain is None else [op.call, op.plain]
             times = medians(calls, where, rounds)
             floor = max(op.bytes / copy, op.flops / gemm)
-            rows.append(Row(op.op, op.shape, times[0], floor, times[1] if op.plain else None))
-    return Table(str(where), dtype, copy, gemm, rows)
+            table.rows.append(Row(op.op, op.shape, times[0], floor, times[1] if op.plain else None))
+            on_row(table)
+    return table
 
 
 def _rates(device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float, float]:

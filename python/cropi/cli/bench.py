@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and keep."""
     from cropi.atomic import write_atomic
     from cropi.bench.machine import machine, versions
-    from cropi.bench.table import measure
+    from cropi.bench.table import FORM, Table, measure
     from cropi.errors import CropiError
     from cropi.files import check_outputs
     from cropi.sealed import read_sealed, sealed
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     before = None
     if args.compare:
         try:
-            before = read_sealed(Path(args.compare), {"table": dict}, "measure again")["table"]
+            before = read_sealed(Path(args.compare), FORM, "measure again")["table"]
             of = before["device"], before["dtype"]
         except (CropiError, KeyError) as error:
             raise CropiError(
@@ -69,9 +69,16 @@ def run(args: argparse.Namespace) -> int:
                 "measure the same"
             )
     about = machine()
-    print(about["processor"])
-    table = measure(args.device, args.dtype, rounds=args.rounds)
-    print("\n".join(table.lines(before)))
+    print(about["processor"], flush=True)
+    said = 0
+
+    def say(table: Table) -> None:
+        nonlocal said
+        new = table.lines(before)[said:]
+        print("\n".join(new), flush=True)
+        said += len(new)
+
+    table = measure(args.device, args.dtype, rounds=args.rounds, on_row=say)
     held = {"machine": about, "versions": versions(), "table": table.to_dict()}
     tell(args, **held)
     if args.out:

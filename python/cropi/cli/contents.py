@@ -18,6 +18,8 @@ from cropi.sealed import SUMS, check_sums
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
 CHECK = {"error", "theory", "findings", "method"}
+# The same of `cropi bench --out`.
+BENCH = {"machine", "versions", "table"}
 STAGES = "stages.jsonl"  # of the curriculum inside TRL
 ANEW = {"for", "tokens", "spent", "ids", "drift"}
 
@@ -284,6 +286,16 @@ def _json(path: Path) -> dict[str, Any] | None:
             f"{one.get('level', ''):<8}  {one.get('name')}  {one.get('text')}" for one in held["findings"]
         ]
         return told(lines, "check", error=held["error"], theory=held["theory"], findings=held["findings"])
+    if isinstance(held, dict) and held.keys() >= BENCH:
+        from cropi.bench.table import FORM, Table
+        from cropi.sealed import read_sealed
+
+        held = read_sealed(path, FORM, "measure again with `cropi bench`")
+        lines = [
+            f"figures       {path}: {held['machine']['processor']}",
+            *Table.of_dict(held["table"]).lines(),
+        ]
+        return told(lines, "bench", machine=held["machine"], versions=held["versions"], table=held["table"])
     if isinstance(held, dict) and held.keys() >= ANEW:
         from cropi.pipeline.rescoring import read_plan
 

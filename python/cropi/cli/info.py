@@ -29,7 +29,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "path",
         help="trajectories and prompts in any format that is read, trainers' dumps, stores, score tables, selections, "
-        "exports, reports, configs, and the folders of `cropi run` and `cropi curriculum`",
+        "exports, reports, checks, benches, configs, and the folders of `cropi run` and `cropi curriculum`",
     )
     options.add(command, Reading)
     command.add_argument(
