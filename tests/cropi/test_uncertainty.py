@@ -259,6 +259,22 @@ def test_so_many_of_the_chosen_are_chosen_by_other_validation_prompts(
         assert chosen[some].mean() == pytest.approx(told, abs=bound), (low, bound)
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "nearest"])
+def test_of_equal_prompts_the_first_by_id_is_chosen_in_every_draw(aggregate: str) -> None:
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(12, 32))[rng.integers(0, 12, 99)].astype(np.float32)
+    valid = (rng.normal(size=(18, 32)) + 0.4).astype(np.float32)
+    pairs = made_pairs(train, valid, ["x"] * 18)
+    # Products of equal rows by a matrix product differ in their last bits; those of a store do not.
+    first, place = np.unique(train, axis=0, return_index=True, return_inverse=True)[1:]
+    pairs.dots[:], pairs.norms[:] = pairs.dots[first[place]], pairs.norms[first[place]]
+    made = uncertainty(pairs, Influence(aggregate=aggregate, draws=40), Selecting(fraction=0.2))
+    for kind in range(len(first)):
+        equal = place == kind
+        assert len(np.unique(made.table[equal])) == len(np.unique(made.stderr[equal])) == 1
+        assert (np.diff(made.p_selected[equal]) <= 0).all()
+
+
 def test_validation_prompts_that_cancel() -> None:
     """A half, or a draw, whose mean gradient is zero has no direction: all prompts are equal, and none is NaN."""
     valid = np.array([[1.0, 0, 0], [-1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0.5]])

@@ -16,7 +16,7 @@ draws, times sqrt(V / (V - 1)) as their moves are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -26,6 +26,30 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 14  # training prompts that are looked at together, in float64
 KEPT = 64  # nearest prompts that draws look at: none of them is drawn once in e^64 draws
+
+
+class Ties:
+    """Rows that equal an earlier one. A matrix product rounds a row by its place, so that what equal rows are
+    multiplied to would differ in the last bit, and that bit, not the id, would say which of them is chosen.
+
+    Args:
+        column: a column of the rows, ``[n]``: those that differ in it are not looked at.
+        rows: gives rows by their places.
+    """
+
+    def __init__(self, column: np.ndarray, rows: Callable[[np.ndarray], np.ndarray]) -> None:
+        order = np.argsort(column, kind="stable")
+        same = column[order[1:]] == column[order[:-1]]
+        some = np.sort(order[np.append(same, False) | np.insert(same, 0, False)])
+        first, of = np.unique(rows(some), axis=0, return_index=True, return_inverse=True)[1:]
+        before = some[first[of.reshape(-1)]]
+        self._later, self._first = some[before < some], before[before < some]
+
+    def settled(self, values: np.ndarray) -> np.ndarray:
+        """The same ``values`` ``[..., n]``, in which every row has those of the first one that equals it."""
+        if len(self._later):
+            values[..., self._later] = values[..., self._first]
+        return values
 
 
 class ResampledSet(Protocol):
@@ -95,6 +119,11 @@ class MeanSet(_Drawn):
         self.base = np.full(len(members), 1.0 / len(members))
         self._with_mean = self.gram @ self.base
 
+        def directions(places: np.ndarray) -> np.ndarray:
+            return np.asarray(self.dots[usable[places]] * self.inverse[places, None])
+
+        self._ties = Ties(self.dots[usable, 0] * self.inverse, directions)
+
     def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """X [b, V] = <u, g_i> times each prompt's scale, float64, for b prompts at a time."""
         for start in range(0, len(self.usable), BLOCK):
@@ -111,7 +140,7 @@ class MeanSet(_Drawn):
 
     def score(self, weights: np.ndarray) -> np.ndarray:
         scores = np.concatenate([block @ weights for _, block in self._blocks()])
-        return np.asarray(scores / self._divisors(weights[None])[0])
+        return self._ties.settled(np.asarray(scores / self._divisors(weights[None])[0]))
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
         return self._products(weights / self._divisors(weights)[:, None])
@@ -122,7 +151,7 @@ class MeanSet(_Drawn):
             products = products[:, self.usable]
         if self.metric == "cosine":
             products *= self.inverse
-        return np.asarray(products)
+        return self._ties.settled(np.asarray(products))
 
     def moves(self, weights: np.ndarray) -> np.ndarray:
         # A draw's mean, less its part along the mean of all.
@@ -139,7 +168,7 @@ class MeanSet(_Drawn):
                 values = values / math.sqrt(squared)
                 values = values - np.outer(values @ self.base, self._with_mean / squared)
             errors[here] = values.std(axis=1, ddof=1)
-        return errors / math.sqrt(n)
+        return self._ties.settled(errors / math.sqrt(n))
 
     def signal(self) -> float:
         n = len(self.base)
@@ -157,6 +186,7 @@ class NearestSet(_Drawn):
         self.products = products / pairs.norms[usable, None] / lengths if metric == "cosine" else products
         self.nearest = np.argsort(-self.products, axis=1, kind="stable")[:, :KEPT]
         self.base = np.full(len(self.members), 1.0 / len(self.members))
+        self._ties = Ties(self.products[:, 0], self.products.__getitem__)
 
     def score(self, weights: np.ndarray) -> np.ndarray:
         drawn = weights > 0
@@ -180,8 +210,9 @@ class NearestSet(_Drawn):
         left = np.arange(n, -1, -1) / n
         share = left[:-1] ** n - left[1:] ** n
         ordered = -np.sort(-self.products, axis=1)
-        mean = ordered @ share
-        return mean, np.sqrt(np.maximum((ordered - mean[:, None]) ** 2 @ share, 0.0))
+        mean = self._ties.settled(ordered @ share)
+        squares = self._ties.settled((ordered - mean[:, None]) ** 2 @ share)
+        return mean, np.sqrt(np.maximum(squares, 0.0))
 
     def stderr(self) -> np.ndarray:
         return self._of_draws()[1] * self._widened
