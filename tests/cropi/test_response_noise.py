@@ -184,6 +184,28 @@ def test_a_set_without_noise_is_not_known(tmp_path: Path) -> None:
     assert found.own.shape == (0, 2) and np.isnan(found.share)
 
 
+def test_the_order_of_stores_and_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.ranking.response_noise.MOST", 7)
+    rng = np.random.default_rng(3)
+    train, valid, moved = (
+        rng.normal(size=(12, 64)) + 1,
+        rng.normal(size=(4, 64)) + 1,
+        rng.normal(size=(12, 64)),
+    )
+
+    def found(order: np.ndarray) -> tuple[np.ndarray, float]:
+        ids = [f"t{i:02d}" for i in order]
+        halves = slice(5), slice(5, None)
+        noise = [made_store(moved[order[half]], ids[half], noise=True) for half in halves]
+        one = response_noise(made_store(train[order], ids), [made_store(valid, "v", trajectories="v")], noise)
+        return one.own, one.share
+
+    first, other = found(np.arange(12)), found(rng.permutation(12))
+    assert first[0].shape == (7, 1)
+    np.testing.assert_array_equal(first[0], other[0])
+    assert first[1] == other[1]
+
+
 # ------------------------------------------------------------------------------- responses, prompts, truth
 class Pool:
     """Prompts with responses: s_k = (R_k - p) delta + noise, so that the expected gradient is along delta."""

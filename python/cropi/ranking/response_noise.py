@@ -147,7 +147,8 @@ def _own(
     usable = {row.id for row in train.rows() if row.status == OK}
     drawn = _noise_of(noise, usable)
     lengths = [float(m.norm()) if metric == "cosine" else 1.0 for m in means.values()]
-    moved, shares = [], []
+    moved: dict[str, list[float]] = {}
+    shares: dict[str, float] = {}
     for rows, table in train.shards() if drawn else ():
         for row, gradient in zip(rows, table, strict=True):
             if row.id not in drawn:
@@ -155,16 +156,18 @@ def _own(
             vector, gradient = drawn[row.id], gradient.double()
             size = float(gradient.norm())
             if vector is None or not size:
-                moved.append([0.0] * len(means))
-                shares.append(0.0)
+                moved[row.id], shares[row.id] = [0.0] * len(means), 0.0
                 continue
-            shares.append(float(vector.norm()) ** 2 / size**2)
+            shares[row.id] = float(vector.norm()) ** 2 / size**2
             if metric == "cosine":
                 vector = _without(vector, gradient) / size
-            moved.append(
-                [float(vector @ m) / length for m, length in zip(means.values(), lengths, strict=True)]
-            )
-    return np.array(moved).reshape(len(moved), len(means)), float(np.mean(shares)) if shares else float("nan")
+            moved[row.id] = [
+                float(vector @ m) / length for m, length in zip(means.values(), lengths, strict=True)
+            ]
+    # By id, as the draws below: stores in another order would give other chances of being chosen.
+    ids = sorted(moved)
+    own = np.array([moved[name] for name in ids]).reshape(len(ids), len(means))
+    return own, float(np.mean([shares[name] for name in ids])) if ids else float("nan")
 
 
 def _noise_of(
@@ -172,12 +175,12 @@ def _noise_of(
 ) -> dict[str, torch.Tensor | None]:
     """The noise of each prompt by its id, float64 ``[dim]``, None where it is zero. With ``usable``: of at most
     :data:`MOST` of these, drawn."""
-    ids = [
+    ids = sorted(
         row.id
         for store in stores
         for row in store.rows()
         if (row.status == OK or row.reason == ZERO_GRADIENT) and (usable is None or row.id in usable)
-    ]
+    )
     if usable is not None and len(ids) > MOST:
         ids = [ids[i] for i in np.random.default_rng(0).choice(len(ids), MOST, replace=False)]
     by_id: dict[str, torch.Tensor | None] = dict.fromkeys(ids)
