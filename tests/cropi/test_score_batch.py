@@ -156,6 +156,22 @@ def test_how_rows_are_cut_and_padded_changes_nothing_but_rounding() -> None:
             assert float((one - two).norm()) <= 2e-5 * float(one.norm())
 
 
+@pytest.mark.long
+def test_padding_between_tokens_is_as_none() -> None:
+    """A window of attention counts columns, those of padding too."""
+    model = make_model("mistral", sliding_window=4)
+    plain = torch.tensor([[5, 6, 7, 8, 9, 10], [15, 16, 17, 18, 19, 20]])
+    columns = torch.tensor([[0, 1, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]])
+    ids, mask, scored = (torch.zeros(2, 8, dtype=torch.int64) for _ in range(3))
+    ids.scatter_(1, columns, plain), mask.scatter_(1, columns, 1), scored.scatter_(1, columns[:, 3:], 1)
+    given = {"weights": torch.tensor([1.0, -0.5]), "prompt_ids": ["a", "a"], "spec": SPEC}
+    whole = cropi.score_batch(model, plain, response_mask=(torch.arange(6) > 2).repeat(2, 1), **given)
+    apart = cropi.score_batch(model, ids, mask, response_mask=scored, **given)
+    torch.testing.assert_close(apart.logprobs.gather(1, columns), whole.logprobs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(apart.weights.gather(1, columns), whole.weights)
+    assert float((apart.sketches - whole.sketches).norm()) <= 2e-5 * float(whole.sketches.norm())
+
+
 def test_the_model_is_left_as_it_was_and_equal_rewards_have_no_gradient() -> None:
     model, data = make_model(), made()
     model.lm_head.weight.requires_grad_(False)

@@ -104,7 +104,8 @@ def logprob_and_grad(
 
     Args:
         weigh: ``weigh(logp, start, stop)`` gives the weights of tokens start..stop as a tensor of stop - start numbers.
-            Tokens with ``ignore_index`` are passed with log-prob 0 and have no gradient whatever their weight.
+            Tokens with ``ignore_index`` are passed with log-prob 0 and have no gradient whatever their weight; only
+            where the head itself holds infinity is theirs NaN, as that of every token is, and as in plain torch.
         on_dlogits: ``on_dlogits(start, stop, dz)`` may read ``dz`` [stop - start, V], the gradient of the logits before
             the soft-cap: float32 (on a GPU: the head's dtype), contiguous columns, strided rows, valid during the call
             only.

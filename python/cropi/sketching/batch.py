@@ -79,7 +79,8 @@ def score_batch(
     Args:
         model: the current policy: a module without active dropout, or a :class:`cropi.Policy`.
         input_ids: int64 ``[batch, length]``: a prompt and one response a row, padded on either side.
-        attention_mask: ``[batch, length]``, 0 for padding; None: there is no padding.
+        attention_mask: ``[batch, length]``, 0 for padding, also between the tokens of a row, which then count as the
+            row without it; None: there is no padding.
         response_mask: for each token, whether it is scored. Give this or ``labels``.
         labels: int64 ``[batch, length]``, as Hugging Face models take them: -100 where a token is not scored, else the
             token; what stands in the first column is not read.
@@ -95,7 +96,8 @@ def score_batch(
         spec: what a sketch is; None: ``SketchSpec()``.
         exclude: patterns of parameter names to leave out.
         temperature: log-probs are those of softmax(logits / temperature).
-        position_ids: int64 ``[batch, length]``; None: tokens are counted from the first one that is not padding.
+        position_ids: int64 ``[batch, length]``; None: tokens are counted from the first one that is not padding. Where
+            they are given, padding between tokens stays, and takes room in a sliding window.
         tokens_per_batch: how many tokens go through the model at once, padding included.
 
     Raises:
@@ -250,9 +252,9 @@ def _sketched(
     with policy.sketcher(spec, exclude) as sketcher:
         for chosen in rows.cut(segments, budget, layout_of(policy, "padded").lengths):
             here = chosen.to(rows.device)
-            ids, marks = rows.ids[here], scored[here]
+            ids, mask, positions, marks = rows.together(here, scored)
             first = int(segments[chosen[0]])
-            row, column = marks[:, 1:].nonzero(as_tuple=True)
+            row, column = scored[here][:, 1:].nonzero(as_tuple=True)
             column = column + 1
             result = sketcher.policy_gradient(
                 ids,
@@ -260,8 +262,8 @@ def _sketched(
                 labels=torch.where(marks, ids.long(), -100),
                 weights=factors.weigher(here, row, column),
                 whole=kind is not None and kind.level == "sequence",
-                attention_mask=None if bool(rows.mask[here].all()) else rows.mask[here].long(),
-                position_ids=rows.positions[here],
+                attention_mask=None if bool(mask.all()) else mask.long(),
+                position_ids=positions,
                 temperature=temperature,
             )
             sketches[first : first + len(result.sketches)] += result.sketches
