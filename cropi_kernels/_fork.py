@@ -13,6 +13,8 @@ import warnings
 
 import torch
 
+from ._level import level_of_caller
+
 _had_threads = False  # of this process when it last forked
 _lost = False  # in a child: threads of torch's may have stayed behind in the parent
 
@@ -44,5 +46,5 @@ def one_thread_after_fork() -> None:
         "this process was forked from one that had threads of torch's, which a fork does not copy: it runs on one "
         "thread from here on (torch.set_num_threads(1)); start processes by the method 'spawn' to use more",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=level_of_caller(),
     )

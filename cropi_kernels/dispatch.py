@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from . import _cuda, _native, _triton
+from ._level import level_of_caller
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _said: set[str] = set()
@@ -99,7 +99,7 @@ def choose(
         _said.add(reason)
         warnings.warn(
             f"{op} runs on the plain torch reference, slowly and with much memory: {reason}",
-            stacklevel=_level_of_caller(),
+            stacklevel=level_of_caller(),
         )
     return "reference"
 
@@ -108,14 +108,6 @@ def choose(
 def kernels(package: str, backend: str) -> Any:
     """The module of an op's folder that is named as the backend, imported when it first serves: Triton takes time."""
     return importlib.import_module(f".{backend}", package)
-
-
-def _level_of_caller() -> int:
-    """``stacklevel``, for the function that asks, of the first frame outside of this package and of torch."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def explain(*tensors: torch.Tensor) -> str:

@@ -81,13 +81,10 @@ def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
     return f"{data[:half].decode(errors='ignore')} ... {data[-half:].decode(errors='ignore')}"
 
 
-def warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
-    """``warnings.warn`` with a message of less than 2 kB, whatever the values in it.
-
-    Under :func:`as_keywords` its place is the line of the user's that called this package.
-    """
-    level = _outside() if _CALLED.get() else stacklevel + 1
-    warnings.warn(shortened(_with_keywords(message)), category, stacklevel=level)
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """``warnings.warn`` with a message of less than 2 kB, whatever the values in it, at the line of the user's that
+    called this package."""
+    warnings.warn(shortened(_with_keywords(message)), category, stacklevel=_outside())
 
 
 def _outside() -> int:
@@ -98,7 +95,8 @@ def _outside() -> int:
     return level
 
 
-_OURS = ("cropi", "cropi_kernels", "contextlib")
+# Python's and torch's context managers stand between as decorators.
+_OURS = ("cropi", "cropi_kernels", "contextlib", "torch")
 # The keywords that stand for flags in the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
 NEAR = 80  # characters: a clause

@@ -27,6 +27,7 @@ from cropi.options import Influence, Selecting
 from cropi.ranking.pairwise import Pairwise
 from cropi.ranking.uncertainty import uncertainty
 from cropi.report.check import check_groups, check_job, error_by_seeds
+from cropi.report.check_report import CheckReport
 from cropi.report.exact import exact_gradients, leave_one_out, standard_errors
 from cropi.sketching.interrupt import Interrupt, Interrupted
 from cropi.sketching.job import SketchJob
@@ -302,6 +303,16 @@ def test_the_front_door_checks_what_is_in_memory() -> None:
     assert (
         report.ok and report.prompts == 8 and repr(report).startswith("CheckReport(8 prompts: ok, error 0.0")
     )
+
+
+@pytest.mark.parametrize(
+    "error,level", [(0.0, "ok"), (0.05, "warning"), (0.2, "failed"), (math.nan, "failed")]
+)
+def test_an_error_that_is_no_number_fails(error: float, level: str) -> None:
+    """Every comparison with NaN is false: it was a warning, and the pool could be sketched."""
+    report = CheckReport(8, 1024, "exact", error, 0.03, None, None, None, None, 1.0, None, 1.0, 1, "all")
+    report.judge(torch.float32, None, 0)
+    assert report.findings[0].level == level and report.ok == (level != "failed")
 
 
 @pytest.fixture

@@ -68,6 +68,10 @@ def test_rows_of_a_dataset_are_copied_whole_and_best_first(tmp_path: Path, parqu
     for name in ("{a", '{"id": "x"}', "\ufeffb"):
         with pytest.raises(CropiError, match=f"the prompt id {re.escape(repr(name))} begins with"):
             export(tmp_path / "ids.txt", [name, "p2"], format="ids")
+    export(tmp_path / "ids.txt", ["p2", "\ufeffb"], format="ids")
+    assert read_selection(tmp_path / "ids.txt") == ["p2", "\ufeffb"], "no mark of the file's, in a later line"
+    with pytest.raises(CropiError, match=r"the prompt id 'p\\ud83d' has half of a surrogate pair"):
+        export(tmp_path / "ids.txt", ["p2", "p\ud83d"], format="ids")
 
 
 def test_line_separators_inside_strings_do_not_end_a_line(

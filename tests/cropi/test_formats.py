@@ -350,6 +350,9 @@ def test_a_data_set_of_the_hub_is_loaded_by_datasets(monkeypatch: pytest.MonkeyP
         made("me/rollouts")
     with pytest.raises(CropiError, match="a data set of the hub is named as owner/name"):
         made("hf://rollouts")
+    splits.clear()
+    with pytest.raises(CropiError, match="me/rollouts has no splits, so no rows"):
+        made("me/rollouts")
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(HERE / "records.parquet"))

@@ -44,8 +44,9 @@ def test_records_without_ids_get_the_hash_of_their_content(tmp_path: Path) -> No
     rows = [{key: value for key, value in record.items() if key != "id"} for record in records()]
     path = tmp_path / "t.jsonl"
     write_lines(path, rows)
-    with pytest.warns(HashedIds):
+    with pytest.warns(HashedIds) as said:
         ids = [group.id for group in read(path)]
+    assert {one.filename for one in said} == {__file__}, "the line that called"
     with pytest.warns(HashedIds):
         assert ids == [group.id for group in read(rows)] and len(set(ids)) == 6
     write_lines(path, [*rows, rows[0]])

@@ -56,7 +56,7 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     detail = data["details"][chosen[0]]
     assert detail["text"].endswith("=") and len(detail["responses"]) == 4
     assert "standard error" in page and "Nearest training prompts" in page and "cropi run --model" in page
-    assert '"level open">open' in page and "not measured on this model: <code>cropi check" in page
+    assert '"level open">open' in page and "not measured on this model: run <code>cropi check" in page
     # The command is whole.
     named = re.search("<code>cropi (check [^<]*)</code>", page)
     assert named and make_parser().parse_args(named[1].split()).command == "check"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,9 @@ def test_module_is_linear_differentiable_and_compiles() -> None:
     y.sum().backward()
     assert torch.equal(x.grad.reshape(6, 200), project_transpose(torch.ones(6, 32), spec, 200, 100))
     assert module.transpose(y.detach()).shape == (2, 3, 200)
+    with pytest.warns(RuntimeWarning, match="hold NaN") as said:
+        module(x.detach() * math.nan)
+    assert said[0].filename == __file__, "the line that called, neither ours nor torch's"
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x.detach()), y)
     RandomProjection(spec, 100).load_state_dict(module.state_dict())

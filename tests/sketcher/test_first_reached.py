@@ -87,4 +87,5 @@ def test_taps_that_cannot_be_tested_are_named_once(kind: Any) -> None:
                 with sketcher.batch(OF_ROWS, shape=(ROWS, LENGTH)):
                     loss_of(model.forward, step, step > 0).backward()
             said.append([str(one.message) for one in caught])
+            assert {one.filename for one in caught} <= {__file__}
     assert said[::2] == [[], []] and [one[:36] for one in said[1]] == ["not compared with autograd: tower. A"]

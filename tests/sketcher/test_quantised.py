@@ -93,8 +93,11 @@ def test_a_detached_part_is_named() -> None:
     model = adapted(activations=False)
     model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, args, y: y.detach())
     with GradientSketcher(model, SPEC) as sketcher:
-        with pytest.warns(UserWarning, match="no gradient reaches model.layers.0.self_attn.v_proj.*detach"):
+        with pytest.warns(
+            UserWarning, match="no gradient reaches model.layers.0.self_attn.v_proj.*detach"
+        ) as said:
             sketcher.check_model()
+    assert [one.filename for one in said] == [__file__]
 
 
 @pytest.mark.slow

@@ -29,7 +29,9 @@ from cropi.sketching.job import SketchJob  # noqa: E402
 from cropi.sketching.run import sketch  # noqa: E402
 from cropi.store.store import SketchStore  # noqa: E402
 from cropi.trainers.trl import Curriculum  # noqa: E402
+from cropi.trainers.trl.ranks import Ranks  # noqa: E402
 from cropi.trainers.trl.sampler import StagePlan, StageSampler  # noqa: E402
+from cropi.trainers.trl.scoring import last_scored  # noqa: E402
 from cropi.trainers.trl.stages import Stages  # noqa: E402
 
 
@@ -300,11 +302,16 @@ def test_a_trl_run_keeps_its_prompts_where_all_gradients_vanish(
     monkeypatch.setattr("cropi.trainers.trl.stages.choose_prompts", choose)
     options = Curriculum(stage_steps=2)
     run = SimpleNamespace(
-        options=options, model=None, _chosen=["a"], prompts=1, ids=[], ranks=None, seed=0,
+        options=options, model=None, _chosen=["a"], prompts=1, ids=[], ranks=Ranks(), seed=0,
         trainer=SimpleNamespace(_tokenizer=None, args=SimpleNamespace(disable_tqdm=True)),
         _check_recorded=lambda *_: None, _valid=lambda *_: ([], options), _sources=lambda *_: [],
     )  # fmt: skip
-    kept = Stages._score(run, 3, tmp_path, 0.0)  # type: ignore[arg-type]
+    run._kept = lambda folder: Stages._kept(run, folder)  # type: ignore[arg-type]
+    for stage in (2, 3):  # the second as an attempt before a resume left it: its sketches are gone
+        (tmp_path / f"stage-000{stage}").mkdir()
+        (tmp_path / f"stage-000{stage}" / "anew.json").touch()
+    kept = Stages._score(run, 3, tmp_path / "stage-0003", 0.0)  # type: ignore[arg-type]
+    assert last_scored(tmp_path, 4) == tmp_path / "stage-0002"
     assert kept is not None and kept.ids == ["a"] and kept.figures == {"kept": True}
     assert "stage 3: no prompt of the validation set 'x'" in caplog.text and "before are kept" in caplog.text
 

@@ -399,9 +399,13 @@ def test_rewards_that_are_all_none_do_not_end_a_run(tmp_path: Path, caplog: pyte
 def test_prompts_that_the_first_stage_does_not_reach_are_counted(
     steps: int, seen: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("WARNING"):
-        staged(tmp_path, {"stage_steps": steps}, max_steps=2 * steps)
-    assert (f"{seen} of the 20 of train_dataset, and never the others" in caplog.text) == (seen < 20)
+    stages = staged(tmp_path, {"stage_steps": steps}, max_steps=2 * steps)._cropi
+    for resumed in (True, False):
+        stages._resumed = resumed
+        with caplog.at_level("WARNING"):
+            stages.tell_what_is_seen()
+        told = f"{seen} of the 20 of train_dataset, and never the others" in caplog.text
+        assert told == (seen < 20 and not resumed), "nothing can be done about it in a run that is resumed"
 
 
 @pytest.mark.long

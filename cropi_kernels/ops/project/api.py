@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ..._fork import one_thread_after_fork
+from ..._level import level_of_caller
 from ..._library import no_autocast, refuse_misaligned, refuse_transforms
 from ..._spec_base import as_int
 from ...dispatch import checked
@@ -198,4 +199,4 @@ def report(failed: torch.Tensor, offset: int, nonfinite: NonFinite) -> None:
     message = f"{which}; their projections are NaN"
     if nonfinite == "raise":
         raise ValueError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(message, RuntimeWarning, stacklevel=level_of_caller())

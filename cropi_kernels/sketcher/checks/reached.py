@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
+from ..._level import level_of_caller
 from ...names import listed
 from .listener import Listener, Source
 
@@ -42,5 +43,8 @@ def unreached(
             "this test: verify=False"
         )
     if silent:
-        warnings.warn(f"no gradient reaches {listed(silent, LISTED)} on a few tokens: {SAID}", stacklevel=4)
+        warnings.warn(
+            f"no gradient reaches {listed(silent, LISTED)} on a few tokens: {SAID}",
+            stacklevel=level_of_caller(),
+        )
     return ""

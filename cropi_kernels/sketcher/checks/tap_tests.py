@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..._level import level_of_caller
 from ...names import listed
 from ..attach.tapped import TappedModel
 from ..attach.unseen import calls
@@ -99,7 +100,7 @@ class TapTests:
                 "this batch that does can be repeated: the model is compiled as a whole, or a part of it was called. "
                 "So it would not be noticed if they took one prompt's tokens for another's. Run one such batch through "
                 "the model itself, before it is compiled",
-                stacklevel=5,
+                stacklevel=level_of_caller(),
             )
             self.leave(method, left)
 

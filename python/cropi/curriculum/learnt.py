@@ -35,7 +35,7 @@ def read_training(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         wrong = f"it is no JSON ({error})"
     if wrong:
-        warn(f"{folder / TRAINING} is left out of the report: {wrong}", stacklevel=2)
+        warn(f"{folder / TRAINING} is left out of the report: {wrong}")
         return {}
     return {"training": summary}
 

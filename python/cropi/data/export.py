@@ -101,14 +101,19 @@ def _export(
     data_source: str | None,
 ) -> int:
     if format == "ids":
-        for name in ids:
+        for place, name in enumerate(ids):
             if name.splitlines() != [name] or name != name.strip():
                 raise CropiError(
                     f"format ids: the prompt id {name!r} is not one line without spaces around it; use jsonl"
                 )
-            # Read again, the first would be JSON, and the second is taken for a mark of the file's encoding.
-            if name[0] in "{\ufeff":
+            # Read again, the first would be JSON; where the file begins, the second is a mark of its encoding.
+            if name[0] == "{" or name[0] == "\ufeff" and not place:
                 raise CropiError(f"format ids: the prompt id {name!r} begins with {name[0]!r}; use jsonl")
+            if any("\ud800" <= mark <= "\udfff" for mark in name):
+                raise CropiError(
+                    f"format ids: the prompt id {name!r} has half of a surrogate pair, which is not a character: no "
+                    "file takes it; give the prompt another id"
+                )
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
     if format in BY_PLACE:

@@ -79,6 +79,8 @@ def from_hub(name: str, of_path: Callable[[Path, str], Any], of_object: Callable
         ) from error
     if not hasattr(held, "column_names") or isinstance(held, dict):
         splits = list(held)
+        if not splits:
+            raise CropiError(f"{name} has no splits, so no rows; check the name ({FORM}), or give files")
         if len(splits) != 1:
             raise CropiError(
                 f"{name} has the splits {', '.join(map(str, splits))}; name one: {repository}?split={splits[0]}"

@@ -151,7 +151,6 @@ class PromptGroups:
                 f"{self.names}: the records have no 'id', so every prompt's id is a hash of its content; a prompt "
                 "whose text changes is another one then, so give ids for a curriculum",
                 HashedIds,
-                stacklevel=3,
             )
         self.bad = bad
         places.remember(self.sources, self.columns)

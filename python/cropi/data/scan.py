@@ -176,7 +176,6 @@ def warn_lossy(counts: Scan, name: str, eos: bool = True) -> None:
         f"{name}: {lossy} of {counts.prompts} records have no response_ids: their responses are tokenised again "
         f"from text, which may give other tokens than were sampled; store token ids to be exact{ends}",
         LossyTokens,
-        stacklevel=2,
     )
 
 

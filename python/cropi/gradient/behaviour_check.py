@@ -117,7 +117,7 @@ def check_behaviour(
     if finding.level == "error" and level == "error":
         raise CropiError(f"{finding.problem}; --behaviour-check warn goes on all the same")
     if finding.level:
-        warn(finding.problem, BehaviourMismatch, stacklevel=2)
+        warn(finding.problem, BehaviourMismatch)
     return finding
 
 

@@ -103,7 +103,7 @@ class Layout:
                 f"layout 'shared' does not work for prompt {name!r}: {self.trial.problem}; pass --layout auto or "
                 "--layout padded"
             )
-        warn(f"prompts are not shared between responses: {self.trial.problem}", stacklevel=2)
+        warn(f"prompts are not shared between responses: {self.trial.problem}")
         return False
 
 

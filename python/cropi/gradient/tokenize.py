@@ -375,7 +375,7 @@ class Tokenize:
     def _warn(self, kind: str, words: str, category: type[Warning]) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warn(words, category, stacklevel=2)
+            warn(words, category)
 
     def _check_vocabulary(self, where: str, name: str, ids: list[int]) -> None:
         if max(ids, default=-1) < self.vocabulary:

@@ -286,7 +286,7 @@ def _of_state(state: Mapping[str, Any], model: Any, source: str) -> SecondMoment
                 f"optimizer_state: {source} numbers its parameters in {len(state['param_groups'])} groups and names "
                 "none; the model's own order is taken, and groups in another one would give parameters of one shape "
                 "each other's moments: make the optimiser of groups of (name, parameter) (torch 2.6), or save it as "
-                "torch.distributed.checkpoint does, which names them", UnknownOrder, stacklevel=2,
+                "torch.distributed.checkpoint does, which names them", UnknownOrder,
             )  # fmt: skip
         of_group = [group for group in state["param_groups"] for _ in group["params"]]
         for name, number, group in zip(names, numbers, of_group, strict=True):

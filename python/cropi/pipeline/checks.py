@@ -172,7 +172,7 @@ def _whole(groups: PromptGroups) -> PromptGroups:
 def _warn_repeated(valid: Mapping[str, tuple[PromptGroups, Scan]]) -> None:
     found = repeated_prompts(valid)
     if found is not None:
-        warn(str(RepeatedPrompts.of(*found, "the text")), RepeatedPrompts, stacklevel=3)
+        warn(str(RepeatedPrompts.of(*found, "the text")), RepeatedPrompts)
 
 
 def _warn_shared(
@@ -189,7 +189,6 @@ def _warn_shared(
             f"and {other!r:.100}; scores favour what is validated on, so leave them out on one side, unless this is "
             "meant",
             SharedPrompts,
-            stacklevel=3,
         )
 
 

@@ -192,7 +192,7 @@ def score(
         said = (
             ("the numbers", "row", "give every row once") if numbered else ("the responses and the gradient",)
         )
-        warn(str(RepeatedPrompts.of(*found, *said)), RepeatedPrompts, stacklevel=2)
+        warn(str(RepeatedPrompts.of(*found, *said)), RepeatedPrompts)
     return with_uncertainty(scores, train, valid, given, choice, noise)
 
 

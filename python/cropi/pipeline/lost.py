@@ -140,4 +140,4 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
 def warn_lost(lost: Mapping[str, str], before: str = "") -> None:
     """Say which sets are left out; ``before``: what messages begin with."""
     for words in lost.values():
-        warn(f"{before}{words}; {LEFT_OUT}", LostSets, stacklevel=2)
+        warn(f"{before}{words}; {LEFT_OUT}", LostSets)

@@ -167,7 +167,6 @@ def _warn_shared(rows: Sequence[RowInfo], valid: Sequence[SketchStore]) -> None:
             f"{len(shared)} training prompts are validation prompts too, for example {shared[0]!r}: a score holds such "
             "a prompt's own gradient, which raises it; leave them out on one side, unless this is meant",
             SharedPrompts,
-            stacklevel=3,
         )
 
 

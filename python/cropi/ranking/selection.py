@@ -363,7 +363,6 @@ def _p_selected(scores: Scores, n: int) -> np.ndarray:
             "which of the others are better; choose as many, or score again with this fraction (`cropi run`, or "
             "cropi.score)",
             OtherChoices,
-            stacklevel=3,
         )
     return scores.p_selected
 

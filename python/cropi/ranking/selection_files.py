@@ -176,5 +176,4 @@ def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, 
             f"{copies} of the {chosen} chosen prompts are exact copies of another chosen one, under other ids: leave "
             "one of each in the training file, or give them one id, and select again",
             CopiedPrompts,
-            stacklevel=2,
         )

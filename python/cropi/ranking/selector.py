@@ -213,11 +213,10 @@ class Selector:
                 raise CropiError(
                     f"{problems[0]}: give sketches of prompts whose rewards differ, or leave the set out"
                 )
-            kept = f"the validation means of step {self._refreshed} are kept"
+            kept = f"so the validation means of step {self._refreshed} are kept"
+            left = f"so {'it does' if len(problems) == 1 else 'they do'} not count until the next refresh"
             warn(
-                f"{'; '.join(problems)}: {'left out until the next refresh' if means else kept}; give more prompts "
-                "whose rewards differ",
-                stacklevel=2,
+                f"{', and '.join(problems)}, {left if means else kept}; give more prompts whose rewards differ",
             )
         if not means:
             return
@@ -257,7 +256,7 @@ class Selector:
         if not len(self._valid) and self.step > 0:
             warn(
                 "the next prompts are drawn at random, whatever their visits showed: call refresh with sketches of "
-                "validation prompts", NoValidation, stacklevel=2,
+                "validation prompts", NoValidation,
             )  # fmt: skip
         means, deviations = self.known(when)
         means[self._failing.resting(when)] = -np.inf

@@ -24,10 +24,10 @@ def directions(rows: torch.Tensor, names: Sequence[str]) -> tuple[list[torch.Ten
             made.append((mean / mean.norm()).float())
             continue
         broken = len(mine) - int(finite.sum())
-        why = (
-            f"its {len(usable)} rows add up to zero"
-            if len(usable)
-            else f"of {len(mine)} rows {broken} are not finite, and the others zero"
-        )
+        why = f"its {len(mine)} rows are all zero"
+        if len(usable):
+            why = f"its {len(usable)} rows add up to zero"
+        elif broken:
+            why = f"{broken} of its {len(mine)} rows are not finite, the others zero"
         problems.append(f"validation set {name!r} has no gradient ({why})")
     return made, problems

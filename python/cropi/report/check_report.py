@@ -178,7 +178,7 @@ class CheckReport:
         if self.method != "exact":
             seeds = f"{self.seeds} other seed{'s' * (self.seeds > 1)} of the sketch"
             against = f"{seeds}; exact gradients would take {needed / 1e9:.1f} GB, --against exact"
-        strange = self.error > FAR * self.theory
+        strange = not self.error <= FAR * self.theory  # nor is NaN
         level = FAIL if strange or self.error > ERROR_BAD else OK if self.error <= ERROR_OK else WARN
         text = (
             f"scores are off by {self.error:.4f} (rms over {self.prompts} prompts, against {against}); the theory's "

@@ -253,7 +253,7 @@ def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any
     )
     if path is not None:
         raise CropiError(other)
-    warn(f"{other}; the page leaves it out", stacklevel=3)
+    warn(f"{other}; the page leaves it out")
     return None
 
 

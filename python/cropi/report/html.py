@@ -156,8 +156,8 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         add(
             "open",
             "sketch error",
-            "not measured on this model: `cropi check --model MODEL --trajectories TRAIN --out FOLDER/check.json` with "
-            "this page's folder, then `cropi report FOLDER`, adds it",
+            "not measured on this model: run `cropi check --model MODEL --trajectories TRAIN --out FOLDER/check.json`, "
+            "then `cropi report FOLDER`; FOLDER is where this page lies",
         )
     if sure is None:
         add("warning", "choice", f"not resampled: {given.uncertainty_missing}")

@@ -156,7 +156,7 @@ class HfEngine:
             )
         warn(
             f"memory ran out with {len(batch) * n} responses at once; their prompts are sampled in two parts (a "
-            "smaller --rows does not waste this time)", FewerRows, stacklevel=2,
+            "smaller --rows does not waste this time)", FewerRows,
         )  # fmt: skip
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
             yield from self.sample(half, n)

@@ -147,7 +147,7 @@ def _warn_of_changed(reward: Reward, file: RolloutFile) -> None:
         warn(
             f"the reward function {reward.name} has changed since {others} of the prompts in {file.out} were scored, "
             "and their rewards stay as they are; to have all of them scored by the present one, remove the file, or "
-            "give another --out", ChangedReward, stacklevel=4,
+            "give another --out", ChangedReward,
         )  # fmt: skip
 
 
@@ -270,11 +270,11 @@ def warn_sampling(sampling: Sampling) -> None:
     if sampling.n == 1:
         warn(
             "n is 1: a prompt with one response has no gradient, so that nothing can be selected from what is sampled; "
-            "give at least -n 2 (8 is usual)", OneResponse, stacklevel=3,
+            "give at least -n 2 (8 is usual)", OneResponse,
         )  # fmt: skip
     if sampling.truncates:
         warn(
             "top-k and top-p: the recorded log-probs are those of the whole distribution, as trainers take them, so "
             "that the ratio of an unchanged policy is 1; the responses are drawn from a part of it, which an estimator "
-            "does not see", Truncated, stacklevel=3,
+            "does not see", Truncated,
         )  # fmt: skip

@@ -114,7 +114,7 @@ def read_prompts(
     if hashed:
         warn(
             "the prompts have no 'id', so every prompt's id is a hash of its text and answer; a prompt whose text "
-            "changes is another one then, so give ids for a curriculum (--columns id=NAME)", HashedIds, stacklevel=2,
+            "changes is another one then, so give ids for a curriculum (--columns id=NAME)", HashedIds,
         )  # fmt: skip
     return prompts_read, bad
 

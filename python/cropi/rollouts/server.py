@@ -291,7 +291,7 @@ class ServerEngine:
     def _say(self, kind: str, what: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warn(f"the server at {self.server.url} {what}", ServerNote, stacklevel=3)
+            warn(f"the server at {self.server.url} {what}", ServerNote)
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[list[str], list[Any] | None]:

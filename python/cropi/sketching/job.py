@@ -228,7 +228,6 @@ def with_date(
             f"the chat template prints the date, and policies that were sampled on another day saw another prompt; "
             f"{date} is taken for all: give the day of the rollouts with --template-date, or store prompt_ids",
             DatedTemplate,
-            stacklevel=3,
         )
     return replace(job, template_date=date)
 
@@ -302,7 +301,6 @@ def make_manifest(
             "made the responses (behaviour 'current' says so without a second model), and wrong where it was trained "
             "since; then give the model from before",
             EqualModels,
-            stacklevel=3,
         )
     notes = {
         "trajectories": job.names,
@@ -366,7 +364,6 @@ def open_store(job: SketchJob, manifest: Callable[[], dict[str, Any]]) -> Sketch
             warn(
                 f"limit {job.limit}: the store {store.path} holds {len(store)} prompts from before, and all of them "
                 "are used; give another --out for fewer",
-                stacklevel=2,
             )
     except BaseException:
         store.close()

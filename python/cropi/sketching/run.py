@@ -346,7 +346,6 @@ def _arguments(policy: Any, job: Any, rest: tuple[Any, ...]) -> tuple[Policy, Sk
             "sketch(model, tokenizer, job) is now sketch(Policy(model, tokenizer), job); the old form goes with the "
             "next release",
             DeprecationWarning,
-            stacklevel=3,
         )
         policy, job, rest = Policy(policy, job), rest[0], ()
     if not isinstance(policy, Policy):

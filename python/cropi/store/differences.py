@@ -137,7 +137,6 @@ def warn_unlike(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, st
             f"{names[0]} and {names[1]} were made with different settings: {'; '.join(differences)}; scores "
             "between them compare gradients of two kinds; sketch both with the same settings, unless this is meant",
             UnlikeStores,
-            stacklevel=4,
         )
 
 

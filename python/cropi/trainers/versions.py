@@ -50,7 +50,7 @@ def checked_version(
     if minor(installed) > minor(newest):
         warn(
             f"{problem}. What it relies on is checked by name; should something fail: {remedy}. {override}=1 turns "
-            "this warning off", UntestedVersion, stacklevel=3,
+            "this warning off", UntestedVersion,
         )  # fmt: skip
     return installed
 

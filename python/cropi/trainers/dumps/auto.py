@@ -210,7 +210,6 @@ def opened(
             names = ", ".join(map(str, files))
             warn(
                 f"columns: {unused} no effect on {printable(names)}, read as {SOURCES[kind].words}",
-                stacklevel=3,
             )
         held = Dumps(files, kind, reading, skip_bad)
         if say is not None:

@@ -48,7 +48,6 @@ def warn_evaluated(path: Path, steps: Collection[int], left: Left) -> None:
         "the file of its step, where they look like the training's: leave the completions of these steps out, or "
         "evaluate in a run of its own",
         EvaluatedStep,
-        stacklevel=3,
     )
 
 

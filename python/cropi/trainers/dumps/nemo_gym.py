@@ -70,7 +70,6 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             f"{len(closing)} rollouts, for example {closing[0]}, end in text without {TOKENS}, which is left out, as "
             "NeMo-RL leaves it out of training",
             ClosingWords,
-            stacklevel=2,
         )
 
 

@@ -70,7 +70,6 @@ def read_dump(path: Path, reading: Reading, left: Left) -> Iterator[Rollout]:
             f"tokens than were sampled, and the log-probs of {lost[1]} are left out; give --model, whose tokenizer "
             "finds the ids by the tokens' bytes, or have the server write them (return_token_ids)",
             LossyTokens,
-            stacklevel=2,
         )
 
 

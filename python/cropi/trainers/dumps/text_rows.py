@@ -159,7 +159,6 @@ def warn_text(
         f"{path} holds {held}: its responses are tokenised again, which may give other tokens than were sampled, and "
         f"there are no log-probs; {remedy}",
         LossyTokens,
-        stacklevel=3,
     )
 
 

@@ -57,7 +57,6 @@ def prompts_as_scored(
             "training sees other prompts; give TRL the same by trl.args (chat_template_kwargs), or train by a command "
             "of your own",
             OtherPrompts,
-            stacklevel=3,
         )
     return made
 

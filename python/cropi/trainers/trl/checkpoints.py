@@ -35,7 +35,6 @@ def newest_whole(folder: str | Path, last: str) -> Path | None:
                 warn(
                     f"{passed[0]} was not written to its end ({last} is missing or damaged): going on from "
                     f"{steps[step].name}",
-                    stacklevel=3,
                 )
             return steps[step]
         passed.append(steps[step])

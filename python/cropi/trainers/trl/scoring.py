@@ -224,6 +224,12 @@ def last_scored(folder: Path, before: int) -> Path | None:
     return next((stage for stage in made if is_file(stage / PLAN)), None)
 
 
+def forget_plan(folder: Path) -> None:
+    """Of a stage that keeps its prompts: an attempt before a resume may have left a plan, and the next stage would look
+    for its sketches."""
+    (folder / PLAN).unlink(missing_ok=True)
+
+
 def forget_sketches(folder: Path, wanted: Iterable[int], before: int) -> None:
     """Remove the sketches that stages before one have kept for those after them, but what its successor needs, and
     those of the ``wanted`` ones."""

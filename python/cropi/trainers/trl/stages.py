@@ -52,6 +52,7 @@ from cropi.trainers.trl.scoring import (
     Chosen,
     choose_prompts,
     folder_of,
+    forget_plan,
     forget_sketches,
     own_randomness,
     setup_of,
@@ -90,6 +91,7 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stages.check_fresh()
+        self.stages.tell_what_is_seen()
         self.stages.go_on()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -160,13 +162,6 @@ class Stages(Recorder):
                 logger.warning("%s", words)
         if options.live is None:
             check_space(trainer, options, scans, self.folder, len(ids))
-            seen = recorded_first(trainer, options, len(ids))
-            if options.train is None and seen < len(ids):
-                logger.warning(
-                    "train is None, so stages choose among the prompts that the first one records: %d of the %d of "
-                    "train_dataset, and never the others; make stage_steps larger, or give trajectories of all of them "
-                    "as train (cropi.trainers.trl.collect makes them)", seen, len(ids),
-                )  # fmt: skip
         else:
             features = (
                 features_of(trainer.train_dataset, trainer.processing_class) if options.live.alike else None
@@ -260,6 +255,19 @@ class Stages(Recorder):
                 self.step, every - done % every, every,
             )  # fmt: skip
 
+    def tell_what_is_seen(self) -> None:
+        """Warn of prompts that the first stage will not record, where later ones choose among those that it does. In a
+        run that was resumed nothing can be done about it."""
+        if self._resumed or self.live is not None or self.options.train is not None:
+            return
+        seen = recorded_first(self.trainer, self.options, len(self.ids))
+        if seen < len(self.ids) and self.ranks.first:
+            logger.warning(
+                "train is None, so stages choose among the prompts that the first one records: %d of the %d of "
+                "train_dataset, and never the others; make stage_steps larger, or give trajectories of all of them "
+                "as train (cropi.trainers.trl.collect makes them)", seen, len(self.ids),
+            )  # fmt: skip
+
     # ------------------------------------------------------------------------------------------ stages
     def begin_stage(self, stage: int) -> None:
         """Choose the prompts of a stage, unless a checkpoint has brought them; the next batch is the stage's."""
@@ -314,7 +322,7 @@ class Stages(Recorder):
             self._check_recorded(stage)
             valid, used = self._valid(stage, folder)
             if valid is None:
-                return Chosen(self._chosen or [], {"kept": True})
+                return self._kept(folder)
             return choose_prompts(
                 self.model, self.trainer._tokenizer, used, stage=stage,
                 # In stage 0 too small a fraction raises an error; later, an error would lose work.
@@ -325,13 +333,20 @@ class Stages(Recorder):
             )  # fmt: skip
         except NothingToFollow as error:
             logger.warning("stage %d: %s; %s", stage, error, KEPT_PROMPTS)
-            return Chosen(self._chosen or [], {"kept": True})
+            return self._kept(folder)
         except NothingToSelect as error:
             scored = not isinstance(error, NothingScored)
             if options.on_nothing == "error" or (options.on_nothing == "auto" and scored):
                 raise
             logger.warning("%s; %s", error, KEPT_PROMPTS)
-            return None if self._chosen is None else Chosen(self._chosen, {"kept": True})
+            kept = self._kept(folder)
+            return None if self._chosen is None else kept
+
+    def _kept(self, folder: Path) -> Chosen:
+        """The prompts of the stage before, for one that was not scored."""
+        if self.ranks.first:
+            forget_plan(folder)
+        return Chosen(self._chosen or [], {"kept": True})
 
     def seconds(self) -> float:
         """Seconds of a stage's steps, by the steps since the last selection, or since this run went on; before there
