@@ -186,7 +186,7 @@ format: $(STAMPS)/deps
 COMPARE ?=
 bench: build
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
-	  --benchmark-save=$$(git rev-parse --short HEAD) $(if $(COMPARE),--benchmark-compare='*_$(COMPARE)') $(ARGS)
+	  --benchmark-save=$$(git rev-parse --short HEAD 2>/dev/null || echo unnamed) $(if $(COMPARE),--benchmark-compare='*_$(COMPARE)') $(ARGS)
 
 BENCHES ?= bench_project bench_sklearn cost fidelity
 tables: build model

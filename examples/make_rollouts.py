@@ -24,6 +24,7 @@ from rollout_tasks import Family
 from tqdm import tqdm
 
 from cropi import Policy
+from cropi.atomic import write_atomic
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Request
 from cropi.rollouts.hf import HfEngine
@@ -187,11 +188,13 @@ def _read_raw(path: Path, seed: int, model: str) -> dict[str, Record]:
         "examples": {f.name: f.example[0] for f in FAMILIES},
     }
     header = json.dumps(settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(header + "\n")
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
+    if whole != text or not whole:
+        write_atomic(path, whole or header + "\n")
+    if not whole:
         return {}
-    first, *lines = path.read_text().splitlines()
+    first, *lines = whole.splitlines()
     if first != header:
         raise SystemExit(f"{path} was made with other settings; remove it or give another --raw")
     return {record["id"]: record for record in map(json.loads, lines)}

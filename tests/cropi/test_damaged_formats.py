@@ -56,7 +56,8 @@ def test_a_saved_data_set_that_was_cut_is_damaged(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     for reader in (read, read_dataset):
         with pytest.raises(
-            CropiError, match=f"arrow stream file .* after row {len(records())} .its end is missing"
+            CropiError,
+            match=f"arrow stream file .* after row {len(records())} .its end is missing, as where",
         ):
             list(reader(tmp_path / "d"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -95,3 +96,16 @@ def test_groups_are_short_and_files_small(train: list[Record], valid: list[Recor
 def test_files_carry_no_time_stamp() -> None:
     for path in DATA.glob("*.jsonl.gz"):
         assert path.read_bytes()[4:8] == bytes(4), f"{path.name}: write it with mtime=0"
+
+
+@pytest.mark.long
+def test_raw_rollouts_whose_last_line_was_cut_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    read = importlib.import_module("make_rollouts")._read_raw
+    raw = tmp_path / "raw.jsonl"
+    assert read(raw, 0, "m") == {}
+    header = raw.read_text()
+    raw.write_text(header + '{"id": "a"}\n{"id": "b", "resp')
+    assert read(raw, 0, "m") == {"a": {"id": "a"}} and raw.read_text() == header + '{"id": "a"}\n'
+    raw.write_text(header[:9])
+    assert read(raw, 0, "m") == {} and raw.read_text() == header

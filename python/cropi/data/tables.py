@@ -266,7 +266,7 @@ def _stream(source: Any) -> Iterator[Any]:
         read = source.tell()
         yield batch
     if source.tell() == read:
-        raise EOFError("its end is missing")
+        raise EOFError("its end is missing, as where its writer was not closed")
     if behind := source.size() - source.tell():
         raise EOFError(f"{behind} bytes stand behind its end")
 
