@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.versions import checkpoint_layers
+from support.versions import checkpoint_layers, keep_layers
 
 from cropi_kernels import GradientSketcher, PolicyGradient, SketchSpec, frozen
 
@@ -114,6 +114,7 @@ def test_equal_bits_for_every_thread_count(model: Any, threads: None) -> None:
     assert all(torch.equal(s, seen[0]) for s in seen)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_are_left_to_torch(
     model: Any, monkeypatch: pytest.MonkeyPatch, reentrant: bool
@@ -126,7 +127,7 @@ def test_checkpointed_layers_are_left_to_torch(
         assert torch.equal(sketches(model, linears="onednn"), want) and not seen
     finally:
         model.eval()
-        model.gradient_checkpointing_disable()
+        keep_layers(model)
 
 
 @pytest.mark.parametrize("through", ["in place", "data"])

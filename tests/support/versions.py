@@ -30,6 +30,12 @@ def checkpoint_layers(model: Any, options: dict[str, Any] | None = None) -> None
     method(options)
 
 
+def keep_layers(model: Any) -> None:
+    """Turn checkpointing off again: the old name is deprecated in transformers 5.24, and gone in 6."""
+    method = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    method()
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
 
