@@ -314,3 +314,24 @@ def test_two_ways_to_share_a_job_are_one_too_many(monkeypatch: pytest.MonkeyPatc
     assert "--ray auto and --shard are two ways to share one job" in capsys.readouterr().err
     assert main([*words, "--workers", "2"]) == 2
     assert "--workers 2 is for --ray ADDRESS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "words"),
+    [
+        ("local", Exception("timed out"), r"could be started here \(timed out\); try once more"),
+        ("h:1", ConnectionError("refused"), r"at 'h:1' \(refused\); start one, or give local"),
+    ],
+)
+def test_a_cluster_that_does_not_come_up_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, error: Exception, words: str
+) -> None:
+    """Ray raises a bare Exception where the node that it starts is too slow: it ended in a traceback."""
+
+    def init(**options: Any) -> None:
+        raise error
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setattr(on_ray, "optional", lambda name: ray)
+    with pytest.raises(CropiError, match=words):
+        on_ray.sketch(lambda: make(tmp_path, "out"), tmp_path / "out", address=address)

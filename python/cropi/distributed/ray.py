@@ -71,10 +71,12 @@ def sketch(
     if own:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise CropiError(
-                f"there is no Ray cluster at {address!r} ({error}); start one, or give local"
-            ) from error
+        except Exception as error:  # a bare one where a cluster that is started here does not come up in time
+            if address == "local":
+                text = f"no Ray cluster could be started here ({error}); try once more, or sketch without Ray"
+            else:
+                text = f"there is no Ray cluster at {address!r} ({error}); start one, or give local"
+            raise CropiError(text) from error
     driver = _Driver(ray, make, Path(out).absolute(), _wanted(ray, device), progress, on_chunk)
     try:
         return driver.run(workers)
