@@ -24,7 +24,7 @@ VIRTUAL: dict[str, Any] = dict(num_virtual_tokens=3, task_type="CAUSAL_LM")
 RANK = dict(r=4, **TARGETS)
 SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        """LORA ADAMSS DEFT DELORA GLORA HIRA HRA LILY LOHA LOKR MISS PEANUT PSOFT RANDLORA SUPERTUNING TINYLORA
+        """LORA ADAMSS BONE DEFT DELORA GLORA HIRA HRA LILY LOHA LOKR MISS PEANUT PSOFT RANDLORA SUPERTUNING TINYLORA
         UNILORA""".split(),
         RANK,
     ),
