@@ -156,6 +156,10 @@ def test_same_job_is_continued_and_notes_may_differ(tmp_path: Path) -> None:
             store.add(RowInfo("new"), vector(9))
         with pytest.raises(CropiError, match=r"shape \[64\] is expected, got \[3\]"):
             store.add(RowInfo("short"), torch.zeros(3))
+        # Taken, it kept the rows beside it from being written.
+        for row in (RowInfo("b\ud83d"), RowInfo("b", set="\udfff"), RowInfo("b", task="x\ud800")):
+            with pytest.raises(CropiError, match="has half of a surrogate pair"):
+                store.add(row, vector(1))
     assert len(SketchStore.open(tmp_path / "s")) == 6
 
 

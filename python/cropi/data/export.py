@@ -29,6 +29,7 @@ from cropi.data.tables import check_saved, is_saved
 from cropi.data.trainer_rows import FILES, check_text, trainer_row
 from cropi.errors import CropiError, article, optional, shown
 from cropi.files import meant, reading
+from cropi.form import is_writable
 from cropi.sealed import check_sums, summed
 
 FORMATS = ("jsonl", "parquet", "ids", "indices", "weights", "save_to_disk", *FILES)
@@ -109,7 +110,7 @@ def _export(
             # Read again, the first would be JSON; where the file begins, the second is a mark of its encoding.
             if name[0] == "{" or name[0] == "\ufeff" and not place:
                 raise CropiError(f"format ids: the prompt id {name!r} begins with {name[0]!r}; use jsonl")
-            if any("\ud800" <= mark <= "\udfff" for mark in name):
+            if not is_writable(name):
                 raise CropiError(
                     f"format ids: the prompt id {name!r} has half of a surrogate pair, which is not a character: no "
                     "file takes it; give the prompt another id"

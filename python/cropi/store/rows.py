@@ -10,7 +10,7 @@ from json.encoder import encode_basestring
 from math import isfinite
 from typing import Any, Literal
 
-from cropi.errors import shown
+from cropi.errors import CropiError, shown
 from cropi.form import is_writable
 
 # With these three as its type, msgspec makes one string of a status, not one for every row.
@@ -44,6 +44,21 @@ class RowInfo:
     norm: float = 0.0
     row: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def check_characters(row: RowInfo) -> None:
+    """Check that a row's names can be written; the shard that they are in could not be, with all of its other rows.
+
+    Raises:
+        CropiError: one holds half of a surrogate pair.
+    """
+    for field_ in ("id", "set", "task"):
+        name = getattr(row, field_)
+        if isinstance(name, str) and not name.isascii() and not is_writable(name):
+            raise CropiError(
+                f"the {field_} {shown(name)} has half of a surrogate pair, which is not a character: no file takes it; "
+                "give another"
+            )
 
 
 def placed(row: RowInfo, place: int | None) -> RowInfo:

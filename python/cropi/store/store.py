@@ -34,7 +34,7 @@ from cropi.store.manifest import (
     new_manifest,
     read_manifest,
 )
-from cropi.store.rows import RowInfo, placed
+from cropi.store.rows import RowInfo, check_characters, placed
 from cropi.store.shards import Shard, shard_number, write_shard
 from cropi.store.shares import joined_share
 from cropi.store.stored import StoredSketches
@@ -213,10 +213,11 @@ class SketchStore(StoredSketches):
             The ids made safe by this call (empty unless a shard became full).
 
         Raises:
-            CropiError: the id is already there, or the disk is full.
+            CropiError: the id is already there, a name of the row's cannot be written, or the disk is full.
         """
         if row.id in self._rows or row.id in self._pending:
             raise CropiError(f"the store {self.path} already has the prompt {row.id!r}")
+        check_characters(row)
         kept = None
         if sketch is not None:
             if tuple(sketch.shape) != (self.dim,):
