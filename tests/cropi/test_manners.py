@@ -221,6 +221,10 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     capsys.readouterr()
     assert main([*words, "--out", str(work / "some"), "--dry-run"]) == 0
     assert "(5 more are stored already)" in capsys.readouterr().out
+    # A store that the run will refuse is refused now: its prompts were counted as stored already.
+    other = write_lines(work / "other.jsonl", make_records(20, seed=3))
+    assert main([*words, "--trajectories", str(other), "--out", str(work / "some"), "--dry-run"]) == 2
+    assert f"or remove the folder {work / 'some'}, to sketch" in " ".join(capsys.readouterr().err.split())
     bad = write_lines(work / "bad.jsonl", [{**make_records(1)[0], "rewards": [1.0]}])
     assert main([*job(work, "dry"), "--train", str(bad), "--dry-run"]) == 2  # everything is checked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,14 +16,16 @@ if TYPE_CHECKING:
 
     from cropi.data.readers import PromptGroups
     from cropi.data.records import PromptGroup
+    from cropi.gradient.kept import KeptTokens
     from cropi.gradient.tokenize import Tokenize
     from cropi.model.policy import Policy
     from cropi.sketching.job import SketchJob
 
     Planned = tuple[str, PromptGroups, SketchJob, str | Path | None]  # name, prompts, job and store of a part
 
-# Enough for a rate, few enough for seconds.
-TRIED = 6
+# Prompts that are tried for a rate: so many at least, and until two batches are full (six prompts of a few tokens said
+# a quarter of the rate of a job of full batches), but not more than seconds take.
+TRIED, MOST = 6, 64
 
 
 @dataclass
@@ -51,6 +54,9 @@ def costs(policy: Policy, parts: Sequence[Planned]) -> dict[str, Cost]:
         policy: its weights are loaded.
         parts: what is sketched.
     """
+    from cropi.data.scan import LossyTokens, Scan, warn_lossy
+    from cropi.model.placing import tokens_at_once
+    from cropi.progress import bar_of
     from cropi.sketching.interrupt import Interrupted
     from cropi.sketching.job import make_tokenize
     from cropi.sketching.run import sketch
@@ -60,23 +66,33 @@ def costs(policy: Policy, parts: Sequence[Planned]) -> dict[str, Cost]:
     rate = 0.0
     for name, groups, job, out in parts:
         tokens = make_tokenize(policy, job)
-        stored = _stored(out)
+        scan = groups.scan if isinstance(groups.scan, Scan) else None
+        if scan is not None:
+            warn_lossy(scan, groups.names, job.eos)
+        stored = _stored(out, groups, job)
         cost = by_part[name] = Cost(stored=len(stored))
         few: list[PromptGroup] = []
         sizes: list[int] = []
-        for group, length in _sizes(islice(groups.each(), job.limit), tokens, job.skip_bad):
-            if group.id in stored:
-                continue
-            cost.prompts += 1
-            cost.tokens += length
-            if len(few) < TRIED:
-                few.append(group)
-                sizes.append(length)
+        full = 2 * tokens_at_once(policy, job.tokens_per_batch)
+        kept = None if scan is None else scan.texts_kept
+        # Of many texts that are not kept this takes minutes, as reading does.
+        with bar_of(None, f"counting {name}", policy.progress, leave=False, delay=2.0) as bar:
+            for group, length in _sizes(islice(groups.each(), job.limit), tokens, kept, job.skip_bad):
+                bar.update(1)
+                if group.id in stored:
+                    continue
+                cost.prompts += 1
+                cost.tokens += length
+                if len(few) < TRIED or (sum(sizes) < full and len(few) < MOST):
+                    few.append(group)
+                    sizes.append(length)
         if few and not rate:
             tried = replace(
                 job, trajectories=few, out=None, limit=None, shard=None, columns=None, behaviour_check="off"
             )
-            summary = sketch(policy, tried, progress=False)
+            with warnings.catch_warnings():  # of the few: their files have been named
+                warnings.simplefilter("ignore", LossyTokens)
+                summary = sketch(policy, tried, progress=False)
             if summary.interrupted:
                 raise Interrupted(None, summary)
             rate = sum(sizes) / max(summary.wall, 1e-9)
@@ -86,7 +102,7 @@ def costs(policy: Policy, parts: Sequence[Planned]) -> dict[str, Cost]:
 
 
 def _sizes(
-    groups: Iterable[PromptGroup], tokens: Tokenize, skip_bad: bool
+    groups: Iterable[PromptGroup], tokens: Tokenize, kept: KeptTokens | None, skip_bad: bool
 ) -> Iterator[tuple[PromptGroup, int]]:
     """Prompts with a gradient, and how many tokens they and their responses have."""
     from cropi.errors import RecordError
@@ -98,7 +114,9 @@ def _sizes(
         prompt, responses = group.lengths
         if prompt is None or responses is None:
             try:
-                made = tokens(group)
+                # The pass that checked the texts has tokenised them.
+                made = None if kept is None else kept.get(group, tokens)
+                made = tokens(group) if made is None else made
             except TooLong:
                 continue
             except RecordError:
@@ -109,16 +127,27 @@ def _sizes(
         yield group, prompt + sum(responses)
 
 
-def _stored(out: str | Path | None) -> set[str]:
-    """The ids of the prompts that a store holds; none where there is no store."""
+def _stored(out: str | Path | None, groups: PromptGroups, job: SketchJob) -> set[str]:
+    """The ids of the prompts that a store holds; none where there is no store.
+
+    Raises:
+        CropiError: the run would refuse the store: it was made of other files, or by another sketch, stage or dtype.
+    """
     from pathlib import Path
 
+    from cropi.data.scan import Scan
     from cropi.files import is_file
-    from cropi.store.manifest import MANIFEST
+    from cropi.store.differences import check_same_job
+    from cropi.store.manifest import MANIFEST, read_manifest
     from cropi.store.store import SketchStore
 
     if out is None or not is_file(Path(out) / MANIFEST):
         return set()
+    wanted = {"spec": job.spec.to_dict(), "stage": job.stage, "dtype": job.store_dtype}
+    if isinstance(groups.scan, Scan):
+        wanted["trajectories"] = groups.scan.fingerprint
+    made = read_manifest(Path(out))
+    check_same_job(Path(out), {name: made.get(name) for name in wanted}, wanted)
     return {row.id for row in SketchStore.open(out).rows()}
 
 

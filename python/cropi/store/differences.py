@@ -156,6 +156,8 @@ def check_same_job(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any
         same = "the same settings"
         if differs.field == "trajectories":
             same = "the same files (new prompts go into a store of their own: `cropi influence --train A B` reads both)"
+            # A run's other stores stay valid: of a changed validation file, another --out would sketch the pool again.
+            same += f", or remove the folder {path}, to sketch these files' prompts again and nothing else"
         raise CropiError(
             f"the store {path} was made with {differs.field} = {made_with}, but this run has {runs_with}; give another "
             f"--out, or run with {same}"
