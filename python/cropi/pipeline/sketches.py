@@ -106,7 +106,8 @@ def sketch_parts(
         if part.scan.prompts:
             say(f"== {part.groups.names}")
             summary = sketch_part(policy, part, job, store_at(part.name), progress=progress, by=by)
-            say(summary.text())
+            # The model is the same for all parts, and the validation sets come first.
+            say(summary.text(coverage=part is parts[0] and part.set is not None))
             on_summary(summary)
             if summary.store is not None:
                 stores[part.name] = summary.store

@@ -75,12 +75,12 @@ class Summary:
             "clipped": self.health.clipped if self.health.tokens else None, "interrupted": self.interrupted,
         }  # fmt: skip
 
-    def text(self) -> str:
-        """A few lines for the terminal."""
-        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none"
+    def text(self, coverage: bool = True) -> str:
+        """A few lines for the terminal; ``coverage``: with what was sketched of the model."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+        skipped = f"{sum(self.skipped.values())} skipped" + (f" ({reasons})" if reasons else "")
         lines = [
-            f"prompts       {self.read} read, {self.sketched} sketched, {sum(self.skipped.values())} skipped "
-            f"({skipped}), {len(self.failed)} failed"
+            f"prompts       {self.read} read, {self.sketched} sketched, {skipped}, {len(self.failed)} failed"
             + (f", {self.resumed} from before" if self.resumed else ""),
         ]
         lines += [f"  failed      {name}: {reason}" for name, reason in self.failed[:10]]
@@ -104,7 +104,7 @@ class Summary:
         elif self.behaviour:
             lines.append(f"behaviour     {self.behaviour} (ratio 1)")
         lines.append(f"peak memory   {self.peak_gib:.2f} GiB")
-        if self.coverage:
+        if coverage and self.coverage:
             lines.append(f"parameters    {self.coverage}")
         return "\n".join(lines)
 
