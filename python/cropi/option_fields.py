@@ -157,13 +157,13 @@ def one_of(made: T | None, given: Mapping[str, Any], cls: type[T]) -> T:
     return made
 
 
-def split(given: Mapping[str, Any], *classes: type[Any]) -> list[Any]:
-    """Instances of some option classes from one mapping of names to values.
+def split(given: Mapping[str, Any], *classes: type[Any], also: Sequence[str] = ()) -> list[Any]:
+    """Instances of some option classes from one mapping of names to values; ``also``: names that the caller takes.
 
     Raises:
         CropiError: a name that none of them has.
     """
-    known = names_of(*classes)
+    known = [*names_of(*classes), *also]
     for name in given:
         if name not in known:
             raise CropiError(

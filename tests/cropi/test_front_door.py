@@ -176,7 +176,7 @@ def test_one_training_prompt_is_enough() -> None:
 
 # --------------------------------------------------------------------------------------------- the module
 def test_public_names_are_there_and_importing_them_is_lazy() -> None:
-    assert sorted(cropi.__all__) == cropi.__all__ and set(cropi.__all__) <= set(dir(cropi))
+    assert sorted(cropi.__all__) == cropi.__all__ and {*cropi.__all__, "options"} <= set(dir(cropi))
     assert "\n        verify: False: leave out the self-test" in str(cropi.options.Sketching.__doc__)
     for name in cropi.__all__:
         assert getattr(cropi, name) is not None

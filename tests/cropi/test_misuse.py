@@ -105,6 +105,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "score: sets by number": (lambda: cropi.score(model(), TRAIN, {1: VALID}), r"valid has the keys \[1\]: give"),
     "score: an empty set": (lambda: cropi.score(model(), TRAIN, {"x": []}), "valid is empty"),
     "score: an option": (lambda: cropi.score(model(), TRAIN, VALID, dims=3), "'dims' is not an option.*'dim'"),
+    "score: a share, misspelt": (lambda: cropi.score(model(), TRAIN, VALID, fractoin=0.2), "mean 'fraction'"),
     "score: an option of select": (lambda: cropi.score(model(), TRAIN, VALID, dedup=0.9), "'dedup' is not an option"),
     "score: fraction": (lambda: cropi.score(model(), TRAIN, VALID, fraction=1.5), "fraction must be"),
     "score: metric": (lambda: cropi.score(model(), TRAIN, VALID, metric="cos"), "metric must be one of cosine, dot"),
