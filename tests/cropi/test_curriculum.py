@@ -79,8 +79,7 @@ def test_two_stages_with_a_real_trainer(
         assert 0 < row["select_share"] < 1 and row["seconds"]["train"] > 0
     text = (out / "report.md").read_text()
     assert text.count("\n| 0 |") == text.count("\n| 1 |") == 1 and "score on x" in text
-    log = (out / "stage-01" / "train.log").read_text()
-    assert [line for line in log.splitlines() if line.startswith("step 4/4: ")]
+    assert "\nstep 4/4: " in (log := out / "stage-01" / "train.log").read_text()
     from transformers import AutoModelForCausalLM
 
     weights = [AutoModelForCausalLM.from_pretrained(path).lm_head.weight for path in
@@ -88,6 +87,7 @@ def test_two_stages_with_a_real_trainer(
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     shown = capsys.readouterr().out
     assert "stage 1       select: 8 of 40 prompts" in shown and "report.md" in shown
+    assert f"stage 1       train ... (its output: {log})\n" in shown
     assert shown.splitlines()[-1] in (out / "log.txt").read_text()
 
 

@@ -79,7 +79,9 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> State:
                     continue
                 if state.result(number, name):
                     continue
-                note(f"stage {number}       {name} ...")
+                # A command may run for hours, and prints nothing here.
+                output = stage.log(name)
+                note(f"stage {number}       {name} ...{f' (its output: {output})' if output else ''}")
                 result = state.do(number, name, lambda work=work, stage=stage: work(stage))
                 note(f"stage {number}       {line(result)}")
                 write_report(plan, state)

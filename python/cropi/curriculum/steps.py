@@ -84,6 +84,11 @@ class Stage:
         self.checkpoints[model] = now
         return policy
 
+    def log(self, step: str) -> Path | None:
+        """Where the output of a step's command goes; None: the step is no command."""
+        commands = {"rollouts": self.plan.rollouts, "train": self.plan.trainer}
+        return None if commands.get(step) in (None, IN_PROCESS) else self.folder / f"{step}.log"
+
     @property
     def folder(self) -> Path:
         """Where this stage's files are."""
