@@ -90,7 +90,7 @@ def finish_tile(
     tl.store(rests + at, rest, mask=there)
     if BY_ROW and not AGAIN:
         if tl.max(tl.where(there, rest, 0.0), 0) > FAR:
-            tl.store(far + t.to(tl.int64) * tl.cdiv(n_tokens, TOKENS) + i, 1)
+            tl.store(far + t.to(tl.int64) * tl.cdiv(n_tokens, TOKENS) + i, t + 1)
     return p
 
 
@@ -153,7 +153,7 @@ def tiles_kernel(
     rests,
     weighted,
     e,  # [n_tokens, vocabulary], rows stride apart
-    far,  # int32 [tiles of words, tiles of tokens], 0: becomes 1 where a sum is beyond FAR
+    far,  # int32 [tiles of words, tiles of tokens], 0: where a sum is beyond FAR, it becomes the words' tile and 1
     n_tokens,
     vocabulary,
     features,
@@ -210,10 +210,12 @@ def again_kernel(
     lane = start + tl.arange(0, FLAGS)
     if tl.max(tl.load(marks + lane, mask=lane < across, other=0), 0) > 0:
         for i in range(start, tl.minimum(start + FLAGS, across)):
-            if tl.load(marks + i) > 0:
+            # Which words: as the program's number, they would be held in 64 registers over the loop by Triton 3.9.
+            mark = tl.load(marks + i)
+            if mark > 0:
                 _tile(
-                    i, t, hidden, head, bias, target, own, anchors, rests, weighted, e, far, n_tokens, vocabulary,
-                    features, stride, scale, LIFT, True, True, BIAS, ENTROPY, KEEP, TOKENS, WORDS, FEATURES,
+                    i, mark - 1, hidden, head, bias, target, own, anchors, rests, weighted, e, far, n_tokens,
+                    vocabulary, features, stride, scale, LIFT, True, True, BIAS, ENTROPY, KEEP, TOKENS, WORDS, FEATURES,
                 )  # fmt: skip
 
 

@@ -87,21 +87,27 @@ def rms_backward_kernel(
         g_rows, v_rows = load_rows(dy, stride_dy, t, i, live), load_rows(x, stride_x, t, i, live)
         r_rows = tl.load(scale + t, mask=t < t1, other=0.0)
         for _ in range(0, tl.cdiv((t1 - t0).to(tl.int32), BT)):
-            g, v, r, mask, row = g_rows.to(tl.float32), v_rows.to(tl.float32), r_rows[:, None], live, t
+            g, v, r = g_rows.to(tl.float32), v_rows.to(tl.float32), r_rows[:, None]
             if AHEAD:  # as in `norm_kernel`
-                t += BT
-                live = (t < t1)[:, None] & inside[None, :]
-                g_rows, v_rows = load_rows(dy, stride_dy, t, i, live), load_rows(x, stride_x, t, i, live)
-                r_rows = tl.load(scale + t, mask=t < t1, other=0.0)
+                later = t + BT
+                live = (later < t1)[:, None] & inside[None, :]
+                g_rows, v_rows = (
+                    load_rows(dy, stride_dy, later, i, live),
+                    load_rows(x, stride_x, later, i, live),
+                )
+                r_rows = tl.load(scale + later, mask=later < t1, other=0.0)
             v = v * r
             if SUMS:
                 sums += tl.sum(g * v, 0)
             g = g * w[None, :]
             products = g * v
+            # Made again, and not kept since the row was loaded: a row of 8192 numbers leaves no register.
+            mask = (t < t1)[:, None] & inside[None, :]
             if BN <= 128:  # as in `rms_kernel`
                 products = tl.where(mask, products, 0.0)
             d = r * (g - v * (tl.sum(products, 1) / n)[:, None])
-            tl.store(dx + row[:, None] * n + i[None, :], d.to(dx.dtype.element_ty), mask=mask)
+            tl.store(dx + t[:, None] * n + i[None, :], d.to(dx.dtype.element_ty), mask=mask)
+            t += BT
         if SUMS:
             target = tl.where(slot < 0, out + segment * n, partial + sums_at + slot * n)
             tl.store(target + i, sums, mask=inside)
