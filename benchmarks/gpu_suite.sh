@@ -5,14 +5,14 @@
 #
 # A second call goes on where the first one ended: its parts that are done are not run again, and the rows of one that
 # was stopped are kept. The machine may be another one, if the archive is brought along. What no GPU has run yet comes
-# first; it alone, in some three minutes: GPU_SUITE_PARTS="build new counters warm new_times".
+# first; it alone, in some three minutes: GPU_SUITE_PARTS="build new warm variants counters".
 #
 #   PYTHON=python3          an interpreter with a CUDA build of torch, triton, transformers, pybind11
 #   GPU_SUITE_OUT=folder    for raw rows and logs (default: build/gpu_suite)
 #   GPU_SUITE_KEEP=folder   gets gpu_suite.tgz after every part, gpu.md at the end (default: benchmarks/results)
 #   GPU_SUITE_FROM=file     the gpu_suite.tgz of an earlier call
-#   GPU_SUITE_PARTS="..."   these parts alone, done or not: build warm new new_times first sketch passes model logprob correctness; jobs model_7b model_moe cuda variants
-#                           counters project_correctness project sanitizer_memcheck sanitizer_racecheck
+#   GPU_SUITE_PARTS="..."   these parts alone, done or not: build warm new variants counters first passes correctness sketch model; logprob new_times jobs model_7b
+#                           model_moe cuda project_correctness project sanitizer_memcheck sanitizer_racecheck
 #   GPU_SUITE_SECONDS=540   of the whole call
 #   GPU_SUITE_COMMIT=sha    where the tree is no git checkout
 #   CUDACXX=nvcc            the compiler of the CUDA kernels; without one, `project` is measured in Triton alone

@@ -1,5 +1,6 @@
 """What is new, before everything else: whether it is right; with ``times``, how long it takes, beside what was
-calculated for an H100. Slabs and experts have run on no GPU yet; the other rows were right on an H200.
+calculated for an H100. Slabs, experts, far log-probs and norms have run on no GPU in this form yet; the other rows were
+right on an H200.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "36 pairs a group": {"MOST_PAIRS": 36},
     "36 pairs a group, tiles of D that stay": {"HELD_FROM": 1, "MOST_PAIRS": 36},
 }
+FAR = (300, 1003, 256)  # tokens, words, features
 EXPERTS = ("odd rows", "experts of a real layer")
-NARROW = (1, 3, 18, 32, 64, 128)  # features of norms
+NORMED = (8192, 1, 3, 18, 32, 64, 128)  # features of norms
 TOKENS, EPS = 700, 1e-6
 WIDE = 5_000_001  # features of a bias; a launch's second axis ends at 65535 blocks of 64
 LENGTHS = (77, 1000)  # of rows with a mask
@@ -55,8 +57,9 @@ ROW, SHARING = 4096, 7  # tokens of a row in which so many responses share a pro
 
 
 # ------------------------------------------------------------------------------------------------ kernels
-def narrow(n: int) -> dict[str, Any]:
-    """Norms of rows that are narrower than a warp, or that a program takes all at once: forward, backward, sums."""
+def normed(n: int) -> dict[str, Any]:
+    """Norms of the widest rows, of rows that are narrower than a warp, or that a program takes all at once: forward,
+    backward, sums."""
     offsets, worst = torch.tensor([0, 1, 34, 34, TOKENS]), {"forward": 0.0, "backward": 0.0, "sums": 0.0}
     right = True
     for dtype in correctness.DTYPES.values():
@@ -316,12 +319,14 @@ def main() -> None:
         )
     for case in EXPERTS:
         results.attempt(f"experts: {case}", lambda c=case: correctness.grouped(c, torch.bfloat16))
+    # Tiles that are done again take their words from the mark.
+    results.attempt("log-probs by turns, far", lambda: correctness.by_turns(*FAR, torch.bfloat16, 48.0))
     for length in TILES:
         results.attempt(f"low scores of {length} tokens", lambda n=length: low_scores(n))
     for length in LENGTHS:
         results.attempt(f"masks of {length} tokens", lambda n=length: masks(n))
-    for n in NARROW:
-        results.attempt(f"norms of {n}", lambda n=n: narrow(n))
+    for n in NORMED:
+        results.attempt(f"norms of {n}", lambda n=n: normed(n))
     results.attempt("a bias of millions", wide_bias)
     results.attempt("streams", streams)
     for given in JOBS:  # last: they compile most

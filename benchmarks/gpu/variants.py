@@ -221,12 +221,11 @@ class Head:
 def main() -> None:
     results = common.Results("variants")
     gate, folded, whole, head = Slab(64), Slab(128), Slab(None), Head()
-    todo: list[tuple[str, Callable[[], Row]]] = []
+    todo = larger_groups()  # the only rows that no GPU has run
     for width, made in (64, gate), (128, folded), (256, Slab(256)):
         for pairs, us in ((24, 112), (12, 114), (6, 120), (3, 130)):
             run = lambda n=pairs, p=us, s=made: s.time(p, group_pairs=lambda cols, pairs: n)  # noqa: E731
             todo.append((f"slab w={width}: {pairs} pairs a group", run))
-    todo += larger_groups()
     for tokens, us in ((512, 112), (256, 116), (1024, 118)):
         todo.append((f"slab w=64: chunks of {tokens}", lambda n=tokens, p=us: gate.time(p, CHUNK_TOKENS=n)))
     for stages, us in ((4, 112), (3, 118), (5, 110)):

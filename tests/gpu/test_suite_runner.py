@@ -57,8 +57,10 @@ def test_what_a_call_plans_fits_its_budget(runner: Any, suite: Any) -> None:
             if part in runner.MEASURED:
                 suite.set_state(part.name, "done in 3 s")
     first = [p.name for p in calls[0]]
-    assert first[:5] == ["build", "new", "warm", "new_times", "first"], "what no GPU has run comes first"
-    assert "model" in first and "logprob" in first
+    assert first[:6] == ["build", "new", "warm", "variants", "counters", "first"], (
+        "what no GPU has run comes first"
+    )
+    assert {"passes", "correctness", "sketch", "model"} <= set(first)
     assert {p for call in calls for p in call} >= set(runner.MEASURED), "three calls are everything"
     for call in calls:
         assert call[0].name == "build" and len(set(call)) == len(call)
@@ -68,7 +70,7 @@ def test_what_a_call_plans_fits_its_budget(runner: Any, suite: Any) -> None:
 
 
 def test_what_failed_comes_after_what_has_no_result(suite: Any, runner: Any) -> None:
-    for name in ("new", "new_times"):
+    for name in ("new", "variants", "counters", "passes", "correctness"):
         suite.set_state(name, "done in 1 s")
     suite.set_state("first", "failed in 30 s")
     suite.set_state("sketch", "stopped at its limit in 90 s")
