@@ -36,7 +36,7 @@ def _literal(bits: int, kind: str) -> Array:
 
 def _extended(values: Array, kind: np.dtype[Any]) -> Array:
     """The bits of numbers for a register: those of a narrower integer with a sign are extended by it."""
-    if kind.kind == "b":
+    if values.dtype == kind or kind.kind == "b":
         return values
     if values.dtype.kind == "i" and values.dtype.itemsize < kind.itemsize:
         values = values.astype(f"i{kind.itemsize}")
@@ -98,6 +98,7 @@ class Lanes:
         self.blocked = np.zeros(lanes, np.bool_)  # until a phase of an mbarrier ends
         self.mask = np.ones(lanes, np.bool_)  # of the instruction that is being run
         self.count = lanes  # in the mask
+        self.warps = np.arange(lanes).reshape(-1, 32)
 
     # ------------------------------------------------------------------------------------------------ control
     def run(self) -> None:
@@ -183,20 +184,23 @@ class Lanes:
 
     def whole_warps(self) -> Array:
         """[warps, 32] lanes of the warps that take part."""
+        if self.count == len(self.at):
+            return self.warps
         per_warp = self.mask.reshape(-1, 32)
         if (per_warp.any(1) != per_warp.all(1)).any():
             raise Divergent("only a part of a warp")
-        return np.arange(len(self.at)).reshape(-1, 32)[per_warp.all(1)]
+        return self.warps[per_warp.all(1)]
 
     # ------------------------------------------------------------------------------------------------ operands
     def value(self, operand: Operand, kind: str) -> Array:
         """An operand as numbers: a register's array, or one number that all lanes share."""
-        # Of one width, these numbers are the register itself, which stays where it is: looked up once.
+        # Literals, and registers of the same width, which are these numbers themselves and stay where they are, are
+        # looked up once.
         view = self.views.get((operand, kind))
         if view is not None:
             return view
         if isinstance(operand, int):
-            return _literal(operand, kind)
+            return self.views.setdefault((operand, kind), _literal(operand, kind))
         want = DTYPES[kind]
         if isinstance(operand, tuple):
             return self._joined(operand, want)
@@ -205,7 +209,7 @@ class Lanes:
             return _literal(self.symbols[name], kind)
         bits = self.registers[name]
         if bits.dtype.kind == "b":
-            return bits
+            return self.views.setdefault((operand, kind), bits)
         if bits.dtype.itemsize == want.itemsize:
             return self.views.setdefault((operand, kind), bits.view(want))
         if bits.dtype.itemsize > want.itemsize:

@@ -25,8 +25,13 @@ def _word(size: int) -> np.dtype[Any]:
     return np.dtype(f"u{size}" if size <= 8 else f"V{size}")
 
 
+def _any(values: Array) -> bool:
+    """`values.any()`, which takes three times as long for what few lanes touch."""
+    return np.count_nonzero(values) > 0
+
+
 def _differ(a: Array, b: Array) -> bool:
-    return bool((a.view(np.uint8) != b.view(np.uint8)).any())
+    return _any(a.view(np.uint8) != b.view(np.uint8))
 
 
 class GlobalMemory:
@@ -54,7 +59,7 @@ class GlobalMemory:
             raise OutOfBounds(
                 f"{what} of {size} bytes at {int(address[~good][0]):#x}: in no tensor of the launch"
             )
-        if (address & np.uint64(size - 1)).any():
+        if _any(address & np.uint64(size - 1)):
             raise OutOfBounds(f"{what} of {size} bytes at an address that is not a multiple of {size}")
         return span
 
@@ -113,7 +118,7 @@ class SharedMemory:
         address = address.astype(np.int64)
         if address.min() < 0 or address.max() + size > self.size:
             raise OutOfBounds(f"{what} of {size} bytes of shared memory at {address.max()} of {self.size}")
-        if (address & size - 1).any():
+        if _any(address & size - 1):
             raise OutOfBounds(f"{what} of {size} bytes at an address that is not a multiple of {size}")
         assert size % self.grain == 0, "an access to a part of a place"
         first = block * self.of_a_block + (address >> self.grain.bit_length() - 1)
@@ -124,23 +129,23 @@ class SharedMemory:
         return (self.epoch[block] * np.uint32(64) + warp.astype(np.uint32))[:, None]
 
     def _others_read(self, place: Array, mine: Array) -> bool:
-        read = self.marks and _others(self.read.take(place), mine).any()
-        return bool(read or self.in_use.take(place).any())
+        read = self.marks and _any(_others(self.read.take(place), mine))
+        return read or _any(self.in_use.take(place))
 
     def load(self, block: Array, warp: Array, address: Array, size: int) -> Array:
         """uint8 [accesses, size]"""
         place, mine = self.places(block, address, size, "a load"), self._marks(block, warp)
-        if self.in_flight.take(place).any():
+        if _any(self.in_flight.take(place)):
             raise Race("a load of what an asynchronous copy has not delivered")
         got = self.words.take(place).view(np.uint8)
         if not self.marks:
             return got
-        if _others(self.written.take(place), mine).any():
+        if _any(_others(self.written.take(place), mine)):
             raise Race("a load of what another warp wrote since the last barrier")
         several = mine | np.uint32(SEVERAL)
         self.read[place] = np.where(_others(self.read.take(place), mine), several, mine)
         shared = self.read.take(place) != mine  # also by warps that read a place in this very call
-        if shared.any():
+        if _any(shared):
             self.read[place[shared]] = np.broadcast_to(several, place.shape)[shared]
         return got
 
@@ -149,11 +154,11 @@ class SharedMemory:
         words = np.ascontiguousarray(values).view(self.words.dtype)
         if self._others_read(place, mine):
             raise Race("a store to what others have read since the last barrier, or still read")
-        if self.in_flight.take(place).any():
+        if _any(self.in_flight.take(place)):
             raise Race("a store to where an asynchronous copy is under way")
         others = _others(self.written.take(place), mine)
         # Warps that write the same bytes do no harm.
-        if self.marks and others.any() and _differ(self.words[place[others]], words[others]):
+        if self.marks and _any(others) and _differ(self.words[place[others]], words[others]):
             raise Race("a store to what another warp wrote since the last barrier")
         self.words[place] = words
         if _differ(self.words.take(place), words):
@@ -165,7 +170,7 @@ class SharedMemory:
         place = self.places(block, address, size, "an asynchronous copy")
         if self._others_read(place, self._marks(block, warp)):
             raise Race("an asynchronous copy to what others have read since the last barrier, or still read")
-        if self.in_flight[place].any():
+        if _any(self.in_flight.take(place)):
             raise Race("two asynchronous copies to the same place")
         self.in_flight[place] = True
 

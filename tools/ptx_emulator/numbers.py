@@ -18,7 +18,7 @@ UNSIGNED: dict[int, type] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint
 
 def words(values: Array) -> Array:
     """The bits of any numbers."""
-    return values if values.dtype == np.bool_ else values.view(UNSIGNED[values.dtype.itemsize])
+    return values if values.dtype.kind == "b" else values.view(UNSIGNED[values.dtype.itemsize])
 
 
 def from_bfloat16(bits: Array) -> Array:

@@ -38,18 +38,15 @@ B_PLACES = [(0, 0), (0, 8)]  # of m16n8k16's B: columns, k
 
 def accumulator(words: list[Array]) -> Array:
     """[warps, 16, 2 registers] from float32 registers: pairs of columns of row g, then of row g + 8, per 8 columns."""
-    out = np.empty((len(words[0]), 16, len(words) * 2), np.float32)
-    for i, word in enumerate(words):
-        out[:, ROW + 8 * (i >> 1 & 1), (i >> 2) * 8 + PAIR + (i & 1)] = word.view(np.float32)
-    return out
+    # Of a register: its 8 columns, its half of the rows, and which of the pair; of a lane: row and pair.
+    given = np.stack(words).view(np.float32).reshape(-1, 2, 2, len(words[0]), 8, 4)
+    return given.transpose(3, 1, 4, 0, 5, 2).reshape(-1, 16, len(words) * 2)
 
 
 def registers(values: Array, n: int) -> list[Array]:
     """`accumulator`, backwards."""
-    return [
-        np.ascontiguousarray(values[:, ROW + 8 * (i >> 1 & 1), (i >> 2) * 8 + PAIR + (i & 1)]).view(np.uint32)
-        for i in range(n)
-    ]
+    parts = values.reshape(-1, 2, 8, n // 4, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+    return list(parts.reshape(n, -1, 32).view(np.uint32))
 
 
 def mma(a: list[Array], b: list[Array], c: list[Array], kind: str) -> list[Array]:

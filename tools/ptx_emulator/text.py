@@ -62,6 +62,7 @@ def _number(text: str) -> int | None:
     return int(text, 0) if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text) else None
 
 
+@functools.cache
 def _operand(text: str) -> Operand:
     text = text.strip()
     if text.startswith("{"):
