@@ -159,13 +159,18 @@ def test_fingerprints_do_not_depend_on_packing_and_follow_content(tmp_path: Path
 
 
 @pytest.mark.long
-def test_standard_input_is_read_like_a_file(tmp_path: Path) -> None:
-    for name in ("records.jsonl", "records.jsonl.gz", "records.parquet"):
-        with open(HERE / name, "rb") as file:
-            done = subprocess.run(
-                [sys.executable, "-m", "cropi", "info", "-"], stdin=file, capture_output=True, text=True
-            )
-        assert "6 prompts, 18 responses" in done.stdout, done.stderr
+def test_standard_input_is_read_like_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(HERE / "records.jsonl", "rb") as file:
+        words = [sys.executable, "-m", "cropi", "info", "-"]
+        done = subprocess.run(words, stdin=file, capture_output=True, text=True)
+    assert "6 prompts, 18 responses" in done.stdout, done.stderr
+    for name in ("records.jsonl.gz", "records.parquet"):
+        with open(HERE / name) as text:
+            monkeypatch.setattr(sys, "stdin", text)
+            assert main(["info", "-"]) == 0
+        assert "6 prompts, 18 responses" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["saved", "records.parquet", "long.jsonl"])
