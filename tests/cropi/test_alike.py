@@ -139,6 +139,22 @@ def test_prompts_that_have_nothing_of_their_own_have_no_features() -> None:
     assert not prompt_features([[1, 2], [1, 2]]).any() and prompt_features([], 8).shape == (0, 8)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+def test_a_state_with_features_is_taken_by_the_pool_in_any_order(size: float) -> None:
+    rng = np.random.default_rng(0)
+    features = size * rng.normal(size=(101, 5))
+    made = Selector(range(101), SPEC, dim=64, features=features)
+    made.refresh(torch.ones(1, 256))
+    made.update(range(60), torch.from_numpy(rng.normal(size=(60, 256)) + 0.1 * features[:60, :1] / size), 1)
+    wanted = made.known()
+    assert np.isfinite(wanted).all() and len(np.unique(wanted[0])) > 50, "features tell prompts apart"
+    for _ in range(9):
+        order = rng.permutation(101)
+        other = Selector(order, SPEC, dim=64, features=features[order])
+        other.load_state_dict(made.state_dict())
+    np.testing.assert_allclose(np.take(wanted, order, axis=1), other.known(), rtol=1e-5)
+
+
 def test_bad_features_are_refused() -> None:
     with pytest.raises(CropiError, match="dim is 0"):
         prompt_features([[1]], dim=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -475,7 +476,9 @@ def _features(given: Any, n: int) -> npt.NDArray[np.float32]:
         rows = np.zeros(0, dtype=np.float32)
     if rows.ndim != 2 or len(rows) != n or not bool(np.isfinite(rows).all()) or not rows.any():
         raise CropiError(f"features must be {n} rows of finite numbers, one for each id, got {given!r:.200}")
-    made: npt.NDArray[np.float32] = rows / np.sqrt(np.square(rows).sum(axis=1).mean())
+    # A sum without rounding: the state's digest of features is one in whichever order the pool stands.
+    size = math.sqrt(math.fsum(np.square(rows, dtype=np.float64).sum(axis=1)) / n)
+    made: npt.NDArray[np.float32] = rows / np.float32(size)
     return made
 
 
