@@ -58,7 +58,9 @@ def _fence_reason_of(index: int) -> str | None:
 
 def unsupported(*tensors: torch.Tensor) -> str | None:
     """Why the Triton kernels cannot serve these tensors, or None."""
-    reason = import_error() or _gpu.unsupported(*tensors)
+    # No package serves a tensor without memory: to install Triton was no remedy for it.
+    on_meta = bool(tensors) and tensors[0].is_meta
+    reason = (None if on_meta else import_error()) or _gpu.unsupported(*tensors)
     if reason is not None or _gpu.interpreting():
         return reason
     device = tensors[0].device if tensors else torch.device("cuda")
