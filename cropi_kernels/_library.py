@@ -87,10 +87,11 @@ def refuse_transforms(op: str, **operands: torch.Tensor | None) -> None:
 
 
 def _differentiated(x: torch.Tensor) -> bool:
-    """Whether a transform of `torch.func` takes derivatives with respect to ``x``, be it under others."""
+    """Whether a transform of `torch.func` takes derivatives with respect to ``x``, be it under others: it wraps what is
+    detached, too."""
     functorch: Any = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_gradtrackingtensor(x):
+    while torch.is_grad_enabled() and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
             return True
         x = functorch.get_unwrapped(x)
     return False

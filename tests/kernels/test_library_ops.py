@@ -285,6 +285,13 @@ def test_what_has_a_gradient_refuses_transforms(named: str, run: Callable[[Any],
             torch.func.grad(ask)(A)
     torch.func.grad(lambda y: (run(A).sum() * y).sum())(A)  # a constant there
 
+    def detached(x: Any) -> Any:
+        with torch.no_grad():
+            kept = loss(x)
+        return kept + loss(x.detach()) + x.sum()
+
+    assert torch.equal(torch.func.grad(detached)(A), torch.ones_like(A)), "the remedy that the error names"
+
 
 def test_project_under_vmap_names_what_needs_the_numbers() -> None:
     spec = ProjectionSpec(40)

@@ -56,8 +56,8 @@ def linear_logprob(
 
     Raises:
         ValueError: names the argument, its value and the remedy; a target out of range by its index and value.
-        RuntimeError: the backend that was named cannot serve the call; a derivative in forward mode or a second one is
-            asked for.
+        RuntimeError: the backend that was named cannot serve the call; a derivative in forward mode, under
+            `torch.func`, or a second one is asked for.
     """
     settings = _checked(hidden, head, targets, bias, temperature, softcap, ignore_index, chunk_size, backend)
     refuse_transforms("linear_logprob", hidden=hidden, head=head, bias=bias)

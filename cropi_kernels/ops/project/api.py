@@ -55,7 +55,8 @@ def project(
 
     Raises:
         ValueError: names the argument, its value and the remedy.
-        RuntimeError: no kernel serves the tensor's device or dtype; a derivative in forward mode is asked for.
+        RuntimeError: no kernel serves the tensor's device or dtype; a derivative in forward mode or under `torch.func`
+            is asked for; under `torch.func.vmap`: ``out``, or another ``nonfinite`` than ``"ignore"``.
 
     Sources: Charikar, Chen and Farach-Colton (2002); Kane and Nelson (2014) for sparse Johnson-Lindenstrauss maps.
     """
@@ -95,7 +96,8 @@ def project_transpose(
 
     Raises:
         ValueError: names the argument, its value and the remedy.
-        RuntimeError: no kernel serves the tensor's device or dtype; a derivative in forward mode is asked for.
+        RuntimeError: no kernel serves the tensor's device or dtype; a derivative in forward mode or under `torch.func`
+            is asked for.
 
     >>> spec, x = ProjectionSpec(64), torch.randn(1, 500)
     >>> y = torch.randn(1, 64)
