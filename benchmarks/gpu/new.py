@@ -36,7 +36,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "36 pairs a group": {"MOST_PAIRS": 36},
     "36 pairs a group, tiles of D that stay": {"HELD_FROM": 1, "MOST_PAIRS": 36},
 }
-FAR = (300, 1003, 256)  # tokens, words, features
 EXPERTS = ("odd rows", "experts of a real layer")
 NORMED = (8192, 1, 3, 18, 32, 64, 128)  # features of norms
 TOKENS, EPS = 700, 1e-6
@@ -319,8 +318,11 @@ def main() -> None:
         )
     for case in EXPERTS:
         results.attempt(f"experts: {case}", lambda c=case: correctness.grouped(c, torch.bfloat16))
-    # Tiles that are done again take their words from the mark.
-    results.attempt("log-probs by turns, far", lambda: correctness.by_turns(*FAR, torch.bfloat16, 48.0))
+    # Tiles that are done again take their words from the mark: not beside those of `tiles_kernel`, whose are done again
+    # by the same kernel.
+    results.attempt(
+        "log-probs of far targets", lambda: correctness.log_probs(1003, torch.bfloat16, None, 3.0)
+    )
     for length in TILES:
         results.attempt(f"low scores of {length} tokens", lambda n=length: low_scores(n))
     for length in LENGTHS:

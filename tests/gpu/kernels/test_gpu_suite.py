@@ -296,10 +296,10 @@ def test_new(
     kinds = {kind: module.jobs.KINDS[kind] | small for kind in ("llama", "qwen2", "qwen3_moe")}
     cut_down(monkeypatch, module.jobs, KINDS=kinds, PROMPTS=6, LONGEST=6)
     cut_down(monkeypatch, module, TOKENS=60, NORMED=(1, 18), WIDE=301, LENGTHS=(41,), BATCH=48)
-    cut_down(monkeypatch, module, JOBS=module.JOBS[1:2], TILES=(64,), EXPERTS=("odd rows",), FAR=(9, 130, 32))
+    cut_down(monkeypatch, module, JOBS=module.JOBS[1:2], TILES=(64,), EXPERTS=("odd rows",))
     cut_down(monkeypatch, module, SLAB=([144], 1312, None, [130, 3]), takes_turns=lambda device: True)
     cut_down(monkeypatch, module, FORMS=dict(list(module.FORMS.items())[-1:]))
-    monkeypatch.setattr(module.correctness, "TOKENS", 60)
+    cut_down(monkeypatch, module.correctness, TOKENS=60, SCORED=12)
     finish(module)
     got = rows(tmp_path, "new")
     assert len(got) == 10 and all(row["ok"] for row in got.values())
