@@ -15,6 +15,7 @@ draws, times sqrt(V / (V - 1)) as their moves are.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -41,8 +42,15 @@ class Ties:
         order = np.argsort(column, kind="stable")
         same = column[order[1:]] == column[order[:-1]]
         some = np.sort(order[np.append(same, False) | np.insert(same, 0, False)])
-        first, of = np.unique(rows(some), axis=0, return_index=True, return_inverse=True)[1:]
-        before = some[first[of.reshape(-1)]]
+        # Digests: sorting 100,000 rows with as many copies took 14 s and 1.3 GB.
+        firsts: dict[bytes, int] = {}
+        before = np.empty_like(some)
+        for start in range(0, len(some), BLOCK):
+            places = some[start : start + BLOCK]
+            before[start : start + BLOCK] = [
+                firsts.setdefault(hashlib.sha256(row.tobytes()).digest(), place)
+                for place, row in zip(places.tolist(), rows(places), strict=True)
+            ]
         self._later, self._first = some[before < some], before[before < some]
 
     def settled(self, values: np.ndarray) -> np.ndarray:
