@@ -189,15 +189,12 @@ def _read_raw(path: Path, seed: int, model: str) -> dict[str, Record]:
     }
     header = json.dumps(settings)
     text = path.read_text() if path.exists() else ""
+    if text[: len(header) + 1] != f"{header}\n"[: len(text)]:
+        raise SystemExit(f"{path} was made with other settings; remove it or give another --raw")
     whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
     if whole != text or not whole:
         write_atomic(path, whole or header + "\n")
-    if not whole:
-        return {}
-    first, *lines = whole.splitlines()
-    if first != header:
-        raise SystemExit(f"{path} was made with other settings; remove it or give another --raw")
-    return {record["id"]: record for record in map(json.loads, lines)}
+    return {record["id"]: record for record in map(json.loads, whole.splitlines()[1:])}
 
 
 def _train_size(name: str) -> int:

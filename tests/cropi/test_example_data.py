@@ -109,3 +109,8 @@ def test_raw_rollouts_whose_last_line_was_cut_go_on(tmp_path: Path, monkeypatch:
     assert read(raw, 0, "m") == {"a": {"id": "a"}} and raw.read_text() == header + '{"id": "a"}\n'
     raw.write_text(header[:9])
     assert read(raw, 0, "m") == {} and raw.read_text() == header
+    for other in ("my notes", "my notes\nwithout an end"):
+        raw.write_text(other)
+        with pytest.raises(SystemExit, match="was made with other settings"):
+            read(raw, 0, "m")
+        assert raw.read_text() == other, "a file of the user's"
