@@ -317,6 +317,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (
         "and all responses are drawn anew" in said and "responses     other responses of the training" in said
     )
+    assert said.count("parameters    sketched") == 1, "of the model, once, before the noise"
     scores = read_scores(tmp_path / "out" / "scores.parquet")
     found = Uncertainty.of(scores)
     assert found is not None and found.own_signal < 1 and found.sets[0].own > 0

@@ -146,7 +146,7 @@ def _sketch_anew(
     train = anew.settle(
         ranks, checked.train, lambda: [stores.joined(part.name) for part in checked.valid], setup
     )
-    stores.mine.update(ranks.agree(lambda: work([train])))
+    stores.mine.update(ranks.agree(lambda: work([train], coverage=False)))
 
 
 def conclude(

@@ -88,7 +88,7 @@ def sketch_all(
     stores = work(checked.valid)
     if (ranks or Alone()).world == 1 and stores:
         followed(list(stores.values()), setup.influence, later=setup.later)
-    return stores | work([checked.train])
+    return stores | work([checked.train], coverage=not stores)
 
 
 def sketch_parts(
@@ -100,14 +100,16 @@ def sketch_parts(
     progress: bool,
     by: Sketches = sketch,
     on_summary: Callable[[Summary], Any] = lambda summary: None,
+    coverage: bool = True,
 ) -> dict[str, SketchStore]:
+    """Sketch some parts. ``coverage``: it is said, once, what is sketched of the model, which all parts share."""
     stores: dict[str, SketchStore] = {}
     for part in parts:
         if part.scan.prompts:
             say(f"== {part.groups.names}")
             summary = sketch_part(policy, part, job, store_at(part.name), progress=progress, by=by)
-            # The model is the same for all parts, and the validation sets come first.
-            say(summary.text(coverage=part is parts[0] and part.set is not None))
+            say(summary.text(coverage))
+            coverage = False
             on_summary(summary)
             if summary.store is not None:
                 stores[part.name] = summary.store
@@ -137,7 +139,9 @@ def noise_stores(
     stores: list[SketchStore] = []
     for part in parts:
         noise = partial(sketch_noise, of=None if part.set is not None else of, by=by)
-        made = sketch_parts(policy, [part], job, lambda name: store_at(f"noise-{name}"), say, progress, noise)
+        made = sketch_parts(
+            policy, [part], job, lambda name: store_at(f"noise-{name}"), say, progress, noise, coverage=False
+        )
         stores += made.values()
     return stores
 
