@@ -163,4 +163,4 @@ def test_misaligned_operands_compile_too() -> None:
     # the inputs over the loop. Made in the loop, no release would spill more than 16 bytes, and the loop of aligned
     # operands of 256 columns would have 7 % more instructions.
     assert both.stack <= (80 if _triton.installed() < (3, 9) else 440)
-    assert outputs.shared == both.shared <= SHARED_LIMIT[90]
+    assert max(outputs.shared, both.shared) <= SHARED_LIMIT[90]
