@@ -83,14 +83,19 @@ def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """``warnings.warn`` with a message of less than 2 kB, whatever the values in it, at the line of the user's that
-    called this package."""
+    called this package; in a command, at the line that warns."""
     warnings.warn(shortened(_with_keywords(message)), category, stacklevel=_outside())
 
 
 def _outside() -> int:
-    """The ``stacklevel`` of the innermost frame outside of this package, for the function that called this one."""
+    """The ``stacklevel`` of the innermost frame outside of this package, for the function that called this one; of
+    that function's caller in a command, where every warning would come from the script ``cropi``."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+    while (
+        frame.f_back is not None and (name := frame.f_globals.get("__name__", "")).partition(".")[0] in _OURS
+    ):
+        if name.startswith("cropi.cli"):
+            return 2
         frame, level = frame.f_back, level + 1
     return level
 
