@@ -98,7 +98,10 @@ def rms_backward_kernel(
                 r_rows = tl.load(scale + later, mask=later < t1, other=0.0)
             v = v * r
             if SUMS:
-                sums += tl.sum(g * v, 0)
+                terms = g * v
+                if BN <= 128:  # a lane may have one token of a tile: as in `rms_kernel`
+                    terms = tl.where((t < t1)[:, None], terms, 0.0)
+                sums += tl.sum(terms, 0)
             g = g * w[None, :]
             products = g * v
             # Made again, and not kept since the row was loaded: a row of 8192 numbers leaves no register.
