@@ -379,36 +379,37 @@ def _settings(group: Mapping[str, Any]) -> _Settings:
 def _made(
     states: Mapping[str, Mapping[str, Any]], settings: Mapping[str, _Settings], source: str
 ) -> SecondMoments:
-    of_torch = [name for name, held in states.items() if not OTHER_NAMES.keys().isdisjoint(held)]
-    states = {name: _named(held) for name, held in states.items()}
-    of = {name: settings.get(name, _Settings()) for name in states}
-    whole = {n: held[SECOND] for n, held in states.items() if isinstance(held.get(SECOND), torch.Tensor)}
+    named = {name: _named(held) for name, held in states.items()}
+    groups = {name: settings.get(name, _Settings()) for name in states}
+    whole = {n: held[SECOND] for n, held in named.items() if isinstance(held.get(SECOND), torch.Tensor)}
     factored = {
-        n: (held[ROW], held[COLUMN]) for n, held in states.items() if isinstance(held.get(ROW), torch.Tensor)
+        n: (held[ROW], held[COLUMN]) for n, held in named.items() if isinstance(held.get(ROW), torch.Tensor)
     }
     if not whole and not factored:
         raise CropiError(f"optimizer_state: {source} holds no second moments ({SECOND}); {GIVE}")
-    kind = "adafactor" if factored else "adam"
     # Adafactor's moments are corrected by their growing decay.
     correction = {
-        name: 1.0 if factored else _correction(of[name].beta, states[name].get("step"), name, source)
+        name: 1.0 if factored else _correction(groups[name].beta, named[name].get("step"), name, source)
         for name in whole
     }
-    eps = {name: 1e-8 if one.eps is None else max(one.eps, 1e-30) for name, one in of.items()}
-    least = {}
-    for name in of_torch:
-        held, own = states[name].get(ROW, states[name].get(SECOND)), of[name].eps
-        least[name] = torch.finfo(held.dtype).eps if own is None else own
-        eps[name] = 0.0 if least[name] else 1e-30
-    rates = [one.rate for one in of.values() if one.rate is not None]
-    largest = max(rates, default=0.0)
-    rate = {n: 1.0 if one.rate is None or not largest else one.rate / largest for n, one in of.items()}
-    for name, values in (("eps", [one.eps or 0.0 for one in of.values()]), ("learning rate", rates)):
+    rates = [group.rate for group in groups.values() if group.rate is not None]
+    for name, values in (("eps", [group.eps or 0.0 for group in groups.values()]), ("learning rate", rates)):
         if not all(math.isfinite(value) and value >= 0 for value in values):
             raise CropiError(f"optimizer_state: {source} holds a negative or infinite {name}")
     for name, value in whole.items():
         if not bool(value.isfinite().all()) or bool((value < 0).any()):
             raise CropiError(f"optimizer_state: {source} holds a negative or infinite moment for {name}")
+    eps, least = {}, {}
+    for name, group in groups.items():
+        if OTHER_NAMES.keys().isdisjoint(states[name]):
+            eps[name] = 1e-8 if group.eps is None else max(group.eps, 1e-30)
+        else:  # torch's Adafactor
+            moment: Any = named[name].get(ROW, named[name].get(SECOND))
+            least[name] = torch.finfo(moment.dtype).eps if group.eps is None else group.eps
+            eps[name] = 0.0 if least[name] else 1e-30
+    largest = max(rates, default=0.0)
+    rate = {n: 1.0 if g.rate is None or not largest else g.rate / largest for n, g in groups.items()}
+    kind = "adafactor" if factored else "adam"
     return SecondMoments(whole, factored, correction, eps, rate, kind, source, least)
 
 

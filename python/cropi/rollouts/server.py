@@ -248,15 +248,9 @@ class ServerEngine:
         message, what = choice.get("message") or {}, f"a response to {request.name!r:.100}"
         if message.get("tool_calls"):
             raise ServerError(f"{what} calls a tool, which a rollout of one turn has nobody to answer")
-        text = message.get("content") if self.api == "chat" else choice.get("text")
+        text = str((message.get("content") if self.api == "chat" else choice.get("text")) or "")
         tokens, values = _tokens(choice)
-        ids = choice.get("token_ids")
-        if ids is None:
-            ids = choice.get("response_token_ids")  # of SGLang's chat
-        if ids is None and tokens and all(TOKEN.fullmatch(token) for token in tokens):
-            ids = [int(token.partition(":")[2]) for token in tokens]
-        if ids is None:
-            ids = _ids(choice)
+        ids = _ids(choice, tokens)
         truncated = is_cut(choice.get("finish_reason"), f"the server at {self.server.url}: {what}")
         if ids is None:
             self._say(
@@ -269,24 +263,27 @@ class ServerEngine:
                     "can be made of it: have it leave them in (llama.cpp: --reasoning-format none), switch thinking "
                     "off, or use a server that gives token ids"
                 )
-            return Response([], None, truncated, str(text or ""))
+            return Response([], None, truncated, text)
         if not truncated and ids and ids[-1] not in self.tokens.all_ends:
             self._say(
                 "end",
                 "leaves the end token out of a response's token ids: its probability is not in the gradient",
             )
-        if values is not None and (
-            len(values) != len(ids) or any(not isinstance(v, (int, float)) for v in values)
-        ):
-            raise ServerError(
-                f"the server at {self.server.url} gave {len(values)} log-probs for {len(ids)} tokens"
-            )
+        logprobs = self._log_probs(values, len(ids))
+        return Response([int(token) for token in ids], logprobs, truncated, None if ids else text)
+
+    def _log_probs(self, values: list[Any] | None, count: int) -> list[float] | None:
         if values is None and not self.unrecorded:
             self._say(
                 "logprobs", "gives no log-probs: records hold none, and every ratio will be 1 (--behaviour)"
             )
-        logprobs = None if self.unrecorded or values is None else [float(value) for value in values]
-        return Response([int(token) for token in ids], logprobs, truncated, None if ids else str(text or ""))
+        if values is None:
+            return None
+        if len(values) != count or any(not isinstance(v, (int, float)) for v in values):
+            raise ServerError(
+                f"the server at {self.server.url} gave {len(values)} log-probs for {count} tokens"
+            )
+        return None if self.unrecorded else [float(value) for value in values]
 
     def _say(self, kind: str, what: str) -> None:
         if kind not in self._said:
@@ -305,8 +302,14 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[str], list[Any] | None]:
     return [str(token) for token in held.get("tokens") or ()], values if isinstance(values, list) else None
 
 
-def _ids(choice: dict[str, Any]) -> list[int] | None:
-    """The ids that llama.cpp writes beside the log-probs, the end token's too; None where one is missing."""
+def _ids(choice: dict[str, Any], tokens: Sequence[str]) -> Any:
+    """The sampled tokens' ids, in whichever form the server gives them; None where it gives none."""
+    for key in ("token_ids", "response_token_ids"):  # the second is of SGLang's chat
+        if choice.get(key) is not None:
+            return choice[key]
+    if tokens and all(TOKEN.fullmatch(token) for token in tokens):
+        return [int(token.partition(":")[2]) for token in tokens]
+    # llama.cpp writes them beside the log-probs, the end token's too.
     held = choice.get("logprobs")
     entries = held.get("content") if isinstance(held, dict) else None
     ids = [entry.get("id") for entry in entries or ()]
