@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import common
@@ -350,60 +352,50 @@ def main() -> None:
     small = "--small" in sys.argv
     results = common.Results("sanitizer_" + sys.argv[-1] if small else "correctness")
     for name, dtype in DTYPES.items():
-        if small and name == "fp16":
-            continue
-        for case in ("folded", "several groups", "odd") if small else CASES:
-            results.attempt(f"sketch_linear {case} {name}", lambda c=case, t=dtype: linear(c, t))
-        for role in ("embedding", "tied"):
-            results.attempt(f"sketch_embedding {role} {name}", lambda r=role, t=dtype: embedding(r, t))
-        for case in ("aligned", "odd rows") if small else GROUPED:
-            results.attempt(f"sketch_grouped {case} {name}", lambda c=case, t=dtype: grouped(c, t))
-        for n, centered in (
-            ((24, False), (1536, True)) if small else ((1, False), (128, True), (1536, False), (8192, True))
-        ):
-            results.attempt(f"norm_grad {n} {name}", lambda n=n, c=centered, t=dtype: norms(n, c, t))
-        for vocab in (1003,) if small else (1, 127, 1003, 50257, 151936):
-            for cap in (None, 30.0):
-                results.attempt(
-                    f"log-probs V={vocab} cap={cap} {name}",
-                    lambda v=vocab, c=cap, t=dtype: log_probs(v, t, c),
-                )
-        results.attempt(f"log-probs of far targets {name}", lambda t=dtype: log_probs(1003, t, None, 3.0))
-        if dtype == torch.bfloat16 and triton_tiles.takes_turns(torch.device("cuda:0")):
-            for case, (rows, cols, width, lengths, into) in SLABS.items():
-                if not small or case == "no fold, 96 columns":
-                    results.attempt(
-                        f"slabs by turns, {case} {name}",
-                        lambda r=rows, c=cols, w=width, n=lengths, i=into, t=dtype: slabs_by_turns(
-                            r, c, w, n, t, i
-                        ),
-                    )
-            for case in () if small else ("no fold", "no fold, three matrices"):
-                rows, cols, width, lengths, into = SLABS[case]
-                results.attempt(
-                    f"slabs by turns, {case}, tiles of D stay {name}",
-                    lambda r=rows, c=cols, n=lengths, i=into, t=dtype: slabs_by_turns(
-                        r, c, None, n, t, i, HELD_FROM=1
-                    ),
-                )
-            for n, vocab, features in ((130, 1003, 72),) if small else TURNS:
-                shape = f"{n} x {vocab} x {features}"
-                results.attempt(
-                    f"log-probs by turns {shape} {name}",
-                    lambda n=n, v=vocab, f=features, t=dtype: by_turns(n, v, f, t),
-                )
-            results.attempt(
-                f"log-probs by turns, far {name}", lambda t=dtype: by_turns(130, 1003, 256, t, 48.0)
-            )
+        if not small or name != "fp16":
+            in_dtype(lambda what, run, name=name: results.attempt(f"{what} {name}", run), dtype, small)
     if not small:
         for op in launches.calls("cpu"):
-            results.attempt(f"{op}: streams, graphs, devices", lambda o=op: launches.check(o))
+            results.attempt(f"{op}: streams, graphs, devices", partial(launches.check, op))
         results.attempt("host offsets in a graph", launches.refused_in_a_graph)
         results.attempt("refusals", refusals)
         results.attempt("sketch beyond 2^31 elements", beyond_int32_sketch)
         results.attempt("fold beyond 2^31 elements", beyond_int32_fold)
         results.attempt("logits beyond 2^31 elements", beyond_int32_logits)
     results.finish()
+
+
+def in_dtype(
+    attempt: Callable[[str, Callable[[], dict[str, Any]]], Any], dtype: torch.dtype, small: bool
+) -> None:
+    for case in ("folded", "several groups", "odd") if small else CASES:
+        attempt(f"sketch_linear {case}", partial(linear, case, dtype))
+    for role in ("embedding", "tied"):
+        attempt(f"sketch_embedding {role}", partial(embedding, role, dtype))
+    for case in ("aligned", "odd rows") if small else GROUPED:
+        attempt(f"sketch_grouped {case}", partial(grouped, case, dtype))
+    sizes = ((24, False), (1536, True)) if small else ((1, False), (128, True), (1536, False), (8192, True))
+    for n, centered in sizes:
+        attempt(f"norm_grad {n}", partial(norms, n, centered, dtype))
+    for vocab in (1003,) if small else (1, 127, 1003, 50257, 151936):
+        for cap in (None, 30.0):
+            attempt(f"log-probs V={vocab} cap={cap}", partial(log_probs, vocab, dtype, cap))
+    attempt("log-probs of far targets", partial(log_probs, 1003, dtype, None, 3.0))
+    if dtype != torch.bfloat16 or not triton_tiles.takes_turns(torch.device("cuda:0")):
+        return
+    for case in ("no fold, 96 columns",) if small else SLABS:
+        rows, cols, width, lengths, into = SLABS[case]
+        run = partial(slabs_by_turns, rows, cols, width, lengths, dtype, into)
+        attempt(f"slabs by turns, {case}", run)
+    for case in () if small else ("no fold", "no fold, three matrices"):
+        rows, cols, width, lengths, into = SLABS[case]
+        run = partial(slabs_by_turns, rows, cols, None, lengths, dtype, into, HELD_FROM=1)
+        attempt(f"slabs by turns, {case}, tiles of D stay", run)
+    for n, vocab, features in ((130, 1003, 72),) if small else TURNS:
+        attempt(
+            f"log-probs by turns {n} x {vocab} x {features}", partial(by_turns, n, vocab, features, dtype)
+        )
+    attempt("log-probs by turns, far", partial(by_turns, 130, 1003, 256, dtype, 48.0))
 
 
 if __name__ == "__main__":

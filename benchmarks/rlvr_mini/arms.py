@@ -19,7 +19,7 @@ from cropi.errors import CropiError
 from cropi.gradient.estimators import make_estimator
 from cropi.options import Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
-from cropi.ranking.selection import select
+from cropi.ranking.selection import Selection, select
 from cropi.sketching.job import SketchJob
 
 
@@ -200,49 +200,50 @@ def choose(
         fraction = min(1.0, scale.fraction * len(pool) / len(among))
         scores = base_scores(among, mixed_only=arm.method != "random")
         method = "random" if arm.method == "family" else arm.method
-        chosen = select(scores, fraction=fraction, method=method, seed=1000 * stage + seed)
-    else:
-        estimator = make_estimator("cropi", ratio=arm.ratio)
-        scaled_by = optimiser if arm.adam and optimiser is not None and optimiser.state else None
-        if live is not None:
-            step = stage * (arm.stage or scale.stage)
-            if arm.alike:
-                renewed: Sequence[PromptGroup] = valid if _renews(arm, scale, stage) else []
-                if stage and arm.sampled:
-                    renewed = sampled_anew(model, renewed, arm.sampled, 5_000_011 * (seed + 1) + step)
-                else:
-                    renewed = _thinned(arm, renewed)
-                return choose_alike(live, scale, seed, step, model, len(pool), renewed, estimator, scaled_by)
-            pool, valid = _thinned(arm, pool), _thinned(arm, valid)
-            return choose_live(
-                live, scale, seed, step, model, pool, valid, estimator, budget=arm.budget, first=arm.first,
-                others=others, optimiser=scaled_by,
-            )  # fmt: skip
-        pool, valid = _thinned(arm, pool), _thinned(arm, valid)
-        if arm.budget is not None:
-            job = SketchJob(
-                (), None, scale.spec(seed), estimator=estimator, behaviour="file", behaviour_check="off",
-                layout="shared", tokens_per_batch=scale.tokens, stage=str(stage), optimizer_state=scaled_by,
-            )  # fmt: skip
-            setup = Setup(job, Influence(draws=0), Selecting(fraction=scale.fraction, method=arm.method))
-            bounds = Rescoring(budget=arm.budget, passes=arm.first)
-            return bounded_choice(model, pool, valid, setup, bounds, folder, last, others).ids
-        if arm.scorer == "exact":
-            scores = exact_scores(model, pool, valid, estimator, mean=arm.mean)
+        return _ids(arm, stage, select(scores, fraction=fraction, method=method, seed=1000 * stage + seed))
+    estimator = make_estimator("cropi", ratio=arm.ratio)
+    scaled_by = optimiser if arm.adam and optimiser is not None and optimiser.state else None
+    step = stage * (arm.stage or scale.stage)
+    if live is not None and arm.alike:
+        renewed: Sequence[PromptGroup] = valid if _renews(arm, scale, stage) else []
+        if stage and arm.sampled:
+            renewed = sampled_anew(model, renewed, arm.sampled, 5_000_011 * (seed + 1) + step)
         else:
-            dropout = arm.scorer == "dropout"
-            spec = scale.spec(seed, arm.width, "dropout" if dropout else "slab", 0.1 if dropout else 1.0)
-            scores = sketched_scores(
-                model, pool, valid, spec, estimator, folder, stage, mean=arm.mean, tokens=scale.tokens,
-                optimiser=scaled_by,
-            )  # fmt: skip
-        chosen = select(scores, fraction=scale.fraction, method=arm.method)
-    if not chosen.chosen:
+            renewed = _thinned(arm, renewed)
+        return choose_alike(live, scale, seed, step, model, len(pool), renewed, estimator, scaled_by)
+    pool, valid = _thinned(arm, pool), _thinned(arm, valid)
+    if live is not None:
+        return choose_live(
+            live, scale, seed, step, model, pool, valid, estimator, budget=arm.budget, first=arm.first,
+            others=others, optimiser=scaled_by,
+        )  # fmt: skip
+    if arm.budget is not None:
+        job = SketchJob(
+            (), None, scale.spec(seed), estimator=estimator, behaviour="file", behaviour_check="off",
+            layout="shared", tokens_per_batch=scale.tokens, stage=str(stage), optimizer_state=scaled_by,
+        )  # fmt: skip
+        setup = Setup(job, Influence(draws=0), Selecting(fraction=scale.fraction, method=arm.method))
+        bounds = Rescoring(budget=arm.budget, passes=arm.first)
+        return bounded_choice(model, pool, valid, setup, bounds, folder, last, others).ids
+    if arm.scorer == "exact":
+        scores = exact_scores(model, pool, valid, estimator, mean=arm.mean)
+    else:
+        dropout = arm.scorer == "dropout"
+        spec = scale.spec(seed, arm.width, "dropout" if dropout else "slab", 0.1 if dropout else 1.0)
+        scores = sketched_scores(
+            model, pool, valid, spec, estimator, folder, stage, mean=arm.mean, tokens=scale.tokens,
+            optimiser=scaled_by,
+        )  # fmt: skip
+    return _ids(arm, stage, select(scores, fraction=scale.fraction, method=arm.method))
+
+
+def _ids(arm: Arm, stage: int, selection: Selection) -> list[str]:
+    if not selection.chosen:
         raise CropiError(
             f"arm {arm.name!r}, stage {stage}: no prompt of the pool has a gradient (each has equal rewards); "
             "train the base policy longer (base_steps), or collect more responses per prompt (train_rollouts)"
         )
-    return [scores.rows[i].id for i in chosen.chosen]
+    return selection.ids
 
 
 def _thinned(arm: Arm, groups: Sequence[PromptGroup]) -> Sequence[PromptGroup]:
