@@ -157,9 +157,17 @@ def test_same_job_is_continued_and_notes_may_differ(tmp_path: Path) -> None:
         with pytest.raises(CropiError, match=r"shape \[64\] is expected, got \[3\]"):
             store.add(RowInfo("short"), torch.zeros(3))
         # Taken, it kept the rows beside it from being written.
-        for row in (RowInfo("b\ud83d"), RowInfo("b", set="\udfff"), RowInfo("b", task="x\ud800")):
+        for name in (
+            {"id": "b\ud83d"},
+            {"set": "\udfff"},
+            {"task": "x\ud800"},
+            {"reason": "\ud800"},
+            {"extra": {"a": "\udc00"}},
+        ):
             with pytest.raises(CropiError, match="has half of a surrogate pair"):
-                store.add(row, vector(1))
+                store.add(RowInfo(**{"id": "b"} | name), vector(1))
+        with pytest.raises(CropiError, match=r"the extra .* of the prompt 'b' cannot be written as JSON"):
+            store.add(RowInfo("b", extra={"a": vector(1)}), vector(1))
     assert len(SketchStore.open(tmp_path / "s")) == 6
 
 

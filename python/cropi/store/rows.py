@@ -47,17 +47,26 @@ class RowInfo:
 
 
 def check_characters(row: RowInfo) -> None:
-    """Check that a row's names can be written; the shard that they are in could not be, with all of its other rows.
+    """Check that a row's text can be written; the shard that it is in could not be, with all of its other rows.
 
     Raises:
-        CropiError: one holds half of a surrogate pair.
+        CropiError: it holds half of a surrogate pair, or ``extra`` a value that JSON does not take.
     """
-    for field_ in ("id", "set", "task"):
-        name = getattr(row, field_)
-        if isinstance(name, str) and not name.isascii() and not is_writable(name):
+    for field_ in ("id", "set", "task", "reason", "extra"):
+        value = getattr(row, field_)
+        if not value or isinstance(value, str) and value.isascii():
+            continue
+        try:
+            writable = is_writable(value)
+        except (TypeError, ValueError) as error:
             raise CropiError(
-                f"the {field_} {shown(name)} has half of a surrogate pair, which is not a character: no file takes it; "
-                "give another"
+                f"the {field_} {shown(value)} of the prompt {shown(row.id)} cannot be written as JSON ({error}); give "
+                "text, numbers, and lists and dictionaries of them"
+            ) from error
+        if not writable:
+            raise CropiError(
+                f"the {field_} {shown(value)} has half of a surrogate pair, which is not a character: no file takes "
+                "it; give another"
             )
 
 
