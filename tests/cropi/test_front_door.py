@@ -144,7 +144,7 @@ def test_scores_show_what_they_hold(scores: Scores, tmp_path: Path) -> None:
     page = scores._repr_html_()
     assert page.count("<tr>") == 6 and best[0][0] in page
     chosen = scores.select(0.25)
-    assert len(chosen) == 3 and chosen.scores is scores
+    assert len(chosen) == 3 and chosen.scores is scores and list(chosen) == chosen.ids
     assert repr(chosen).startswith("Selection(3 of 12 prompts by rrf: 'p0-") and chosen.ids[0] in repr(chosen)
     assert chosen._repr_html_().count("<tr>") == 4
     scores.plot(tmp_path / "scores.png", fraction=0.25)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,10 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def __iter__(self) -> Iterator[str]:
+        """The chosen prompts' ids, best first."""
+        return iter(self.ids)
 
     def __repr__(self) -> str:
         first = ", ".join(map(repr, self.ids[:3])) + (", ..." if len(self) > 3 else "")
