@@ -183,6 +183,7 @@ def test_there_is_no_bar_where_nobody_looks(work: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "running on    cpu" in done.stdout and "\r" not in done.stderr and "it/s" not in done.stderr
+    assert done.stderr.count("trying out    the model on a few tokens, before the first prompt\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------ dry run

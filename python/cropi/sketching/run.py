@@ -38,6 +38,9 @@ from cropi.store.manifest import MANIFEST
 from cropi.store.rows import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 
+# Without it nothing was said for 15 s (SmolLM2 on two cores), while layouts, log-probs and taps were checked.
+TRIED = "trying out    the model on a few tokens, before the first prompt"
+
 
 def sketch(
     policy: Policy, job: SketchJob, *rest: Any, scan: Scan | None = None, progress: bool = True
@@ -144,6 +147,8 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
     _check_space(job, scan)
     warn_lossy(scan, groups.names, job.eos)
     check_dropout(policy.model, "model")
+    if progress:
+        policy.once("said", lambda: print(TRIED, file=sys.stderr, flush=True))
     if job.shard is not None and job.tokens_per_batch is None and policy.plan[0].type != "cpu":
         raise CropiError(
             f"shard {job.shard[0]}/{job.shard[1]} on {policy.plan[0]}: give tokens_per_batch, the same for every share "
