@@ -17,12 +17,15 @@ from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import BadSample, shown
 from cropi.trainers.dumps.rollout import Rollout
 
+# The columns of questions in trainers' datasets; 'input' is the default of NeMo-RL, slime and OpenRLHF.
+COLUMNS = (*PROMPT_KEYS, "query", "instruction", "input")
+
 
 class DatasetPrompts:
     """The ids and prompts of a dataset, by their tokens and texts.
 
     Args:
-        rows: the dataset's, with text or messages under one of :data:`PROMPT_KEYS`.
+        rows: the dataset's, with text or messages under one of :data:`COLUMNS`.
         ids: their prompt ids.
         tokenizer: the policy's, whose chat template rendered the prompts.
 
@@ -35,9 +38,12 @@ class DatasetPrompts:
         # share a text without its outer blanks; token ids, or the whole text, tell them apart.
         self._found: dict[Any, list[tuple[str, Any]]] = {}
         for name, row in zip(ids, rows, strict=True):
-            prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
+            prompt = next((row[key] for key in COLUMNS if row.get(key)), None)
             if prompt is None:
-                raise CropiError(f"dataset: the row {name!r:.100} has no prompt ({', '.join(PROMPT_KEYS)})")
+                raise CropiError(
+                    f"dataset: the row {name!r:.100} has no prompt ({', '.join(COLUMNS)}); its columns are "
+                    f"{', '.join(map(str, row)):.300}: give a copy in which the one with the prompt is called 'prompt'"
+                )
             prompt = without_empty(prompt)
             held, tokens, keys = _read_as(prompt, tokenizer)
             if tokens in self._found:
