@@ -25,7 +25,7 @@ from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.ranking.uncertainty import uncertainty
 from cropi.report.browser import shown_in_full
-from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
+from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density, line
 from cropi.report.html import ReportInput, render, write_report
 from cropi.report.policy import is_close, policy_text
 from cropi.report.snippets import Snippets, snippet
@@ -132,6 +132,39 @@ def test_numbers_of_the_page_are_those_of_the_selection() -> None:
     detail = data["details"][scores.rows[chosen[0]].id]
     assert [r["reward"] for r in detail["responses"]] == [1.0, 0.0]
     assert detail["responses"][0]["advantage"] == pytest.approx(0.7071, abs=1e-3)
+
+
+def test_a_score_has_the_digits_that_the_terminal_prints() -> None:
+    """Five digits of 0.123449996 are 0.12345, of which a browser makes 0.1235."""
+    given = make_input()
+    table = given.scores.table.copy()
+    table[3:6, 0] = 0.123449996, -0.1234499999, 0.00012344999
+    given.scores = replace(given.scores, table=table)
+    columns = data_of(render(given))["columns"]
+    for v in range(2):
+        for shown, value in zip(columns[f"score{v}"], table[:, v], strict=True):
+            assert np.isnan(value) if shown is None else f"{shown:.4f}" == f"{value:.4f}"
+
+
+def test_a_page_says_what_a_score_is() -> None:
+    said = {
+        "cosine": "A score is the cosine of a prompt&#39;s gradient with the set&#39;s mean gradient. Grey",
+        "dot": "A score is the dot product of a prompt&#39;s gradient with the set&#39;s mean gradient. Grey",
+    }
+    given = make_input()
+    for metric, words in said.items():
+        given.scores.meta["metric"] = metric
+        assert words in render(given)
+    given.scores.meta.update(metric="cosine", minus="other", minus_weight=0.5)
+    assert "mean gradient, less 0.5 times that with the set &#39;other&#39;. Grey" in render(given)
+    given.scores.meta["weights"] = [1.0, 2.0]  # sums of several tables
+    assert "A score is" not in render(given)
+
+
+def test_every_chart_says_in_words_what_it_shows() -> None:
+    svg = density(np.array([0.0, 1.0, 4.0]), np.array([4.0]), cut=0.5)
+    assert 'aria-label="histogram: 3 in all, 0 to 4, median 1; 1 chosen, 4 to 4, median 4; cut at 0.5"' in svg
+    assert 'aria-label="stage 0: 0.25, stage 2: 0.5"' in line([0.25, None, 0.5])
 
 
 def test_labels_of_an_axis_differ() -> None:
@@ -344,6 +377,7 @@ addEventListener("load", () => setTimeout(() => {
   document.querySelectorAll("#head button")[3].click();
   out.sorted = rows().slice(0, 5);
   out.wide = document.documentElement.scrollWidth <= innerWidth;
+  out.cut = [...document.querySelectorAll(".tiles .scroll")].filter((box) => box.scrollWidth > box.clientWidth).length;
   document.body.replaceChildren(document.createTextNode("PROBE" + JSON.stringify(out) + "END"));
 }, 300));
 </script>
@@ -374,6 +408,7 @@ def browse(folder: Path, page: str, *flags: str) -> str:
 @needs_browser
 def test_a_browser_shows_the_numbers(tmp_path: Path) -> None:
     given = make_input()
+    given.scores.rows[7] = replace(given.scores.rows[7], task="a/long/name/of/a/task" * 5)
     found = browse(
         tmp_path, render(given).replace("</body>", PROBE + "</body>"), "--window-size=500,900", "--dump-dom"
     )
@@ -389,6 +424,7 @@ def test_a_browser_shows_the_numbers(tmp_path: Path) -> None:
     assert "reward 1" in seen["detail"] and seen["images"] == 0 and seen["title"] == "Selection report"
     best = sorted(np.flatnonzero(scores.usable), key=lambda i: -scores.table[i, 0])[:5]
     assert seen["sorted"] == [scores.rows[i].id for i in best] and seen["wide"]
+    assert seen["cut"] == 0, "figures of a small table that a long name moved out of it"
 
 
 PLACES = """

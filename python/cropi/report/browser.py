@@ -62,18 +62,18 @@ def _data(given: ReportInput) -> dict[str, Any]:
         "id": [shown(row.id) for row in rows],
         "task": [shown(row.task or "") for row in rows],
         "pass": [round(row.pass_rate, 4) for row in rows],
-        "norm": [_digits(row.norm) if row.status == "ok" else None for row in rows],
+        "norm": [_digits(row.norm, 3) if row.status == "ok" else None for row in rows],
         "tokens": [row.tokens for row in rows],
     }
     for v in range(len(scores.sets)):
-        columns[f"score{v}"] = [_digits(x) for x in scores.table[places, v]]
+        columns[f"score{v}"] = [_digits(x, 4) for x in scores.table[places, v]]
         if sure is not None and sure.stderr.shape == scores.table.shape:
-            columns[f"se{v}"] = [_digits(x) for x in sure.stderr[places, v]]
+            columns[f"se{v}"] = [_digits(x, 4) for x in sure.stderr[places, v]]
     if sure is not None and len(sure.p_selected) == len(scores.rows):
-        columns["p"] = [_digits(x) for x in sure.p_selected[places]]
-    for key in ("ratio", "ess"):
+        columns["p"] = [_digits(x, 2) for x in sure.p_selected[places]]
+    for key, decimals in (("ratio", 3), ("ess", 2)):
         if any(key in row.extra for row in rows):
-            columns[key] = [_digits(row.extra.get(key)) for row in rows]
+            columns[key] = [_digits(row.extra.get(key), decimals) for row in rows]
     reasons = [STATUSES[0], *sorted({f"{row.status}: {row.reason}" for row in rows if row.status != "ok"})]
     place = {reason: i for i, reason in enumerate(reasons)}
     columns["status"] = [0 if row.status == "ok" else place[f"{row.status}: {row.reason}"] for row in rows]
@@ -172,6 +172,11 @@ def _long(text: str) -> dict[str, Any]:
     return {"text": shown(text[:LONG])[:LONG], "size": len(text)}
 
 
-def _digits(x: Any) -> float | None:
-    """Five digits, None for what is not a finite number."""
-    return float(f"{x:.5g}") if x is not None and math.isfinite(x) else None
+def _digits(x: Any, places: int) -> float | None:
+    """Five digits, and more where the script would write another number to ``places`` decimals than the table of
+    `cropi run` does: 0.123449996 is 0.1234, and its five digits 0.12345 are 0.1235. None for what is not finite."""
+    if x is None or not math.isfinite(x):
+        return None
+    written = f"{x:.{places}f}"
+    shorter = (float(f"{x:.{digits}g}") for digits in (5, 7, 9))
+    return next((value for value in shorter if f"{value:.{places}f}" == written), float(x))

@@ -24,9 +24,7 @@ def density(
     """
     pool, chosen = pool[np.isfinite(pool)], chosen[np.isfinite(chosen)]
     if not len(pool):
-        return (
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text x="8" y="20">no finite value</text></svg>'
-        )
+        return _drawn(['<text x="8" y="20">no finite value</text>'], "no finite value")
     low, high = ends or _apart(float(pool.min()), float(pool.max()))
     edges = np.linspace(low, high, bins + 1)
     shares = [np.histogram(x, edges)[0] / max(len(x), 1) for x in (pool, chosen)]
@@ -54,10 +52,15 @@ def density(
     if cut is not None:
         parts.append(f'<line class="cut" x1="{x(cut):.1f}" x2="{x(cut):.1f}" y1="4" y2="{8 + plot}"/>')
     base = 8 + plot
+    spans = [
+        f"{len(held)} {name}, {held.min():.3g} to {held.max():.3g}, median {np.median(held):.3g}"
+        for name, held in (("in all", pool), ("chosen", chosen)) if len(held)
+    ]  # fmt: skip
+    words = "; ".join(spans) + ("" if cut is None else f"; cut at {cut:.3g}")
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - LEFT}" y1="{base}" y2="{base}"/>')
     for value, anchor in ((low, "start"), ((low + high) / 2, "middle"), (high, "end")):
         parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 4}" text-anchor="{anchor}">{value:.3g}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return _drawn(parts, f"histogram: {words}")
 
 
 def bars(pool: Sequence[float], chosen: Sequence[float]) -> list[str]:
@@ -95,7 +98,7 @@ def line(values: Sequence[float | None], *, low: float | None = None, high: floa
     """One value a stage, from stage 0 on, as a line with a dot for each; None leaves a gap."""
     known = [float(v) for v in values if v is not None and np.isfinite(v)]
     if not known:
-        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><text x="8" y="20">not known</text></svg>'
+        return _drawn(['<text x="8" y="20">not known</text>'], "not known")
     bottom = min(known) if low is None else low
     top = max(known) if high is None else high
     bottom, top = _apart(bottom, top)
@@ -122,4 +125,10 @@ def line(values: Sequence[float | None], *, low: float | None = None, high: floa
         )
     for i in sorted({0, len(values) - 1}):
         parts.append(f'<text x="{place(i, bottom)[0]:.1f}" y="{HEIGHT - 4}" text-anchor="middle">{i}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+    stages = (f"stage {i}: {v:.3g}" for i, v in enumerate(values) if v is not None and np.isfinite(v))
+    return _drawn(parts, ", ".join(stages))
+
+
+def _drawn(parts: Sequence[str], words: str) -> str:
+    """The chart, with what a screen reader says of it: a picture without words is silence there."""
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">{"".join(parts)}</svg>'

@@ -75,7 +75,10 @@ def _verdict(document: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -
     lines = [{"level": "warning", "name": "learning", "text": text} for text in document.get("warnings", ())]
     rewards = [value for row in stages for value in _pair(row, "reward") if value is not None]
     if not rewards:
-        text = "the trainer left no training.json, so that reward and learning are not known"
+        text = (
+            "the trainer left no training.json in {out}, so that reward and learning are not known "
+            "(docs/curriculum.md has its form)"
+        )
         lines.append({"level": "warning", "name": "reward", "text": text})
     elif not lines:
         text = f"from {rewards[0]:.4g} at the first stage to {rewards[-1]:.4g} at the last"

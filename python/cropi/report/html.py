@@ -18,6 +18,7 @@ import numpy as np
 
 from cropi.atomic import write_atomic
 from cropi.data.records import PromptGroup
+from cropi.data.rewards import PASS_REWARD
 from cropi.errors import CropiError
 from cropi.ranking.contributions import mean_contributions
 from cropi.ranking.scores import Scores
@@ -110,7 +111,8 @@ def _values(given: ReportInput) -> dict[str, Any]:
     lines = texts.lines()
     return {
         "title": given.title, "prompts": len(scores.rows), "ranked": len(usable), "chosen": len(chosen),
-        "method": selection.method, "sets": sets, "unfinished": given.unfinished,
+        "method": selection.method, "sets": sets, "score": _score(scores.meta), "pass_reward": PASS_REWARD,
+        "unfinished": given.unfinished,
         "model": str(model.get("weights", "unknown") if isinstance(model, dict) else model or "unknown")[:16],
         "model_name": dict(given.run).get("model given as"),
         "stage": str(origin.get("stage", "unknown")),
@@ -127,6 +129,20 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "policy": _policy(scores, chosen), "anatomy": _anatomy(given.check), "run": list(given.run),
         "command": given.command,
     }  # fmt: skip
+
+
+def _score(meta: Mapping[str, Any]) -> str:
+    """A sentence: what a score is. Empty for a table that does not say it, and for sums of several."""
+    if "metric" not in meta or "weights" in meta:
+        return ""
+    metric = {"dot": "dot product"}.get(meta["metric"], meta["metric"])
+    whose = (
+        "one of the set's, the largest" if meta.get("aggregate") == "nearest" else "the set's mean gradient"
+    )
+    less = ""
+    if "minus" in meta:
+        less = f", less {meta['minus_weight']:g} times that with the set {meta['minus']!r}"
+    return f"A score is the {metric} of a prompt's gradient with {whose}{less}. "
 
 
 def _tasks(scores: Scores) -> Counter[str]:
