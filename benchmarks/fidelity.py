@@ -172,7 +172,7 @@ def _markdown(rows: list[Row], path: Path, about: str) -> None:
                 precision = f"{r.precision:.3f} ± {r.spread:.3f}"
                 figures = f"{precision} | {r.spearman:.4f} | {r.error:.4f}"
                 lines.append(f"| {r.sketch} | {r.dim} | {r.work} | {figures} |")
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _plot(rows: list[Row], path: Path) -> None:

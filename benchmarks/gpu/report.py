@@ -154,7 +154,7 @@ def main() -> None:
         text += [f"- {log.stem}: {tail[-1] if tail else 'no summary'}", ""]
     target = common.ROOT / "benchmarks" / "results" / "gpu.md" if len(sys.argv) < 2 else Path(sys.argv[1])
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("\n".join(text))
+    target.write_text("\n".join(text), encoding="utf-8")
     print(f"wrote {target}")
 
 

@@ -250,8 +250,10 @@ def test_names_beyond_the_characters_of_a_process_say_what_to_set(tmp_path: Path
         "import sys, cropi; from cropi.cli import main; from cropi.data.readers import read\n"
         "main(['convert', sys.argv[1], '--out', 'out.jsonl']); main(['run', '--config', 'c.yaml'])\n"
         "from pathlib import Path; from cropi.cli.config import read_config; from cropi.rollouts.rewards import _file\n"
+        "from cropi.curriculum.checks import check_command\n"
         "for look in (lambda: list(read('d\\xe9.jsonl')), lambda: cropi.SketchStore.open('d\\xe9'),\n"
-        "             lambda: read_config(Path('d\\xe9.yaml')), lambda: _file('d\\xe9.py')):\n"
+        "             lambda: read_config(Path('d\\xe9.yaml')), lambda: _file('d\\xe9.py'),\n"
+        "             lambda: check_command('trainer', 'd\\xe9 x')):\n"
         "    try: look()\n"
         "    except cropi.CropiError as error: print(error, file=sys.stderr)\n"
         "print([(group.id, group.task) for group in read('d.jsonl')])\n"
@@ -261,7 +263,7 @@ def test_names_beyond_the_characters_of_a_process_say_what_to_set(tmp_path: Path
     )
     told = "has characters beyond ascii, in which this process takes paths: set PYTHONUTF8=1"
     names = [re.search(f"'([^']*)' {told}", line) for line in ran.stderr.splitlines() if told in line]
-    assert [found and found[1] for found in names] == [*3 * ["dé.jsonl"], "dé", "dé.yaml", "dé.py"], (
+    assert [found and found[1] for found in names] == [*3 * ["dé.jsonl"], "dé", "dé.yaml", "dé.py", "dé x"], (
         ran.stderr
     )
     assert ran.stdout.splitlines()[-1] == "[('ä', '中')]"

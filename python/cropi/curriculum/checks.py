@@ -17,7 +17,7 @@ from cropi.data.export import FORMATS, check_export
 from cropi.data.readers import PromptGroups
 from cropi.data.scan import Scan, check_covered, scan
 from cropi.errors import CropiError, did_you_mean, optional
-from cropi.files import check_room
+from cropi.files import beyond_paths, check_room
 from cropi.model.load import DTYPES, check_device
 from cropi.model.sources import locate
 from cropi.ranking.selection import check_selecting
@@ -81,7 +81,10 @@ def check_command(option: str, template: str) -> None:
         CropiError: a quote that is not closed, say, or a program that is not there.
     """
     text = NAME.sub(lambda match: f"{{{match[1]}}}" if match[1] else "name", template)
-    parsed = subprocess.run(["/bin/sh", "-n", "-c", text], capture_output=True, text=True, check=False)
+    try:
+        parsed = subprocess.run(["/bin/sh", "-n", "-c", text], capture_output=True, text=True, check=False)
+    except UnicodeEncodeError:
+        raise CropiError(f"{option}: {beyond_paths(template)}") from None
     if parsed.returncode:
         raise CropiError(f"{option}: the shell cannot read {template!r}: {parsed.stderr.strip()}")
     try:
