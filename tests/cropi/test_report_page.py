@@ -161,6 +161,21 @@ def test_a_page_says_what_a_score_is() -> None:
     assert "A score is" not in render(given)
 
 
+def test_a_page_says_what_was_drawn_anew() -> None:
+    """With --noise the shares are those of other responses too, and more validation prompts alone do not mend them."""
+    given = make_input()
+    assert given.uncertainty is not None
+    for signal, drawn, missing in (
+        (np.nan, "validation prompts are drawn anew", "and all responses"),
+        (0.3, "validation prompts and all responses are drawn anew", "responses stay as they are"),
+    ):
+        given.uncertainty = replace(given.uncertainty, own_signal=signal, overlap=0.4)
+        page = render(given)
+        assert page.count(drawn) == 2 and missing not in page
+        other = "" if np.isnan(signal) else " and more responses"
+        assert f"; more validation prompts{other} make the choice surer" in page
+
+
 def test_every_chart_says_in_words_what_it_shows() -> None:
     svg = density(np.array([0.0, 1.0, 4.0]), np.array([4.0]), cut=0.5)
     assert 'aria-label="histogram: 3 in all, 0 to 4, median 1; 1 chosen, 4 to 4, median 4; cut at 0.5"' in svg

@@ -299,6 +299,16 @@ def test_the_choice_moves_with_the_training_prompts_responses() -> None:
     assert moved.sets[0].own > 0 and np.isnan(moved.sets[0].from_responses), (
         "no noise of the validation prompts"
     )
+    # More validation prompts do not halve what the training prompts' own responses add.
+    both = replace(moved.sets[0], stderr_at_cut=0.5, own=0.4, from_responses=0.2, signal=0.9, prompts=8)
+    assert both.advice().endswith(
+        "standard error 0.500 at the cut, 0.300 without the noise of the training prompts' responses (0.200 by the "
+        "validation prompts' responses alone); 32 prompts would halve 0.300"
+    )
+    alone = replace(both, own=np.nan)
+    assert alone.advice().endswith(
+        "(0.200 by the validation prompts' responses alone); 32 prompts would halve it"
+    )
 
 
 # ------------------------------------------------------------------------------------ the ways to get it

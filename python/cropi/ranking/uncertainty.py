@@ -87,15 +87,14 @@ class SetUncertainty:
                 f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut (of the "
                 "nearest prompt)"
             )
-        part = (
-            ""
-            if math.isnan(self.from_responses)
-            else f" ({self.from_responses:.3f} by their responses alone)"
-        )
-        return (
-            f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut{part}; "
-            f"{4 * self.prompts} prompts would halve it"
-        )
+        said = f"{self.name}: {self.prompts} prompts, standard error {self.stderr_at_cut:.3f} at the cut"
+        halved = "it"
+        if not math.isnan(self.own):  # which no validation prompt makes smaller
+            halved = f"{math.sqrt(max(self.stderr_at_cut**2 - self.own**2, 0.0)):.3f}"
+            said += f", {halved} without the noise of the training prompts' responses"
+        if not math.isnan(self.from_responses):
+            said += f" ({self.from_responses:.3f} by the validation prompts' responses alone)"
+        return f"{said}; {4 * self.prompts} prompts would halve {halved}"
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "stage": str(origin.get("stage", "unknown")),
         "verdict": _verdict(given), "choice": _choice(sure),
         "choice_missing": given.uncertainty_missing,
+        "and_responses": " and all responses" if sure is not None and sure.responses else "",
         "composition": _composition(scores, usable, chosen), "overlap": _overlap(scores, selection),
         "groups": _groups(scores, chosen),
         "tasks": sorted(task for task, _ in _tasks(scores).most_common(MOST_TASKS)),
@@ -178,12 +179,13 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
     if sure is None:
         add("warning", "choice", f"not resampled: {given.uncertainty_missing}")
     else:
+        drawn = ["validation prompts", "responses"][: 2 if sure.responses else 1]
         level = "ok" if sure.overlap >= 0.75 else "warning" if sure.overlap >= 0.5 else "failed"
         add(
             level,
             "choice",
-            f"{sure.overlap:.0%} of the chosen prompts would stay with other validation prompts"
-            + ("" if level == "ok" else "; more validation prompts make the choice surer"),
+            f"{sure.overlap:.0%} of the chosen prompts would stay with other {' and other '.join(drawn)}"
+            + ("" if level == "ok" else f"; more {' and more '.join(drawn)} make the choice surer"),
         )
         weak = [s for s in sure.sets if s.few or s.signal <= 0.2]
         for one in weak:
