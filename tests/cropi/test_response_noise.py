@@ -22,7 +22,7 @@ from cropi.gradient.estimators import group_advantages, make_estimator
 from cropi.gradient.noise import noise_of, noisy
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
-from cropi.ranking.influence import influence
+from cropi.ranking.influence import choose_members, influence
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.response_noise import _noise_of, response_noise
 from cropi.ranking.table import read_scores
@@ -168,6 +168,24 @@ def test_variances_are_those_of_small_changes(metric: str, mean: str) -> None:
     np.testing.assert_allclose(found.own, own, rtol=1e-4, atol=1e-6)
     share = np.mean(np.sum(moved_train**2, axis=1) / np.sum(train**2, axis=1))
     assert found.share == pytest.approx(share, rel=1e-6)
+
+
+def test_noise_is_that_of_the_validation_prompts_that_count() -> None:
+    """With ``max_valid``: as if there were no others, though the stores of noise hold theirs too."""
+    rng = np.random.default_rng(2)
+    valid, moved, ids = rng.normal(size=(8, 64)) + 1, rng.normal(size=(8, 64)), [f"v{i}" for i in range(8)]
+    train, capped = made_store(rng.normal(size=(5, 64)) + 1, "t"), Influence(max_valid=3, valid_seed=1)
+
+    def found(places: list[int], how: Influence) -> np.ndarray:
+        named = [ids[i] for i in places], ["x"] * len(places)
+        store = made_store(valid[places], *named, trajectories="v")
+        noise = made_store(moved[places], *named, trajectories="v", noise=True)
+        return response_noise(train, [store], [noise], how).valid
+
+    everyone = made_store(valid, ids, ["x"] * 8, trajectories="v")
+    counted = sorted(int(name[1:]) for _, name in choose_members([everyone], 3, 1)["x"])
+    assert len(counted) == 3
+    np.testing.assert_allclose(found([*range(8)], capped), found(counted, Influence()), rtol=1e-6)
 
 
 def test_a_set_without_noise_is_not_known(tmp_path: Path) -> None:
