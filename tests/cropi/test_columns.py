@@ -17,6 +17,7 @@ import pytest
 from support.made_data import make_tokenizer
 
 from cropi.data import tables
+from cropi.data.checks import LONGEST_ID
 from cropi.data.columns import TableGroup
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
@@ -78,6 +79,8 @@ def test_the_groups_are_the_same_and_nothing_is_made_early(monkeypatch: pytest.M
 CHANGES: dict[str, Any] = {
     "an id twice": lambda r: r[1].update(id="p0"),
     "no id": lambda r: r[2].update(id=None),
+    "a blank id": lambda r: r[2].update(id="  "),
+    "a long id": lambda r: r[2].update(id="x" * (LONGEST_ID + 1)),
     "no ids at all": lambda r: [row.pop("id") for row in r],
     "integers as ids": lambda r: [row.update(id=i) for i, row in enumerate(r)],
     "one reward more": lambda r: r[3]["rewards"].append(1.0),
@@ -106,6 +109,7 @@ CHANGES: dict[str, Any] = {
     "messages without a role": lambda r: [row.update(prompt=[{"content": "q"}]) for row in r],
     "no texts": lambda r: [row.update(prompt=None, responses=None) for row in r],
     "a temperature of zero": lambda r: r[3].update(temperature=0.0),
+    "an infinite temperature": lambda r: r[3].update(temperature=float("inf")),
     "a temperature nowhere": lambda r: [row.update(temperature=None) for row in r],
     "tools": lambda r: [row.update(tools=[{"name": "f"}]) for row in r],
     "an alias": lambda r: [row.update(completion_ids=row.pop("response_ids")) for row in r],
