@@ -121,3 +121,14 @@ def test_a_budget_counts_a_training_that_nothing_cut_short(tmp_path: Path) -> No
     ]
     state = State(tmp_path / "state.json", {"done": done})
     assert [state.seconds("train", stage) for stage in range(4)] == [0.0, 90.0, 600.0, 600.0]
+
+
+def test_a_models_checkpoint_is_the_one_that_a_step_used_last(tmp_path: Path) -> None:
+    """After --accept-changes there are two of one model: to compare with the first would refuse the run for good."""
+    done = [
+        {"stage": 0, "step": "sketch", "checkpoints": {"m": "old", "n": "kept"}},
+        {"stage": 0, "step": "select"},
+        {"stage": 0, "step": "train", "checkpoints": {"m": "new"}},
+    ]
+    state = State(tmp_path / "state.json", {"done": done})
+    assert [state.checkpoint(model) for model in ("m", "n", "o")] == ["new", "kept", None]
