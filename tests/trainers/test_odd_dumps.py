@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from cropi.cli import main
 from cropi.data.readers import read
 from cropi.data.scan import LossyTokens
 from cropi.errors import CropiError
-from cropi.trainers.dumps.auto import opened, read_rollouts
+from cropi.trainers.dumps.auto import _of_steps, opened, read_rollouts
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import MOST_OPCODES, recognise
@@ -57,6 +59,24 @@ def test_a_column_of_trl_without_a_name_is_a_column(tmp_path: Path) -> None:
     write_lines(path, rows)
     rollouts = read_rollouts(path, "trl", Reading(temperature=0.7), Left())
     assert [one.reward for one in rollouts] == [1.0, 0.0, 0.5, 1.0]
+
+
+def test_the_folder_of_a_sources_records_goes_with_it_and_without_a_warning(tmp_path: Path) -> None:
+    """TemporaryDirectory warns of what is not closed: an error where a user's tests allow no warning."""
+    write(tmp_path / "completions_00007.jsonl", trl())
+    for number in (1, 2):
+        record = {"id": "a", "prompt_ids": [5], "response_ids": [[number]], "rewards": [1]}
+        write_lines(tmp_path / f"{number}.jsonl", [record])
+    dump, steps = tmp_path / "completions_00007.jsonl", [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    for look in (lambda: opened([dump]), lambda: _of_steps(steps, tmp_path, False, None)):
+        sources = look()
+        folder = sources[0].file.parent
+        assert folder.name.startswith("cropi-") and list(folder.iterdir())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            del sources
+            gc.collect()
+        assert not folder.exists() and not told
 
 
 def test_token_ids_of_llama_cpp(tmp_path: Path) -> None:

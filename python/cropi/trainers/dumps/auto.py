@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +22,7 @@ from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, recognise
 from cropi.trainers.dumps.rollout import Rollout, Written, group_rollouts, write_groups
-from cropi.trainers.dumps.steps import logs_together, newest_of_steps
+from cropi.trainers.dumps.steps import KeptFolder, logs_together, newest_of_steps
 
 AUTO = "auto"
 
@@ -95,7 +94,7 @@ class DumpSource(PathSource):
 
     converted = True
 
-    def __init__(self, path: Path, name: str, left: Left, folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, path: Path, name: str, left: Left, folder: KeptFolder) -> None:
         super().__init__(path, f"{name}, as records")
         self.left, self._folder, self._given = left, folder, name
 
@@ -139,10 +138,10 @@ class Dumps:
         groups = group_rollouts(
             rollouts(), steps=reading.steps, left=self.left, order=lambda one: (numbers[newest[one][1]], one)
         )
-        folder = tempfile.TemporaryDirectory(prefix="cropi-dump-")
+        folder = KeptFolder("cropi-dump-")
         self.sources: list[DumpSource] = []
         for name, own in groupby(groups, key=lambda group: newest[group.id][1]):
-            path = Path(folder.name) / f"records-{len(self.sources)}.jsonl"
+            path = folder.path / f"records-{len(self.sources)}.jsonl"
             self.written += write_groups(path, own)
             self.sources.append(DumpSource(path, name, self.left, folder))
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,14 @@ from cropi.trainers.dumps.rollout import write_groups
 STEP_FILE = re.compile(r"\d+\.jsonl")
 # As :class:`cropi.trainers.trl.rollout_log.RolloutLog` names its files.
 RANK_LOG = re.compile(r"(train|valid)-rank\d+\.jsonl")
+
+
+class KeptFolder:
+    """A temporary folder that lives as long as this object; TemporaryDirectory would warn that nobody closed it."""
+
+    def __init__(self, prefix: str) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def logs_together(paths: Sequence[Any]) -> list[Any]:
@@ -43,7 +53,7 @@ def logs_together(paths: Sequence[Any]) -> list[Any]:
 
 def newest_of_steps(
     files: Sequence[str | Path], skip_bad: bool, say: Callable[[str], None] | None
-) -> tuple[Path, tempfile.TemporaryDirectory[str]] | None:
+) -> tuple[Path, KeptFolder] | None:
     """The records of all steps in one file, a prompt once, and the folder that it lives in; None: the files are no
     steps and no logs of ranks, or no prompt is in them twice.
 
@@ -95,7 +105,7 @@ def newest_of_steps(
 
 def _newest_of_logs(
     files: Sequence[str | Path], skip_bad: bool, say: Callable[[str], None] | None
-) -> tuple[Path, tempfile.TemporaryDirectory[str]] | None:
+) -> tuple[Path, KeptFolder] | None:
     from cropi.trainers.trl.rollout_log import Newest, merge_rollouts
 
     bad: list[RecordError] = []
@@ -128,9 +138,9 @@ def _say_bad(bad: Sequence[RecordError], say: Callable[[str], None]) -> None:
         say(f"  left out    {len(bad)} bad records, the first {printable(bad[0].of_left_out)}")
 
 
-def _made() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
-    folder = tempfile.TemporaryDirectory(prefix="cropi-steps-")
-    return Path(folder.name) / "records.jsonl", folder
+def _made() -> tuple[Path, KeptFolder]:
+    folder = KeptFolder("cropi-steps-")
+    return folder.path / "records.jsonl", folder
 
 
 def _line(what: str, files: Sequence[str | Path], prompts: int, records: int) -> str:
