@@ -124,7 +124,7 @@ FLOORS = [
     {"form", "locks"},
     {"atomic"},
     {"bulk", "checked", "files", "summary", "agreement", "progress"},
-    {"amounts", "errors", "_moved"},
+    {"amounts", "errors", "temporary", "_moved"},
 ]
 
 

@@ -14,6 +14,7 @@ from cropi.cli.manners import Plain, conclude, speaking
 from cropi.cli.parser import Parser, ShowVersion, about
 from cropi.cli.streams import lasting_streams
 from cropi.errors import CropiError, printable_lines, shortened, shown
+from cropi.temporary import removed_by_signals
 
 __all__ = ["COMMANDS", "Plain", "main", "make_parser"]
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without a prompt's letters must not end the work.
         sys.stdout.reconfigure(errors="backslashreplace")
-    with lasting_streams() as out:
+    with lasting_streams() as out, removed_by_signals():
         status = _run(args)
     return 1 if out.lost and not status and not args.quiet else status
 

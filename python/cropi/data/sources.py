@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +22,7 @@ from cropi.data.values import python_value
 from cropi.errors import CropiError, RecordError, article, optional
 from cropi.files import open_to_read, reading
 from cropi.sealed import check_sums
+from cropi.temporary import temporary_file
 
 # (file:line, the line's offset or the number of the table's row or None, the line as bytes or the row as a dictionary)
 Row = tuple[str, Union[int, None], Any]  # noqa: UP007 (evaluated, also by Python 3.10)
@@ -143,7 +143,7 @@ class PathSource(Source):
                 return
             if isinstance(stream, Unpacked):  # tables are not read in one direction
                 with temporary():
-                    kept = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".unpacked"))
+                    kept = stack.enter_context(temporary_file("cropi-", ".unpacked"))
                 copy_to_temporary(stream, kept)
                 table = Path(kept.name)
             for where, number, row in rows_of_table_file(table, form, self.name, groups=groups):
@@ -163,7 +163,7 @@ class StdinSource(PathSource):
 
     def __init__(self) -> None:
         with temporary():
-            self._kept = tempfile.NamedTemporaryFile(prefix="cropi-stdin-")
+            self._kept = temporary_file("cropi-stdin-")
         with reading("standard input", missing=True):
             copy_to_temporary(sys.stdin.buffer, self._kept)
         super().__init__(Path(self._kept.name), "standard input")

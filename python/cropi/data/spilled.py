@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from cropi.errors import CropiError, optional
 from cropi.files import reason
+from cropi.temporary import temporary_file
 
 # So much is kept in memory before there is a file.
 SMALL = 2**22
@@ -81,7 +82,7 @@ def mapped(schema: Any, batches: Iterator[Any]) -> Any:
     """
     pyarrow = optional("pyarrow")
     with temporary():
-        kept = tempfile.NamedTemporaryFile(prefix="cropi-", suffix=".arrow")
+        kept = temporary_file("cropi-", ".arrow")
     with kept:
         with pyarrow.ipc.new_stream(kept.name, schema) as out:
             for batch in batches:

@@ -22,8 +22,8 @@ import hashlib
 import math
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch
 
 from cropi.errors import CropiError, optional, shown, warn
 from cropi.files import entries, failure_of, is_file, is_folder, meant, reading, reason
+from cropi.temporary import KeptFolder
 from cropi_kernels import canonical_name
 
 SECOND, LARGEST = "exp_avg_sq", "max_exp_avg_sq"
@@ -202,8 +203,8 @@ def _distributed(path: Path) -> dict[str, Any]:
     """Everything of a distributed checkpoint, by its flat keys."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "state.pt"
+    with closing(KeptFolder("cropi-state-")) as folder:
+        whole = folder.path / "state.pt"
         try:
             dcp_to_torch_save(path, whole)
             held = torch.load(whole, map_location="cpu", weights_only=True)

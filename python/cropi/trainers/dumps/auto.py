@@ -15,6 +15,7 @@ from cropi.data.sources import PathSource
 from cropi.errors import CropiError, printable, shown, warn
 from cropi.files import size_of
 from cropi.sealed import sum_of
+from cropi.temporary import KeptFolder
 from cropi.trainers.dumps import text_rows
 from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.folders import expanded, is_name
@@ -22,7 +23,7 @@ from cropi.trainers.dumps.pickled import check_size
 from cropi.trainers.dumps.reading import PLAIN, Reading
 from cropi.trainers.dumps.recognise import RECORDS, SOURCES, recognise
 from cropi.trainers.dumps.rollout import Rollout, Written, group_rollouts, write_groups
-from cropi.trainers.dumps.steps import KeptFolder, logs_together, newest_of_steps
+from cropi.trainers.dumps.steps import logs_together, newest_of_steps
 
 AUTO = "auto"
 

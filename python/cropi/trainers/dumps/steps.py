@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +11,12 @@ from typing import Any
 from cropi.data.readers import read
 from cropi.errors import RecordError, printable
 from cropi.files import size_of
+from cropi.temporary import KeptFolder
 from cropi.trainers.dumps.rollout import write_groups
 
 STEP_FILE = re.compile(r"\d+\.jsonl")
 # As :class:`cropi.trainers.trl.rollout_log.RolloutLog` names its files.
 RANK_LOG = re.compile(r"(train|valid)-rank\d+\.jsonl")
-
-
-class KeptFolder:
-    """A temporary folder that lives as long as this object; TemporaryDirectory would warn that nobody closed it."""
-
-    def __init__(self, prefix: str) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=prefix))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def logs_together(paths: Sequence[Any]) -> list[Any]:
