@@ -211,14 +211,16 @@ def test_the_order_of_stores_and_rows_changes_nothing(monkeypatch: pytest.Monkey
         rng.normal(size=(12, 64)),
     )
 
-    def found(order: np.ndarray) -> tuple[np.ndarray, float]:
+    def found(order: np.ndarray, joined: bool = False) -> tuple[np.ndarray, float]:
         ids = [f"t{i:02d}" for i in order]
         halves = slice(5), slice(5, None)
         noise = [made_store(moved[order[half]], ids[half], noise=True) for half in halves]
-        one = response_noise(made_store(train[order], ids), [made_store(valid, "v", trajectories="v")], noise)
+        stores = [made_store(train[order[part]], ids[part]) for part in (halves if joined else [slice(None)])]
+        one = response_noise(SketchStore.join(stores), [made_store(valid, "v", trajectories="v")], noise)
         return one.own, one.share
 
-    first, other = found(np.arange(12)), found(rng.permutation(12))
+    # Stores in memory that are read as one have no manifest on a disk.
+    first, other = found(np.arange(12)), found(rng.permutation(12), joined=True)
     assert first[0].shape == (7, 1)
     np.testing.assert_array_equal(first[0], other[0])
     assert first[1] == other[1]

@@ -29,7 +29,7 @@ from cropi.ranking.influence import check_stores, choose_members, validation_mea
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.differences import ALIKE, Difference, first_difference
-from cropi.store.manifest import MERGED, NOISE, NOTES, read_manifest
+from cropi.store.manifest import MERGED, NOISE, NOTES
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore
 
@@ -211,7 +211,7 @@ def _place(noise: SketchStore, stores: Sequence[SketchStore]) -> int:
         )
     reason = ""
     for number, store in enumerate(stores):
-        for manifest in _manifests(store):
+        for manifest in store.joined or [store.manifest]:
             differs = _difference(manifest, noise.manifest)
             if differs is None:
                 return number
@@ -223,11 +223,6 @@ def _place(noise: SketchStore, stores: Sequence[SketchStore]) -> int:
         f"noise: {noise.path} belongs to none of the stores of training and validation prompts ({reason}); sketch it "
         "from the same trajectories with the same settings"
     )
-
-
-def _manifests(store: SketchStore) -> list[dict[str, Any]]:
-    """The manifests of the stores that are read as one."""
-    return [store.manifest] if len(store.paths) == 1 else [read_manifest(path) for path in store.paths]
 
 
 def _difference(store: Mapping[str, Any], noise: Mapping[str, Any]) -> Difference | None:

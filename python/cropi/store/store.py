@@ -195,6 +195,7 @@ class SketchStore(StoredSketches):
             joined._shards.update(store._shards)
             joined._rows.update(store._rows)
         joined.paths = [path for store in stores for path in store.paths]
+        joined.joined = [one for store in stores for one in store.joined or [store.manifest]]
         return joined
 
     def without(self, ids: Container[str]) -> SketchStore:

@@ -26,12 +26,14 @@ class StoredSketches:
         path: the folder; of stores that are read as one, the first one's.
         manifest: what the rows are sketches of.
         paths: the folders of the stores that are read as one.
+        joined: the manifests of stores that are read as one; empty for one alone.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
         self.paths = [path]
+        self.joined: list[dict[str, Any]] = []
         self._shards: dict[Path, Shard] = {}
         self._rows: dict[str, RowInfo] = {}
 
