@@ -98,7 +98,7 @@ def score(
     """
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     choice, rest = _choice(rest)
-    sketching, compare = split(rest, Sketching, Influence, also=(*names_of(Loading), *OF_CHOICE))
+    sketching, compare = split(rest, Sketching, Influence, also=(*names_of(Loading), *OF_CHOICE), by=score)
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
     if noise:
         replace(job, noise=True)  # what does not go with it shows here
@@ -168,7 +168,7 @@ def sketch(
     (1, [torch.Size([1, 1024])])
     """
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
-    (sketching,) = split(rest, Sketching, also=names_of(Loading))
+    (sketching,) = split(rest, Sketching, also=names_of(Loading), by=sketch)
     trajectories = _opened(policy, sketching, trajectories, source)
     job = make_job(
         sketching, trajectories, out, set=set, behaviour_model=beta, notes={"model": policy.name}, noise=noise
@@ -224,7 +224,7 @@ def influence(
     [[0.125], [0.125], [0.125]]
     """
     choice, rest = _choice(options)
-    (given,) = split(rest, Influence, also=OF_CHOICE)
+    (given,) = split(rest, Influence, also=OF_CHOICE, by=influence)
     train, stores = given_stores(train, valid)
     if not isinstance(noise, (list, tuple)) or not all(isinstance(one, SketchStore) for one in noise):
         raise CropiError(
@@ -362,7 +362,7 @@ def check(
     True
     """
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
-    (sketching,) = split(rest, Sketching, also=names_of(Loading))
+    (sketching,) = split(rest, Sketching, also=names_of(Loading), by=check)
     trajectories = _opened(policy, sketching, trajectories, source)
     job = make_job(sketching, trajectories, None, behaviour_model=beta)
     return check_job(policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None)

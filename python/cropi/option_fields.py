@@ -6,8 +6,9 @@ Nothing here imports torch, so that ``cropi --help`` is quick.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
+from inspect import signature
 from typing import Any, TypeVar
 
 from cropi.checked import check_fields
@@ -157,8 +158,14 @@ def one_of(made: T | None, given: Mapping[str, Any], cls: type[T]) -> T:
     return made
 
 
-def split(given: Mapping[str, Any], *classes: type[Any], also: Sequence[str] = ()) -> list[Any]:
-    """Instances of some option classes from one mapping of names to values; ``also``: names that the caller takes.
+def split(
+    given: Mapping[str, Any],
+    *classes: type[Any],
+    also: Sequence[str] = (),
+    by: Callable[..., Any] | None = None,
+) -> list[Any]:
+    """Instances of some option classes from one mapping of names to values; ``also``: names that the caller ``by``
+    takes, whose parameters may be meant by a misspelt name, too.
 
     Raises:
         CropiError: a name that none of them has.
@@ -166,8 +173,9 @@ def split(given: Mapping[str, Any], *classes: type[Any], also: Sequence[str] = (
     known = [*names_of(*classes), *also]
     for name in given:
         if name not in known:
+            own = [] if by is None else signature(by).parameters
             raise CropiError(
-                f"{name!r} is not an option; {did_you_mean(name, known)}known are {', '.join(known)}"
+                f"{name!r} is not an option; {did_you_mean(name, [*own, *known])}known are {', '.join(known)}"
             )
     return [one(**{name: given[name] for name in names_of(one) if name in given}) for one in classes]
 
