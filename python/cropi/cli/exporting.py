@@ -46,7 +46,14 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
         args.parser.error(f"what --export FILE holds is said by {' and '.join(given)}; give it too{more}")
     if args.private and not args.push_to_hub:
         args.parser.error("--private is for --push-to-hub; give it too")
-    form = options.export_format(args)
+
+    def check_rows(option: str) -> None:
+        if not args.dataset and groups is None:
+            args.parser.error(
+                f"{option} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
+            )
+
+    form, records = options.export_format(args), () if groups is None else groups
     if args.export:
         if form in BY_PLACE and not args.dataset:
             args.parser.error(f"--format {form} needs --dataset, whose rows it numbers")
@@ -56,28 +63,18 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
             )
         if form == "weights" and alone:
             raise CropiError(f"--format weights needs resampled scores, and {alone}")
-        if form != "ids" and not (args.dataset or groups is not None):
-            args.parser.error(
-                f"--format {form} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
-            )
-        some = list(islice(groups, 200)) if groups is not None and args.dataset else []
+        if form != "ids":
+            check_rows(f"--format {form}")
+        some = list(islice(records, 200)) if args.dataset else []
         check_export(
-            form,
-            trajectories=groups if groups is not None else (),
-            dataset=args.dataset,
-            id_key=args.id_key,
-            records=some if form not in ("ids", *BY_PLACE) else (),
-            data_source=args.data_source,
-            out=args.export,
-        )
+            form, trajectories=records, dataset=args.dataset, id_key=args.id_key,
+            records=some if form not in ("ids", *BY_PLACE) else (), data_source=args.data_source, out=args.export,
+        )  # fmt: skip
     if args.push_to_hub:
         check_hub_name(args.push_to_hub)
-        if not (args.dataset or groups is not None):
-            args.parser.error(
-                "--push-to-hub needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
-            )
+        check_rows("--push-to-hub")
         if not args.export:
-            check_export("save_to_disk", trajectories=groups or (), dataset=args.dataset, id_key=args.id_key)
+            check_export("save_to_disk", trajectories=records, dataset=args.dataset, id_key=args.id_key)
 
 
 def write(args: argparse.Namespace, selection: Selection, groups: PromptGroups | None) -> None:

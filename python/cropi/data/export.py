@@ -102,30 +102,18 @@ def _export(
     data_source: str | None,
 ) -> int:
     if format == "ids":
-        for place, name in enumerate(ids):
-            if name.splitlines() != [name] or name != name.strip():
-                raise CropiError(
-                    f"format ids: the prompt id {name!r} is not one line without spaces around it; use jsonl"
-                )
-            # Read again, the first would be JSON; where the file begins, the second is a mark of its encoding.
-            if name[0] == "{" or name[0] == "\ufeff" and not place:
-                raise CropiError(f"format ids: the prompt id {name!r} begins with {name[0]!r}; use jsonl")
-            if not is_writable(name):
-                raise CropiError(
-                    f"format ids: the prompt id {name!r} has half of a surrogate pair, which is not a character: no "
-                    "file takes it; give the prompt another id"
-                )
+        _check_lines(ids)
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
     if format in BY_PLACE:
-        table, places, names = located(dataset, ids, id_key, trajectories)
+        _, places, names = located(dataset, ids, id_key, trajectories)
+        numbers: list[Any] = places
         if format == "weights":
             if weights is None:
                 raise CropiError("format weights needs the weights; use Selection.save, or cropi select")
-            write_atomic(out, json.dumps([weights.get(name, 0.0) for name in names]) + "\n")
-            return len(names)
-        write_atomic(out, json.dumps(places) + "\n")
-        return len(ids)
+            numbers = [weights.get(name, 0.0) for name in names]
+        write_atomic(out, json.dumps(numbers) + "\n")
+        return len(numbers)
     if format in FILES:
         groups = read(trajectories, skip_bad=True, rewards=None).take(ids)
         _write_rows(out, FILES[format], (trainer_row(format, group, data_source) for group in groups))
@@ -143,6 +131,23 @@ def _export(
     else:
         _write_rows(out, format, rows_of(table, places))
     return len(ids)
+
+
+def _check_lines(ids: Sequence[str]) -> None:
+    """Check that every id can be a line of a file, and is read again as it is."""
+    for place, name in enumerate(ids):
+        if name.splitlines() != [name] or name != name.strip():
+            raise CropiError(
+                f"format ids: the prompt id {name!r} is not one line without spaces around it; use jsonl"
+            )
+        # Read again, the first would be JSON; where the file begins, the second is a mark of its encoding.
+        if name[0] == "{" or name[0] == "\ufeff" and not place:
+            raise CropiError(f"format ids: the prompt id {name!r} begins with {name[0]!r}; use jsonl")
+        if not is_writable(name):
+            raise CropiError(
+                f"format ids: the prompt id {name!r} has half of a surrogate pair, which is not a character: no "
+                "file takes it; give the prompt another id"
+            )
 
 
 def chosen_dataset(

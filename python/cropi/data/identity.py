@@ -64,11 +64,7 @@ def dataset_ids(
         hashes = _hashes(table, columns)
         if len(set(hashes)) == len(hashes):
             ids = PromptIds.of(hashes, "hash", f"dataset: {path}", "--id-key")
-            if missing := [name for name in names if name not in ids]:
-                raise CropiError(
-                    f"dataset: {path}: {len(missing)} of {len(names)} selected prompts have no row, for example "
-                    f"{missing[0]!r}: the content of no row has this hash; {_remedy(missing[0])}"
-                )
+            _check_there(names, ids, path, ": the content of no row has this hash")
             return ids
     if not fitting:
         wanted = f"column {id_key!r}" if id_key else f"one of {', '.join(ID_KEYS)}"
@@ -111,38 +107,40 @@ def _check_rows(
     table: Any, columns: Sequence[str], path: str | Path, ids: PromptIds, records: Sequence[PromptGroup]
 ) -> None:
     """Check that the records' ids are all there, and that each row has the prompt of its record."""
-    missing = [record.id for record in records if record.id not in ids]
-    if missing:
-        raise CropiError(
-            f"dataset: {path}: {len(missing)} of {len(records)} selected prompts have no row, for example "
-            f"{missing[0]!r} (its column {ids.column!r} holds, for example, {ids.names[0]!r}); {_remedy(missing[0])}"
-        )
+    _check_there([record.id for record in records], ids, path)
     key = next((name for name in PROMPT_KEYS if name in columns), None)
     if key is None:
         return
     for record in records:
         row = ids.place[record.id]
         there = table[row].get(key) if isinstance(table, Rows) else table.column(key)[row].as_py()
-        mine, theirs = _comparable(record.prompt), _comparable(there)
-        # A template stands around what a dump holds.
-        if (
-            record.extra.get(RENDERED)
-            and isinstance(mine, str)
-            and isinstance(theirs, str)
-            and theirs in mine
-        ):
-            continue
-        # The row is a whole conversation, and the record's prompt ends where the assistant speaks.
-        if key == "messages" and isinstance(mine, list) and isinstance(theirs, list):
-            n = len(mine)
-            if theirs[:n] == mine and [role for role, _ in theirs[n : n + 1]] == ["assistant"]:
-                continue
-        if mine is not None and theirs is not None and type(mine) is type(theirs) and mine != theirs:
+        if _differ(_comparable(record.prompt), _comparable(there), key, bool(record.extra.get(RENDERED))):
             raise CropiError(
                 f"dataset: {path}: by its column {ids.column!r}, row {row} is the prompt {record.id!r:.100}, but it "
                 f"holds {shown(there)}, and the trajectories hold {shown(record.prompt)}; name the column with the "
                 "trajectories' ids with --id-key"
             )
+
+
+def _check_there(names: Sequence[str], ids: PromptIds, path: str | Path, why: str = "") -> None:
+    if missing := [name for name in names if name not in ids]:
+        why = why or f" (its column {ids.column!r} holds, for example, {ids.names[0]!r})"
+        raise CropiError(
+            f"dataset: {path}: {len(missing)} of {len(names)} selected prompts have no row, for example "
+            f"{missing[0]!r}{why}; {_remedy(missing[0])}"
+        )
+
+
+def _differ(mine: Any, theirs: Any, key: str, rendered: bool) -> bool:
+    """Whether a record's prompt cannot be that of a row, both as they can be compared."""
+    if mine is None or type(mine) is not type(theirs) or mine == theirs:
+        return False
+    if isinstance(mine, str):  # a template stands around what a dump holds
+        return not (rendered and theirs in mine)
+    # The row is a whole conversation, and the record's prompt ends where the assistant speaks.
+    n = len(mine)
+    whole = theirs[:n] == mine and [role for role, _ in theirs[n : n + 1]] == ["assistant"]
+    return not (key == "messages" and whole)
 
 
 def _remedy(missing: str) -> str:

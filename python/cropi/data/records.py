@@ -205,26 +205,29 @@ def make_group(
     if demonstrations:
         given = values["responses"] if values["response_ids"] is None else values["response_ids"]
         values["rewards"] = [1.0] * len(given) if isinstance(given, list) else []
-    held = f"the record has {', '.join(map(repr, list(record)[:40])) or 'no key'}"
-    for name in ("id", "rewards"):
-        if values[name] is None:
-            remedy = (
-                [ID_REMEDY]
-                if name == "id"
-                else _near(name, extra) or [REWARDS_REMEDY + dotted_names(extra, alone=True)]
-            )
-            raise RecordError(where, f"the key {name!r} is {_lack(name, record)}: {held}", *remedy)
-    for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
-        if values[text_key] is None and values[ids_key] is None:
-            remedy = _near(text_key, extra)
-            lack, of_ids = _lack(text_key, record), _lack(ids_key, record)
-            ids = f"{ids_key!r} {'too' if of_ids == lack else of_ids}"
-            raise RecordError(where, f"the key {text_key!r} is {lack} (and {ids}): {held}", *remedy)
+    _check_there(values, extra, record, where)
     if demonstrations and not values["rewards"]:
         raise RecordError(where, "'responses' must be a list with at least one response")
     values["id"] = check_id(values["id"], where)
     checked = check_group(values, f"{where} (prompt {values['id']!r:.100})")
     return PromptGroup(**checked, extra=extra, where=where, line=line, demonstrations=demonstrations)
+
+
+def _check_there(
+    values: Mapping[str, Any], extra: Mapping[str, Any], record: Mapping[str, Any], where: str
+) -> None:
+    held = f"the record has {', '.join(map(repr, list(record)[:40])) or 'no key'}"
+    if values["id"] is None:
+        raise RecordError(where, f"the key 'id' is {_lack('id', record)}: {held}", ID_REMEDY)
+    if values["rewards"] is None:
+        remedy = _near("rewards", extra) or [REWARDS_REMEDY + dotted_names(extra, alone=True)]
+        raise RecordError(where, f"the key 'rewards' is {_lack('rewards', record)}: {held}", *remedy)
+    for text_key, ids_key in (("prompt", "prompt_ids"), ("responses", "response_ids")):
+        if values[text_key] is None and values[ids_key] is None:
+            lack, of_ids = _lack(text_key, record), _lack(ids_key, record)
+            ids = f"{ids_key!r} {'too' if of_ids == lack else of_ids}"
+            problem = f"the key {text_key!r} is {lack} (and {ids}): {held}"
+            raise RecordError(where, problem, *_near(text_key, extra))
 
 
 def _lack(name: str, record: Mapping[str, Any]) -> str:

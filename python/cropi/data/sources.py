@@ -201,16 +201,14 @@ def sources_of(source: Any, name: str = "records") -> list[Source]:
                 f"{name}[{str(next(iter(source)))!r}]"
             )
         raise CropiError(f"{name} is one dictionary; give a list of records, even of one")
-    if (
-        isinstance(source, Sequence)
-        and source
-        and all(isinstance(part, (str, Path, Source)) for part in source)
-    ):
-        return [_named(part) for part in source]
-    if isinstance(source, Sequence) and any(isinstance(part, (str, Path, Source)) for part in source):
-        raise CropiError(f"{name}: paths and records are mixed in one list; give one or the other")
-    if isinstance(source, Sequence) and source and all(_is_table(part) for part in source):
-        return [MemorySource(part, f"{name}[{i}]") for i, part in enumerate(source)]
+    if isinstance(source, Sequence) and source:
+        named = [isinstance(part, (str, Path, Source)) for part in source]
+        if all(named):
+            return [_named(part) for part in source]
+        if any(named):
+            raise CropiError(f"{name}: paths and records are mixed in one list; give one or the other")
+        if all(map(_is_table, source)):
+            return [MemorySource(part, f"{name}[{i}]") for i, part in enumerate(source)]
     if isinstance(source, Sequence) or _is_table(source):
         if hasattr(source, "__len__") and not len(source):
             raise CropiError(f"{name} is empty; give at least one record")

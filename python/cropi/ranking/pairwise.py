@@ -240,18 +240,11 @@ def neighbours(
     worst: list[list[tuple[float, str]]] = [[] for _ in rows]
     for kept, table in train.shards():
         unit = unit_rows(table)
-        for column in range(len(rows)):
-            if column % TOGETHER == 0:
-                cosines = unit @ directions[:, column : column + TOGETHER]
-            values = cosines[:, column % TOGETHER]
-            for sign, heap in ((1, best), (-1, worst)):
-                # The k-th value and all that equal it, so that ties are settled by id and not by the shard's order.
-                cut = torch.topk(sign * values, min(k, len(kept))).values[-1]
-                pairs = [
-                    (-float(sign * values[i]), kept[i].id)
-                    for i in (sign * values >= cut).nonzero().flatten().tolist()
-                ]
-                heap[column] = heapq.nsmallest(k, heap[column] + pairs)
+        for begin in range(0, len(rows), TOGETHER):
+            cosines = unit @ directions[:, begin : begin + TOGETHER]
+            for column, values in enumerate(cosines.T, begin):
+                best[column] = _highest(k, best[column], values, kept)
+                worst[column] = _highest(k, worst[column], -values, kept)
     if rows and not best[0]:
         raise none_usable(train)
     return {
@@ -277,3 +270,13 @@ def write_neighbours(
     ]
     with summed(path):
         write_jsonl(Path(path), rows)
+
+
+def _highest(
+    k: int, before: list[tuple[float, str]], values: torch.Tensor, rows: Sequence[RowInfo]
+) -> list[tuple[float, str]]:
+    """The ``k`` highest values of some before and of a shard's rows: negated, with their ids, highest first."""
+    # The k-th value and all that equal it, so that ties are settled by id and not by the shard's order.
+    cut = torch.topk(values, min(k, len(rows))).values[-1]
+    some = (values >= cut).nonzero().flatten().tolist()
+    return heapq.nsmallest(k, before + [(-float(values[i]), rows[i].id) for i in some])

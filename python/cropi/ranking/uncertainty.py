@@ -168,7 +168,7 @@ class Uncertainty:
         return {
             "sets": [asdict(one) for one in self.sets], "overlap": self.overlap, "halves": self.halves,
             "overlap_of_set": self.overlap_of_set, "draws": self.draws, "fraction": self.fraction,
-        } | _named("own_signal", self.own_signal)  # fmt: skip
+        } | ({} if math.isnan(self.own_signal) else {"own_signal": self.own_signal})  # fmt: skip
 
     @classmethod
     def of(cls, scores: Scores) -> Uncertainty | None:
@@ -231,48 +231,50 @@ def uncertainty(
     if not len(usable):
         raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
     rule = Rule(pairs.rows, usable, given)
-    everyone: dict[str, ResampledSet] = {
-        name: NearestSet(pairs, name, usable, metric)
+    sets: list[ResampledSet] = [
+        NearestSet(pairs, name, usable, metric)
         if how.aggregate == "nearest"
         else MeanSet(pairs, name, usable, metric, how.mean)
         for name in pairs.sets
-    }
-    sets = list(everyone.values())
-    kept_sets = names_without(pairs.sets, minus)
-    ranked = [everyone[name] for name in kept_sets]
-
-    shares = without(np.eye(len(sets)), pairs.sets, minus, weight)
-    table = combined([one.score(one.base) for one in sets], shares)
-    own = None if noise is None else without(noise.own, pairs.sets, minus, weight)
-    if own is not None and not len(own):
-        own = None
+    ]
+    kept = names_without(pairs.sets, minus)
+    ranked = [one for one in sets if one.name in kept]
 
     def variances(of_sets: np.ndarray) -> np.ndarray:
         return without(of_sets, pairs.sets, minus, -(weight**2))
 
-    of_own = np.zeros(len(ranked)) if own is None else np.square(own).mean(axis=0)
+    shares = without(np.eye(len(sets)), pairs.sets, minus, weight)
+    table = combined([one.score(one.base) for one in sets], shares)
+    own, of_own = None, np.zeros(len(ranked))
+    if noise is not None and len(noise.own):
+        own = without(noise.own, pairs.sets, minus, weight)
+        of_own = np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
     moved = redrawn(sets, table, rule, shares, own, how.draws)
     near = rule.near_the_cut(table, BAND)
-    full, p_selected = np.full((len(pairs.rows), len(ranked)), math.nan), np.full(len(pairs.rows), math.nan)
-    scores = full.copy()
-    full[usable], scores[usable], p_selected[usable] = stderr, table, moved.p_selected
     summary = [
         SetUncertainty(one.name, len(one.members), _rms(stderr[:, v]), _rms(stderr[near, v]), one.signal())
         for v, one in enumerate(ranked)
     ]
-    signal = math.nan
     if noise is not None:
         part = np.sqrt(variances(noise.valid)[usable[near]].mean(axis=0))
-        size = np.sqrt(of_own) if own is not None else np.full(len(ranked), math.nan)
-        summary = [
-            replace(one, from_responses=float(part[v]), own=float(size[v])) for v, one in enumerate(summary)
-        ]
-        signal = 1.0 - noise.share
+        summary = [replace(one, from_responses=float(part[v])) for v, one in enumerate(summary)]
+    if own is not None:
+        summary = [replace(one, own=math.sqrt(of_own[v])) for v, one in enumerate(summary)]
+    scores, errors, p_selected = (
+        _among(len(pairs.rows), usable, x) for x in (table, stderr, moved.p_selected)
+    )
     return Uncertainty(
-        summary, scores, full, p_selected, moved.overlap, moved.of_set, moved.halves, how.draws, given.fraction,
-        signal, metric, minus,
+        summary, scores, errors, p_selected, moved.overlap, moved.of_set, moved.halves, how.draws, given.fraction,
+        math.nan if noise is None else 1.0 - noise.share, metric, minus,
     )  # fmt: skip
+
+
+def _among(count: int, usable: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The usable rows' values among those of all ``count`` rows, which have NaN."""
+    full = np.full((count, *values.shape[1:]), math.nan)
+    full[usable] = values
+    return full
 
 
 # Products of this many pairs take 0.5 GB; resampling many more is a matter of minutes, too.
@@ -370,10 +372,6 @@ def _chooses_nothing(scores: Scores, given: Selecting) -> str:
     except CropiError as error:
         return str(error)
     return ""
-
-
-def _named(name: str, value: float) -> dict[str, float]:
-    return {} if math.isnan(value) else {name: value}
 
 
 def _rms(values: np.ndarray) -> float:

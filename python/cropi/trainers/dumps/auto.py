@@ -146,17 +146,20 @@ class Dumps:
             self.written += write_groups(path, own)
             self.sources.append(DumpSource(path, name, self.left, folder))
 
-    def line(self) -> str:
-        """One line that says what was read."""
+    def lines(self) -> Iterator[str]:
+        """One line that says what was read, and one for every reason to leave samples out."""
         counts = {"token ids": self.written.with_ids, "log-probs": self.written.with_logprobs}
         held = [name for name, count in counts.items() if count]
         some = f"{', '.join(held)}" if held else "text"
         out = f"; {self.left.counts.total()} samples left out" if self.left.counts else ""
         shown = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
-        return (
+        yield (
             f"read as       {SOURCES[self.source].words}: {printable(shown)} ({self.written.prompts} prompts, "
             f"{self.written.responses} responses; {some}{out})"
         )
+        for name, error in self.left.first.items():
+            count = self.left.counts[name]
+            yield printable(f"  left out    {count} by {name}, the first {error.where}: {error.problem}")
 
 
 def opened(
@@ -187,42 +190,36 @@ def opened(
     paths = list(given) if several else [given]
     if source == RECORDS or not paths or not all(isinstance(path, (str, Path)) for path in paths):
         return given
-    made: list[Any] = []
+    parts: list[list[Any]] = []
+    # The dumps of a kind are read together, and their sources stand where the first of them does.
     runs: dict[str, dict[str, list[str | Path]]] = {}
+    places: dict[str, list[Any]] = {}
     for one in logs_together(paths):
         found = expanded(one if isinstance(one, list) else [one], say)
         kinds = [_kind(path, source, columns) for path in found]
         if set(kinds) == {RECORDS} and not columns:
-            made += _of_steps(found, one, skip_bad, say)
+            parts.append(_of_steps(found, one, skip_bad, say))
             continue
         for path, kind in zip(found, kinds, strict=True):
             if kind == RECORDS:
-                made.append(path)
-            else:
-                if kind not in runs:
-                    made.append(kind)  # its place in the order
-                runs.setdefault(kind, {}).setdefault(_named(one), []).append(path)
-    if not runs:
-        return given if made == paths else made
-    reading = reading or Reading(columns=parse_columns(columns))
-    for kind, files in runs.items():
-        if unused := unused_columns(kind, reading.columns):
-            names = ", ".join(map(str, files))
-            warn(
-                f"columns: {unused} no effect on {printable(names)}, read as {SOURCES[kind].words}",
-            )
-        held = Dumps(files, kind, reading, skip_bad)
-        if say is not None:
-            say(held.line())
-            for name, error in held.left.first.items():
-                say(
-                    printable(
-                        f"  left out    {held.left.counts[name]} by {name}, the first {error.where}: {error.problem}"
-                    )
-                )
-        place = made.index(kind)
-        made[place : place + 1] = held.sources
-    return made
+                parts.append([path])
+                continue
+            if kind not in runs:
+                parts.append(places.setdefault(kind, []))
+            runs.setdefault(kind, {}).setdefault(_named(one), []).append(path)
+    if runs:
+        reading = reading or Reading(columns=parse_columns(columns))
+        for kind, files in runs.items():
+            if unused := unused_columns(kind, reading.columns):
+                names = printable(", ".join(files))
+                warn(f"columns: {unused} no effect on {names}, read as {SOURCES[kind].words}")
+            held = Dumps(files, kind, reading, skip_bad)
+            places[kind] += held.sources
+            if say is not None:
+                for line in held.lines():
+                    say(line)
+    made = [part for some in parts for part in some]
+    return given if made == paths else made
 
 
 def _of_steps(
