@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-_NOT_THE_USERS = ("cropi_kernels", "cropi", "contextlib", "torch")
+# A trainer's callbacks and its model's forward are called by the trainer's own code.
+_NOT_THE_USERS = ("cropi_kernels", "cropi", "contextlib", "torch", "accelerate", "transformers", "trl")
 
 
 def level_of_caller() -> int:
-    """``stacklevel``, for the function that asks, of the first frame outside of these packages and of torch."""
+    """``stacklevel``, for the function that asks, of the first frame outside of these packages, torch and trainers."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1

@@ -100,8 +100,8 @@ def _outside() -> int:
     return level
 
 
-# Python's and torch's context managers stand between as decorators.
-_OURS = ("cropi", "cropi_kernels", "contextlib", "torch")
+# Python's and torch's context managers stand between as decorators, and a trainer's own code under its callbacks.
+_OURS = ("cropi", "cropi_kernels", "contextlib", "torch", "accelerate", "transformers", "trl")
 # The keywords that stand for flags in the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
 NEAR = 80  # characters: a clause

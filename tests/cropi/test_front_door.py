@@ -17,7 +17,7 @@ from support.oracle import with_token_ids
 
 import cropi
 from cropi.cli import main
-from cropi.errors import CropiError
+from cropi.errors import CropiError, warn
 from cropi.progress import bar_of
 from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.scores import Scores
@@ -26,6 +26,7 @@ from cropi.ranking.table import read_scores
 from cropi.sketching import groups
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import RowInfo
+from cropi_kernels._level import level_of_caller
 
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 TRAIN, VALID = make_records(12), make_records(8, seed=1, sets=["x", "y"])
@@ -324,3 +325,19 @@ def test_scores_are_saved_and_opened(scores: Scores, tmp_path: Path) -> None:
         CropiError, match="no such score table; a pattern is for .* in Python; give the path of one$"
     ):
         Scores.open(tmp_path / "scores*")
+
+
+def test_a_warning_in_a_callback_points_past_the_trainer() -> None:
+    """It named a line of transformers, which calls the callbacks."""
+    trainer: dict[str, Any] = {"__name__": "transformers.trainer_callback"}
+    exec("def call(callback, *words): callback(*words)", trainer)
+    kernels: dict[str, Any] = {
+        "__name__": "cropi_kernels.taps",
+        "level": level_of_caller,
+        "warn": warnings.warn,
+    }
+    exec("def callback(text): warn(text, stacklevel=level())", kernels)
+    for callback in (warn, kernels["callback"]):
+        with pytest.warns(UserWarning, match="said") as caught:
+            trainer["call"](callback, "said")
+        assert [warning.filename for warning in caught] == [__file__]
