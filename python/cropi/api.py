@@ -22,7 +22,7 @@ from cropi.ranking.given import given_stores
 from cropi.ranking.pairwise import Neighbour
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
-from cropi.ranking.uncertainty import Uncertainty
+from cropi.ranking.uncertainty import of_choice
 from cropi.report.check import check_job
 from cropi.report.check_report import CheckReport
 from cropi.report.html import ReportInput
@@ -312,9 +312,11 @@ def write_report(
         # Records of other prompts would make a page without a text.
         for _ in records.take(chosen.ids):
             pass
+    settings = scores.meta.get("selection")  # of the choice that the table was written with
+    same = None if settings is None or not chosen.settings else settings == chosen.settings
+    sure, missing = of_choice(scores, len(chosen), same)
     given = ReportInput(
-        scores, chosen, groups, uncertainty=Uncertainty.of(scores),
-        uncertainty_missing=str(scores.meta.get("uncertainty_missing", "the scores were not resampled")),
+        scores, chosen, groups, uncertainty=sure, uncertainty_missing=missing,
         neighbours=neighbours or {}, check=None if check is None else check.to_dict(),
     )  # fmt: skip
     write_page(path, given)

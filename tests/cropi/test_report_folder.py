@@ -12,6 +12,7 @@ import pytest
 from support.made_data import make_records, save_policy, write_lines
 from test_report_page import data_of
 
+import cropi
 from cropi.cli import main, make_parser
 from cropi.errors import CropiError
 from cropi.ranking.selection_files import read_selection
@@ -67,6 +68,36 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     assert not set('{"') & set(re.sub("<[^>]*>", "", run)) and "null" not in run and "None" not in run
     assert "<bdi>dim 4096, kind slab, width 64, vocab_width 8192, keep 1, seed 0, version 1</bdi>" in run
     assert "<bdi>name cropi, ratio yes, std yes, eps 0.0001, length response, constant 1</bdi>" in run
+
+
+@pytest.mark.long
+def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_path: Path) -> None:
+    """`cropi select` chooses others from the same table, whose chances and shares are those of the run's choice."""
+    folder = tmp_path / "out"
+    shutil.copytree(ran, folder)
+    fraction, said = 0.2, "the draws are of another choice, of "
+    for words, other in (
+        (["--fraction", "0.5"], "of 8 prompts, and this one has 20"),
+        (["--method", "random"], "as many prompts"),
+    ):
+        words = ["--fraction", str(fraction), *words]
+        select = [
+            "select",
+            "--scores",
+            str(folder / "scores.parquet"),
+            "--out",
+            str(folder / "selected.jsonl"),
+        ]
+        assert main([*select, *words]) == 0 and main(["report", str(folder)]) == 0
+        page = (folder / "report.html").read_text()
+        assert page.count(said) == 2 and other in page and "p" not in data_of(page)["columns"]
+    scores = cropi.Scores.open(folder)
+    for chosen, shown in ((scores.select(0.5), False), (scores.select(**scores.meta["selection"]), True)):
+        cropi.write_report(chosen, tmp_path / "p.html")
+        page = (tmp_path / "p.html").read_text()
+        assert (
+            (said not in page) == shown == ("stay chosen when the validation prompts are drawn anew" in page)
+        )
 
 
 @pytest.mark.long

@@ -176,6 +176,16 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
     return scores
 
 
+def written_with(path: str | Path, chosen: Sequence[int]) -> bool | None:
+    """Whether a score table was written with the choice of these rows; None: with no choice."""
+    parquet = optional("pyarrow.parquet")
+    with reading(Path(path), missing=True):
+        if "selected" not in parquet.read_schema(path).names:
+            return None
+        column = parquet.read_table(path, columns=["selected"]).column(0).to_numpy()
+    return bool(np.array_equal(np.flatnonzero(np.asarray(column, dtype=bool)), np.sort(chosen)))
+
+
 def _scores(
     path: Path,
     file: Any,

@@ -353,6 +353,28 @@ def with_uncertainty(
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
 
 
+def of_choice(scores: Scores, chosen: int, same: bool | None = None) -> tuple[Uncertainty | None, str]:
+    """The uncertainty that a score table holds, if it is that of a choice, and else why there is none.
+
+    Args:
+        scores: the table.
+        chosen: how many prompts the choice has.
+        same: whether the table was written with this choice; None: not known, and the number alone decides, to which
+            the chances in the table add up.
+    """
+    held = Uncertainty.of(scores)
+    if held is None:
+        return None, str(scores.meta.get("uncertainty_missing", "the scores were not resampled"))
+    drawn = round(float(np.nansum(held.p_selected)))
+    if same is False or (same is None and drawn != chosen):
+        sizes = "as many prompts" if drawn == chosen else f"{drawn} prompts, and this one has {chosen}"
+        return None, (
+            f"the draws are of another choice, of {sizes}; `cropi run` with the options of this one resamples anew, "
+            "and sketches nothing again"
+        )
+    return held, ""
+
+
 def check_noise(draws: int, noise: Any) -> None:
     """Refuse what would be sketched or read for nothing.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ from cropi.locks import one_at_a_time
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 from cropi.ranking.selection_files import SELECTED, selected_rows
-from cropi.ranking.table import SCORES, read_scores
-from cropi.ranking.uncertainty import Uncertainty
+from cropi.ranking.table import SCORES, read_scores, written_with
+from cropi.ranking.uncertainty import of_choice
 from cropi.report.browser import shown_in_full
 from cropi.report.curriculum import curriculum_page, is_curriculum
 from cropi.report.forms import CHECK
@@ -105,12 +106,14 @@ def _report(
         )
     selection = selection_of(scores, root / SELECTED)
     train, valid, unfinished = _stores(root, scores)
-    missing = str(scores.meta.get("uncertainty_missing", "none was made"))
+    same = written_with(root / SCORES, selection.chosen)
+    if same:
+        selection = replace(selection, settings=dict(scores.meta.get("selection") or {}))
+    sure, missing = of_choice(scores, len(selection), same)
     given = ReportInput(
         scores, selection, _shown(None if train is None else _records(train, records), scores, selection, every_text),
-        uncertainty=Uncertainty.of(scores), unfinished=unfinished,
-        uncertainty_missing=missing,
-        check=_check(root, check, scores), run=_run(scores, train), command=_note(train, "command"),
+        uncertainty=sure, unfinished=unfinished, uncertainty_missing=missing,
+        check=_check(root, check, scores), run=_run(scores, selection, train), command=_note(train, "command"),
         title=f"Selection: {root.name}",
     )  # fmt: skip
     if train is not None and valid and not unfinished:
@@ -257,9 +260,10 @@ def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any
     return None
 
 
-def _run(scores: Scores, train: SketchStore | None) -> list[tuple[str, str]]:
+def _run(scores: Scores, selection: Selection, train: SketchStore | None) -> list[tuple[str, str]]:
     """Lines of configuration: of what is set, each under a name of its own."""
-    lines = {"compared by": f"{scores.meta.get('metric')}, mean {scores.meta.get('mean')}"}
+    lines: dict[str, Any] = {"compared by": f"{scores.meta.get('metric')}, mean {scores.meta.get('mean')}"}
+    lines |= {"chosen by": selection.settings} if selection.settings else {}
     lines |= {} if train is None else train.manifest
     names = {"model": "model given as", "trajectories": "files"}
     lines |= {names.get(key, key): value for key, value in _notes(train).items() if key != "command"}

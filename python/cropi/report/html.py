@@ -119,7 +119,8 @@ def _values(given: ReportInput) -> dict[str, Any]:
         "verdict": _verdict(given), "choice": _choice(sure),
         "choice_missing": given.uncertainty_missing,
         "and_responses": " and all responses" if sure is not None and sure.responses else "",
-        "composition": _composition(scores, usable, chosen), "overlap": _overlap(scores, selection),
+        "fixed": _fixed(selection.settings), "composition": _composition(scores, usable, chosen),
+        "overlap": _overlap(scores, selection),
         "groups": _groups(scores, chosen),
         "tasks": sorted(task for task, _ in _tasks(scores).most_common(MOST_TASKS)),
         "listed": len(browser.listed(given)),
@@ -222,6 +223,15 @@ def _choice(sure: Uncertainty | None) -> dict[str, Any] | None:
         "lines": lines,
         "chart": chart,
     }
+
+
+def _fixed(settings: Mapping[str, Any]) -> str:
+    """The options that fixed shares of the choice: those are no finding."""
+    parts = [f"--per {settings['per']}"] if settings.get("per", "pool") != "pool" else []
+    quota = settings.get("quota")
+    if isinstance(quota, (list, tuple)) and quota:
+        parts += ["--quota", *map(str, quota)]
+    return " ".join(parts)
 
 
 def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray) -> list[dict[str, Any]]:
