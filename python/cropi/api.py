@@ -74,7 +74,7 @@ def score(
         options: the fields of :class:`cropi.options.Sketching` and :class:`cropi.options.Influence`, such as
             ``estimator="ppo"``, ``dim=8192``, ``metric="dot"``; for a model by its name, those of
             :class:`cropi.options.Loading` (``dtype``, ``device``); and those of :data:`OF_CHOICE`, such as
-            ``fraction=0.2``: the choice that ``p_selected`` is of (default: the best tenth).
+            ``fraction=0.2``: the choice that ``p_selected`` is of (default: the best tenth, one prompt at least).
 
     Returns:
         The scores, with one row a training prompt and one column a validation set.
@@ -402,9 +402,10 @@ def _policies(
     return policy, made(behaviour_model, **(loading if named else {})), rest
 
 
-def _choice(options: dict[str, Any]) -> tuple[Selecting, dict[str, Any]]:
-    """The choice that scores are resampled for, and the other options."""
-    (made,) = split({name: value for name, value in options.items() if name in OF_CHOICE}, Selecting)
+def _choice(options: dict[str, Any]) -> tuple[Selecting | None, dict[str, Any]]:
+    """The choice that scores are resampled for, or None where nothing is said of it, and the other options."""
+    given = {name: value for name, value in options.items() if name in OF_CHOICE}
+    made = split(given, Selecting)[0] if given else None
     return made, {name: value for name, value in options.items() if name not in OF_CHOICE}
 
 

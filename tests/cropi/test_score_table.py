@@ -15,6 +15,7 @@ import torch
 from support.stores import on_disk
 from test_uncertainty import two_stores
 
+import cropi
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.pipeline import score
@@ -92,6 +93,20 @@ def test_what_is_not_resampled_says_why(stores: tuple[SketchStore, SketchStore],
         "fraction 0.01 of a pool of 30 prompts chooses none; give a fraction of at least 0.034, a count, or more "
         "prompts"
     )
+
+
+@pytest.mark.parametrize("prompts", [6, 9])
+def test_a_pool_of_fewer_than_ten_has_standard_errors(prompts: int, tmp_path: Path) -> None:
+    """Of a tenth of them, which is none, nothing could be resampled, and `cropi influence` has no other fraction."""
+    train, valid = two_stores(tmp_path, prompts, 6, 6)
+    made, one = (score(train, [valid], Influence(draws=20), given) for given in (None, Selecting(count=1)))
+    assert made.stderr is not None and np.isfinite(made.stderr[made.usable]).all()
+    np.testing.assert_array_equal(made.stderr, one.stderr)
+    np.testing.assert_array_equal(made.p_selected, one.p_selected)
+    assert np.nansum(made.p_selected) == pytest.approx(1.0)
+    by_calls = cropi.influence(train, valid, draws=20)
+    np.testing.assert_array_equal(by_calls.stderr, made.stderr)
+    assert len(select(by_calls, fraction=1.0, confidence=0.9)) == made.usable.sum()
 
 
 def test_more_pairs_than_fit_into_memory_are_not_resampled(

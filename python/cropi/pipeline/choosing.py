@@ -179,10 +179,11 @@ def score(
     *,
     checked: bool = False,
 ) -> Scores:
-    """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``;
-    stores of ``noise`` say what that owes to responses. Validation stores that are shares of one job count as one.
-    ``checked``: :func:`check` has read the records, and has said where validation sets hold prompts twice."""
-    given, choice = options or Influence(), selecting or Selecting()
+    """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``
+    (None: the best tenth, one prompt at least); stores of ``noise`` say what that owes to responses. Validation stores
+    that are shares of one job count as one. ``checked``: :func:`check` has read the records, and has said where
+    validation sets hold prompts twice."""
+    given = options or Influence()
     valid = _whole(valid)
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
     scores = influence(train, valid, given, pairs=pairs)
@@ -193,6 +194,9 @@ def score(
             ("the numbers", "row", "give every row once") if numbered else ("the responses and the gradient",)
         )
         warn(str(RepeatedPrompts.of(*found, *said)), RepeatedPrompts)
+    # A tenth of fewer than ten prompts is none: their tables had no standard errors, and `cropi influence` has no
+    # option that would have given them some.
+    choice = selecting or (Selecting() if len(scores) >= 10 else Selecting(count=1))
     return with_uncertainty(scores, train, valid, given, choice, noise)
 
 
