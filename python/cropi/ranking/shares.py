@@ -67,7 +67,7 @@ def apportion(n: int, weights: Mapping[str, float], most: Mapping[str, int] | No
         return given
     total = sum(weights.values())
     exact = {name: n * weight / total for name, weight in weights.items()}
-    whole = {name: math.floor(value + 1e-9) for name, value in exact.items()}
+    whole = {name: math.floor(value) for name, value in exact.items()}
     left = n - sum(whole.values())
     for name in sorted(exact, key=lambda name: (whole[name] - exact[name], name))[:left]:
         whole[name] += 1
