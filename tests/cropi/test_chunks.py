@@ -64,6 +64,9 @@ def test_every_row_is_in_one_chunk_with_all_its_batches(
         wanted = [batch for batch in batches[chunk.window] if any(name in chunk.prompts for name, _ in batch)]
         assert mine == wanted, "the micro-batches of one process, in their order"
         assert len(chunk.batches) > 0 or chunk.rows
+        ends = np.cumsum([len(batch) * max(row.length for row in batch) for batch in chunk.batches])
+        enough = [size >= tokens and batch[-1].last for size, batch in zip(ends, chunk.batches)]
+        assert not any(enough[:-1]), "a chunk ends where it may: longer ones are dealt less evenly"
     assert len({chunk.cut for chunk in found if chunk.window == 0}) == 1
     sizes = [chunk.tokens for chunk in found if chunk.window == 0][:-1]
     assert all(size >= tokens for size in sizes)
