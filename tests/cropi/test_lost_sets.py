@@ -97,15 +97,17 @@ def test_a_set_whose_gradients_add_up_to_zero_is_left_out_where_its_mean_counts(
 @pytest.mark.filterwarnings(
     "ignore::cropi.data.twice.RepeatedPrompts", "ignore::cropi.ranking.influence.SharedPrompts"
 )
-def test_gradients_that_cancel_are_refused_early_by_the_options_alone() -> None:
+def test_gradients_that_cancel_are_refused_early_by_the_options_alone(tmp_path: Path) -> None:
     """The check before the training prompts knew of no options: it refused what `aggregate="nearest"` can score."""
     model, records = make_model(), make_records(4)
     record = next(one for one in records if len(set(one["rewards"])) == 2)
     turned = [1.0 - reward for reward in record["rewards"]]
     valid = [record, record | {"id": "turned", "rewards": turned}]
     options: dict[str, Any] = {"tokenizer": make_tokenizer(), "dim": 64, "draws": 0, "progress": False}
+    setup = Setup(SketchJob((), None, spec=SPEC), Influence(draws=0), Selecting(fraction=0.5))
     with pytest.raises(CropiError, match="the mean of its gradients is zero"):
-        score(model, records, valid, **options)
+        pipeline.choose(Policy(model, options["tokenizer"]), records, valid, setup, tmp_path, progress=False)
+    assert [path.name for path in (tmp_path / "sketches").iterdir()] == ["valid"], "no training prompt"
     near = score(model, records, valid, aggregate="nearest", **options).table
     assert abs(near[[one["id"] for one in records].index(record["id"])]).max() == pytest.approx(1.0)
 
