@@ -330,6 +330,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     least = "give a fraction of at least 0.025, a count, or more prompts"
     fails(f"fraction 0.01 of a pool of 40 prompts chooses none; {least}", "--fraction", 0.01)
     fails("fraction 0.1 of a pool of 5 prompts chooses none", "--limit", 5)
+    fails("count 41 is more than the", "--count", 41)
     fails("quota: there is no task 'sum9'; did you mean 'sum", "--quota", "sum9=0.5")
     fails("quota: 'sum1' is to give 29 prompts, but", "--count", 30, "--quota", "sum1=29")
     fails("fraction 0.03 of groups of at most 20 prompts chooses none", "--per", "task", "--fraction", 0.03)

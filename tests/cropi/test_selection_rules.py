@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,11 @@ def test_choice_by_p_selected() -> None:
         assert abs(drawn[name] / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
     with pytest.raises(CropiError, match="p_selected: the scores have none"):
         select(table_of([1.0, 2.0]), count=1, method="p_selected")
+    halves = table_of([0.4, 0.3, 0.2, 0.1], tasks="aabb", p_selected=[0.9, 0.1, 0.2, 0.8])
+    with warnings.catch_warnings():
+        # Two are chosen, one of each task, and the chances add up to two.
+        warnings.simplefilter("error", OtherChoices)
+        assert select(halves, fraction=0.5, per="task", method="p_selected").ids == ["00", "03"]
 
 
 def test_draws_follow_their_weights() -> None:

@@ -16,6 +16,7 @@ from cropi.ranking import redrawn
 from cropi.ranking.given import given_stores
 from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import Pairwise, neighbours, pairwise
+from cropi.ranking.resampled import MeanSet
 from cropi.ranking.response_noise import ResponseNoise
 from cropi.ranking.rule import Rule
 from cropi.ranking.selection import select
@@ -154,6 +155,16 @@ def test_intervals_hold_the_truth(prompts: int, metric: str) -> None:
         inside += int(((low[:, 0] <= truth) & (truth <= high[:, 0])).sum())
         total += 30
     assert 0.85 <= inside / total <= 0.95, inside / total
+
+
+def test_halves_share_no_prompt() -> None:
+    """Of five prompts two are in the first half and three in the second, every one as often as another."""
+    rng, pairs = np.random.default_rng(0), made_pairs(np.eye(5), np.eye(5), ["x"] * 5)
+    one = MeanSet(pairs, "x", np.arange(5), "dot", "plain")
+    first, second = (np.stack(side) for side in zip(*(one.halves(rng) for _ in range(400))))
+    assert ((first == 0) | (first == 1 / 2)).all() and ((second == 0) | (second == 1 / 3)).all()
+    assert ((first > 0) != (second > 0)).all() and ((first > 0).sum(axis=1) == 2).all()
+    assert (np.abs((first > 0).mean(axis=0) - 2 / 5) <= 4 * np.sqrt(6 / 25 / 400)).all()
 
 
 def test_the_chance_of_being_chosen_by_hand() -> None:
