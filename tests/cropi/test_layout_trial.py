@@ -15,7 +15,7 @@ from support.zoo import FAMILIES, SIZES, make, moved
 import cropi
 from cropi.errors import CropiError
 from cropi.gradient.layout import choose_layout, layout_of
-from cropi.gradient.layout_trial import LayoutTrial, in_float32, one_unit_off
+from cropi.gradient.layout_trial import LayoutTrial, difference, in_float32, one_unit_off
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
@@ -186,6 +186,14 @@ def test_another_kind_of_attention_is_tried_anew() -> None:
     assert layout_of(policy).shared
 
 
+def test_a_difference_is_infinite_where_one_side_is_not_finite() -> None:
+    """A NaN is larger than no bound: two layouts of which one gives it would pass for equal."""
+    nan, inf = float("nan"), float("inf")
+    got = torch.tensor([[3.0, 4.5], [nan, 1.0], [1.0, 1.0], [nan, 2.0], [0.0, 0.0], [inf, 0.0]])
+    expected = torch.tensor([[3.0, 4.0], [1.0, 1.0], [nan, 1.0], [nan, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    assert difference(got, expected).tolist() == [0.1, inf, inf, 1.0, 0.0, inf]
+
+
 def test_a_row_is_tried_once_and_longer_ones_again() -> None:
     model = make("llama")
     calls: list[int] = []
@@ -198,6 +206,9 @@ def test_a_row_is_tried_once_and_longer_ones_again() -> None:
     before = len(calls)
     # Not longer, but its last response is further from the prompt.
     assert trial.passes(*row(2, 8, 4)) and len(calls) > before
+    before = len(calls)
+    # Its last response is no further from the prompt, which is longer: a window may end within it.
+    assert trial.passes(*row(30, 3, 2)) and len(calls) > before
     # One token is predicted by the prompt alone: there is nothing to share.
     assert LayoutTrial(model).passes([3, 4], [[], []])
 
