@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.made_curriculum import config, curriculum, make_folder, report
 
+from cropi.curriculum.data import source_of
 from cropi.curriculum.learnt import nothing_learnt, read_training
 from cropi.curriculum.state import State
 from cropi.sealed import sealed
@@ -121,6 +124,19 @@ def test_a_budget_counts_a_training_that_nothing_cut_short(tmp_path: Path) -> No
     ]
     state = State(tmp_path / "state.json", {"done": done})
     assert [state.seconds("train", stage) for stage in range(4)] == [0.0, 90.0, 600.0, 600.0]
+
+
+def test_a_stage_that_goes_on_works_on_no_records_that_it_collected_itself(tmp_path: Path) -> None:
+    """Its scores are of the records before; those are for the stages after it."""
+    plan = SimpleNamespace(train=["given"], valid=["asked"], behaviour_model=None, model="m")
+    steps: list[tuple[int, str, dict[str, Any]]] = [
+        (0, "rollouts", {"train": ["rolled"], "maker": "m"}), (0, "collect", {"train": ["first"]}),
+        (1, "collect", {}), (2, "collect", {"train": ["third"]}),
+    ]  # fmt: skip
+    done = [{"stage": stage, "step": step, **made} for stage, step, made in steps]
+    state = State(tmp_path / "state.json", {"done": done})
+    found = [source_of(plan, state, stage).train for stage in range(4)]  # type: ignore[arg-type]
+    assert found == [["rolled"], ["first"], ["first"], ["third"]]
 
 
 def test_a_models_checkpoint_is_the_one_that_a_step_used_last(tmp_path: Path) -> None:
