@@ -11,7 +11,7 @@ from cropi.errors import CropiError
 JSON, PARQUET, ARROW_FILE, ARROW_STREAM = "json", "parquet", "arrow file", "arrow stream"
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
 ENDINGS_OF_PACKED = (".gz", ".zst", ".bz2", ".xz")
-ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather")
+ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".pt", ".pkl", ".dp")
 TABLES = (".csv", ".tsv")
 READ = "JSON lines or a JSON array (plain, .gz, .zst, .bz2 or .xz), parquet and arrow are read"
 
@@ -95,7 +95,11 @@ def packing_of(head: bytes) -> str | None:
 
 
 def stem(path: str | Path) -> str:
-    """The name of a trajectory file, of a folder or of a data set without its endings."""
+    """The name of a trajectory file, of a folder or of a data set without its endings.
+
+    >>> stem("math.jsonl.gz"), stem("runs/eval_0.pt"), stem("owner/name?split=test")
+    ('math', 'eval_0', 'name')
+    """
     name = str(path).partition("?")[0].rstrip("/").rpartition("/")[2] or "records"
     for ending in (*ENDINGS_OF_PACKED, *ENDINGS):
         name = name.removesuffix(ending) or name
