@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -188,6 +190,48 @@ def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert "--format parquet needs the prompts' rows" in error
     assert "what --export FILE holds is said by --format; give it too" in error
+
+
+def scored(folder: Path, ids: Sequence[str]) -> list[Any]:
+    """A command that chooses the last two of these prompts."""
+    table = np.arange(float(len(ids)))[:, None]
+    meta = {"metric": "cosine", "train": {"stage": "0", "model": {"weights": "aa"}}}
+    rows, even = [RowInfo(name) for name in ids], np.full(len(ids), 2 / len(ids))
+    write_scores(folder / "scores.parquet", Scores(rows, ["x"], table, meta, p_selected=even))
+    files = ["--scores", folder / "scores.parquet", "--trajectories", folder / "train.jsonl"]
+    return ["select", *files, "--out", folder / "selected.jsonl", "--count", 2, "--table", 0]
+
+
+@pytest.mark.parametrize(
+    "wanted", ("indices", "weights", "jsonl", pytest.param("push", marks=pytest.mark.long))
+)
+def test_a_dataset_of_other_prompts_is_refused_before_the_choice(
+    wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    # It is there where something else has imported it.
+    monkeypatch.delattr(huggingface_hub, "utils", raising=False)
+    records = make_records(6)
+    write_lines(tmp_path / "train.jsonl", records)
+    write_lines(tmp_path / "data.jsonl", [{**record, "id": f"other {record['id']}"} for record in records])
+    form = ["--export", tmp_path / "out", "--format", wanted]
+    if wanted == "push":
+        form = ["--push-to-hub", "a/b"]
+    command = scored(tmp_path, [record["id"] for record in records])
+    assert cropi(*command, *form, "--dataset", tmp_path / "data.jsonl") == 2
+    assert "6 of 6 selected prompts have no row" in capsys.readouterr().err
+    assert not (tmp_path / "selected.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore::cropi.data.readers.HashedIds")
+def test_indices_of_rows_that_are_found_by_their_content(tmp_path: Path) -> None:
+    records = [{key: value for key, value in record.items() if key != "id"} for record in make_records(6)]
+    write_lines(tmp_path / "train.jsonl", records)
+    write_lines(tmp_path / "data.jsonl", records)
+    command = scored(tmp_path, [group.id for group in read(tmp_path / "train.jsonl")])
+    given = ["--export", tmp_path / "out.json", "--dataset", tmp_path / "data.jsonl"]
+    assert cropi(*command, *given) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == [5, 4]
 
 
 # ----------------------------------------------------------------------------------------------------- dumps

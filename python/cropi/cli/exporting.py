@@ -10,6 +10,7 @@ from cropi.cli.parser import Parser
 
 if TYPE_CHECKING:
     from cropi.data.readers import PromptGroups
+    from cropi.data.records import PromptGroup
     from cropi.ranking.selection import Selection
 
 
@@ -53,6 +54,9 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
                 f"{option} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
             )
 
+    def some() -> list[PromptGroup]:
+        return list(islice(records, 200)) if args.dataset else []
+
     form, records = options.export_format(args), () if groups is None else groups
     if args.export:
         if form in BY_PLACE and not args.dataset:
@@ -65,16 +69,17 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
             raise CropiError(f"--format weights needs resampled scores, and {alone}")
         if form != "ids":
             check_rows(f"--format {form}")
-        some = list(islice(records, 200)) if args.dataset else []
         check_export(
             form, trajectories=records, dataset=args.dataset, id_key=args.id_key,
-            records=some if form not in ("ids", *BY_PLACE) else (), data_source=args.data_source, out=args.export,
+            records=some() if form != "ids" else (), data_source=args.data_source, out=args.export,
         )  # fmt: skip
     if args.push_to_hub:
         check_hub_name(args.push_to_hub)
         check_rows("--push-to-hub")
-        if not args.export:
-            check_export("save_to_disk", trajectories=records, dataset=args.dataset, id_key=args.id_key)
+        if not args.export or form == "ids":
+            check_export(
+                "save_to_disk", trajectories=records, dataset=args.dataset, id_key=args.id_key, records=some()
+            )
 
 
 def write(args: argparse.Namespace, selection: Selection, groups: PromptGroups | None) -> None:

@@ -122,10 +122,10 @@ def check_hub_name(name: str) -> None:
     Raises:
         CropiError: the name is not of the form ``owner/name``, or no token is set.
     """
-    hub = optional("huggingface_hub")
+    hub, utils = optional("huggingface_hub"), optional("huggingface_hub.utils")
     try:
-        hub.utils.validate_repo_id(name)
-    except hub.utils.HFValidationError as error:
+        utils.validate_repo_id(name)
+    except utils.HFValidationError as error:
         raise CropiError(f"push_to_hub {name!r}: {error}; give owner/name") from None
     if "/" not in name:
         raise CropiError(f"push_to_hub {name!r}: give owner/name")
