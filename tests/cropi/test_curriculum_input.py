@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,9 @@ from unittest.mock import Mock
 import pytest
 from support.made_curriculum import config, curriculum, make_folder
 from support.made_data import make_records, write_lines
+
+from cropi.curriculum import Plan, run
+from cropi.errors import CropiError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -210,6 +216,17 @@ def test_options_of_the_in_process_trainer(
     assert not list((tmp_path / "run").glob("stage-*/sketches/*"))
 
 
+@pytest.mark.parametrize("value", [date(2026, 1, 1), b"x", math.nan, (1, 2), {1: "a"}, "fine"], ids=ascii)
+def test_options_that_the_state_of_a_curriculum_would_not_keep(value: Any, tmp_path: Path) -> None:
+    """YAML makes dates of some texts, and a state that has them is not written, or not the same when it is read."""
+    make = partial(Plan, "m", tmp_path, 1, 1, "trl", ["t"], ["v"], trl={"reward": value})
+    if value == "fine":
+        make()
+        return
+    with pytest.raises(CropiError, match="trl: 'reward' is .*finite numbers"):
+        make()
+
+
 @pytest.mark.long
 def test_a_failing_disk_is_told_from_a_failing_reward(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -253,9 +270,6 @@ def test_a_failing_disk_is_told_from_a_failing_reward(
 def test_a_plan_from_python_is_checked_before_any_work(
     made: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    from cropi.curriculum import Plan, run
-    from cropi.errors import CropiError
-
     given: dict[str, Any] = {
         "model": str(made / "model"), "out": tmp_path / "run", "stages": 1, "steps": 1, "trainer": "echo {selected}",
         "train": [str(made / "train.jsonl")], "valid": [str(made / "valid.jsonl")],
@@ -287,7 +301,6 @@ def test_a_disk_without_room_for_the_sketches(
     ],
 )  # fmt: skip
 def test_options_of_the_trainer_in_verl(options: dict[str, Any], words: str) -> None:
-    from cropi.errors import CropiError
     from cropi.trainers.verl.options import check_options
 
     with pytest.raises(CropiError) as caught:
