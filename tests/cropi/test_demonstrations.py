@@ -272,6 +272,13 @@ def test_files_with_numbers_are_parts_of_a_data_set_and_no_steps_of_a_run(tmp_pa
         list(read(opened(str(tmp_path)), rewards=False))
 
 
+def test_token_ids_of_one_response_a_row_are_grouped() -> None:
+    """Without a reward nothing but their nesting tells them from those of a whole record."""
+    rows = [{"id": "a", "prompt_ids": [5], "response_ids": ids} for ids in ([6, 7], [8])]
+    for given in (rows, [rows[0] | {"response_ids": [[6, 7], [8]]}]):
+        assert [group.response_ids for group in read(given, rewards=False)] == [[[6, 7], [8]]]
+
+
 def test_tokens_of_demonstrations_are_shown_without_a_reward() -> None:
     (group,) = read([{"id": "a", "prompt_ids": [5], "response_ids": [[6, 7]]}], rewards=None)
     tokens = Tokenize(None, vocabulary=98)(group)

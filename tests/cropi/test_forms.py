@@ -181,6 +181,9 @@ def test_reasons_of_engines_say_what_was_cut(tmp_path: Path, kind: str) -> None:
     plain = {"id": "a", "prompt": "p", "responses": ["x", "y", "z"], "rewards": [1.0, 0.0, 0.0]}
     (group,) = read(given([plain | {"finish_reasons": ["length", "stop", None]}]))
     assert group.truncated == [True, False, False] and not group.extra
+    said = {"truncated": [False, False, True]}
+    (group,) = read(given([plain | said | {"finish_reasons": ["length", "stop", None]}]))
+    assert group.truncated == said["truncated"]
     rows = [{"id": "a", "prompt": "p", "response": str(k), "reward": float(k), "finish_reason": reason}
             for k, reason in enumerate(("stop", "length"))]  # fmt: skip
     (group,) = read(given(rows))
