@@ -210,6 +210,24 @@ def test_selecting_and_reporting_import_no_torch(scores: Scores, tmp_path: Path)
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
+def test_values_that_no_prompt_has_are_refused(scores: Scores, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_scores(tmp_path / "s.parquet", scores)
+    table = parquet.read_table(tmp_path / "s.parquet")
+    for column, first, words in (
+        ("status", "scored", "a value of the column status is 'scored', not one of failed, ok, skipped"),
+        ("status", None, "a value of the column status is missing"),
+        ("pass_rate", None, "a value of the column pass_rate is missing"),
+        ("id", scores.ids[1], f"the prompt '{scores.ids[1]}' is there 2 times"),
+    ):
+        values = [first, *table.column(column).to_pylist()[1:]]
+        place, kind = table.column_names.index(column), table.schema.field(column).type
+        changed = table.set_column(place, column, pyarrow.array(values, kind))
+        parquet.write_table(changed, tmp_path / "t.parquet")
+        with pytest.raises(CropiError, match=words):
+            read_scores(tmp_path / "t.parquet")
+
+
 def test_a_count_beyond_64_bits_is_damage(scores: Scores, tmp_path: Path) -> None:
     """It overflowed where it was used."""
     scores.meta["uncertainty"]["sets"][0]["prompts"] = 10**400
