@@ -15,6 +15,7 @@ import cropi
 from cropi.cli import main
 from cropi.data.readers import read
 from cropi.errors import CropiError
+from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.layout import Layout
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.policy import Policy
@@ -64,6 +65,12 @@ def test_every_row_is_in_one_chunk_with_all_its_batches(
         wanted = [batch for batch in batches[chunk.window] if any(name in chunk.prompts for name, _ in batch)]
         assert mine == wanted, "the micro-batches of one process, in their order"
         assert len(chunk.batches) > 0 or chunk.rows
+        done = frozenset(sorted(chunk.prompts)[::2])
+        left = [
+            {group.id for group in batch.groups} for batch in chunk.built(ESTIMATORS["cropi"], False, done)
+        ]
+        assert all(names & (chunk.prompts - done) for names in left), "nothing is computed again"
+        assert chunk.prompts - done <= set().union(*left)
         ends = np.cumsum([len(batch) * max(row.length for row in batch) for batch in chunk.batches])
         enough = [size >= tokens and batch[-1].last for size, batch in zip(ends, chunk.batches)]
         assert not any(enough[:-1]), "a chunk ends where it may: longer ones are dealt less evenly"
