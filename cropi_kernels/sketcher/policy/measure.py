@@ -54,28 +54,29 @@ def measure_head(
     if not bool(z.isfinite().all()) or not float(z.abs().max()):
         # A model that has diverged fails segment by segment later; NaN in both counts as equal.
         return (1.0, None) if bool((z.isnan() == given.isnan()).all()) else _differ(z, given)
-    known = _numbers(getattr(model, "config", None))
+    known, near = _numbers(getattr(model, "config", None)), 3e-3 if half else 1e-5
     top = float(z.abs().max())
     low = logits(SMALL / top)
-    runs = [first] if low is None else [first, low]
     if low is not None and not low[1].isfinite().all():
         return _differ(*low)
-    scale = _snapped(_slope(*(low or first)), known, 3e-3 if half else 1e-5)
+    scale = _snapped(_slope(*(low or first)), known, near)
     if scale <= 0.0:
         return f"they are multiplied by {scale:g} on the way to its logits"
-    high = logits(LARGE / (top * scale)) if low is not None else None
-    caps: list[float | None] = [None]
-    if high is not None and bool(high[1].isfinite().all()):
-        runs.append(high)
-        reached = float(high[1].abs().max())
-        if reached < 0.98 * scale * float(high[0].abs().max()):
-            caps = [_snapped(reached, known, 2e-2)]
-    elif low is None:
-        caps += [value for value in known if value > 0.5 * float(given.abs().max())]
-    for cap in caps:
-        if cap is not None and low is not None:  # a bias keeps logits large enough to be bent
-            bent = low[1].double().clamp(-0.5 * cap, 0.5 * cap) / cap
-            scale = _snapped(_slope(low[0], cap * torch.atanh(bent)), known, 3e-3 if half else 1e-5)
+    runs = [first] if low is None else [first, low]
+    curves: list[tuple[float, float | None]] = [(scale, None)]
+    if low is None:
+        curves += [(scale, value) for value in known if value > 0.5 * float(given.abs().max())]
+    else:
+        high = logits(LARGE / (top * scale))
+        if high is not None and bool(high[1].isfinite().all()):
+            runs.append(high)
+            reached = float(high[1].abs().max())
+            if reached < 0.98 * scale * float(high[0].abs().max()):
+                bound = _snapped(reached, known, 2e-2)
+                # A bias keeps the low logits large enough to be bent.
+                bent = low[1].double().clamp(-0.5 * bound, 0.5 * bound) / bound
+                curves = [(_snapped(_slope(low[0], bound * torch.atanh(bent)), known, near), bound)]
+    for scale, cap in curves:
         off = [_error(*run, scale, cap) for run in runs]
         if all(error <= tolerance * max(size, 1.0) for error, size in off):
             return scale, cap
