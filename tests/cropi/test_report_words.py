@@ -67,3 +67,11 @@ def test_every_chart_says_in_words_what_it_shows() -> None:
     svg = density(np.array([0.0, 1.0, 4.0]), np.array([4.0]), cut=0.5)
     assert 'aria-label="histogram: 3 in all, 0 to 4, median 1; 1 chosen, 4 to 4, median 4; cut at 0.5"' in svg
     assert 'aria-label="stage 0: 0.25, stage 2: 0.5"' in line([0.25, None, 0.5])
+
+
+def test_a_table_of_shares_says_how_many_tasks_it_leaves_out() -> None:
+    given, said = make_input(), "the 30 of 58 with the largest shares of the choice"
+    assert said not in render(given)
+    for i, row in enumerate(given.scores.rows):
+        given.scores.rows[i] = replace(row, task=f"task{i}")
+    assert render(given).count(said) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -342,8 +343,11 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     valid = write_lines(tmp_path / "valid.jsonl", make_records(16, seed=1))
     common = ["--model", str(tmp_path / "m"), "--dim", str(DIM), "--no-progress"]
     words = ["run", "--train", str(train), "--valid", str(valid), "--out", str(tmp_path / "out"), *common]
-    assert main([*words, "--noise", "--no-report"]) == 0
-    said = capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # which the command writes to standard error
+        assert main([*words, "--noise", "--no-report"]) == 0
+    said, warned = capsys.readouterr()
+    assert warned.count("have no response_ids") == 2, "of each file, and not of its noise again"
     assert (
         "and all responses are drawn anew" in said and "responses     other responses of the training" in said
     )

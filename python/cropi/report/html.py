@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cropi.ranking.pairwise import Neighbour
 
 MOST_TASKS = 500  # that can be filtered by
+MOST_LINES = 30  # of a table of shares
 
 
 @dataclass
@@ -268,13 +269,13 @@ def _composition(scores: Scores, usable: np.ndarray, chosen: np.ndarray) -> list
         counts = [(p, everywhere[p] / len(pool), here[p] / max(len(some), 1)) for p in sorted(everywhere)]
         if name in ("task", "source"):
             counts.sort(key=lambda line: -line[2])
-        counts = counts[:30]
+        every, counts = len(counts), counts[:MOST_LINES]
         drawn = bars([c[1] for c in counts], [c[2] for c in counts])
         lines = [
             {"name": n, "pool": a, "chosen": b, "bars": markup(svg)}
             for (n, a, b), svg in zip(counts, drawn, strict=True)
         ]
-        tables.append({"name": name, "lines": lines})
+        tables.append({"name": name, "lines": lines, "every": every})
     return tables
 
 

@@ -145,7 +145,8 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
         scan = scan_groups(policy, job, groups)
     check_tokens(policy, job, groups, scan)
     _check_space(job, scan)
-    warn_lossy(scan, groups.names, job.eos)
+    if not job.noise:  # whose gradients it was said of
+        warn_lossy(scan, groups.names, job.eos)
     check_dropout(policy.model, "model")
     if progress:
         policy.once("said", lambda: print(TRIED, file=sys.stderr, flush=True))
