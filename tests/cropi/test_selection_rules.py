@@ -108,6 +108,10 @@ def test_quotas_are_kept_and_the_rest_goes_by_rank() -> None:
     ("quota", "named"),
     [
         (["d=1"], "there is no task 'd'; .*there are 'a', 'b', 'c'"),
+        (
+            ["a=0.5,b=0.25"],
+            "there is no task 'a=0.5,b'; give one share after another .*, without commas; .*there are",
+        ),
         (["a=9"], "'a' is to give 9 prompts, but 8 of it have a gradient"),
         (["a=0.7", "b=0.7"], "the shares add up to 1.4"),
         (["a=7", "b=6"], "the groups get 13 prompts, but 10 are chosen"),

@@ -112,8 +112,15 @@ def check_groups(quotas: Mapping[str, float], known: Collection[str], per: str) 
     """
     for name in quotas:
         if name not in known:
+            # As --columns has them.
+            joined = "=" in name and "," in name
+            apart = (
+                "give one share after another (--quota gsm8k=0.5 math=0.25), without commas; "
+                if joined
+                else ""
+            )
             raise CropiError(
-                f"quota: there is no {per} {name!r}; {did_you_mean(name, known)}there are "
+                f"quota: there is no {per} {name!r}; {apart}{did_you_mean(name, known)}there are "
                 f"{', '.join(map(repr, sorted(known)))}"
             )
 
