@@ -273,6 +273,11 @@ def test_the_rule_itself() -> None:
     assert equal_responses([[1], [1], [2]], [[1], [0], [1]]) == [(0,), (1,), (2,)]
     table = torch.tensor([[0.5, -0.5, 0.0], [0.5, -0.4999, 0.0], [0.1, 0.2, -0.3], [1e-30, 0.0, 0.0]])
     assert sum_of_equals(table).tolist() == [0.0, pytest.approx(1e-4, rel=1e-3), 0.0, pytest.approx(1e-30)]
+    # Beside the sizes of the terms, whatever these are.
+    assert sum_of_equals(torch.tensor([[1e6, -1e6 - 0.25], [1e-6, -9e-7]])).tolist() == [
+        0.0,
+        pytest.approx(1e-7, rel=1e-5),
+    ]
     bound = rounding(make_model())
     # A model that does not say how many layers it has counts as one of 32.
     assert rounding(torch.nn.Linear(2, 2)) == 2**-19
