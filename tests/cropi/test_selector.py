@@ -184,6 +184,8 @@ def test_packed_rows(bits: int, per_number: float, error: float) -> None:
 
 def test_four_bits_are_right_on_average() -> None:
     """Many small rows on a large one: each is far below half a step, their sum is not."""
+    with pytest.raises(CropiError, match="dim is 96: in 4 bits it must be a multiple of 64"):
+        PackedRows(1, 96, 4)
     table, place = PackedRows(1, 16 * 64, 4), torch.tensor([0])
     large, small = torch.zeros(16, 64), 0.1 * torch.ones(16, 64)
     large[:, 0], small[:, 0], small[8:] = 28.0, 0.0, -small[8:]
