@@ -329,6 +329,8 @@ def test_deduplication_is_greedy_over_blocks_and_groups() -> None:
     made = Distinct(in_memory(rows, names), 0.9)
     assert made.take(names, 900) == taken
     assert len(made.copies) == 900 - len(taken)
+    pairs = [(int(name), int(near)) for name, near in made.copies.items()]
+    assert all(near in taken and near < i and float(unit[i] @ unit[near]) > 0.899 for i, near in pairs)
     again = Distinct(in_memory(rows, names), 0.9)
     first = again.take(names[:400], 100)
     assert first == taken[:100]
