@@ -128,7 +128,7 @@ def test_without_a_dataset_the_prompts_come_from_the_records(tmp_path: Path) -> 
         ({"format": "indices"}, "needs a dataset"),
         ({"format": "jsonl"}, "give --dataset or --trajectories"),
         ({"dataset": "data.parqet"}, "data.parqet; did you mean 'data.parquet'? give the path of one"),
-        ({"dataset": "data.parquet", "ids": ["9"]}, "1 of 1 selected prompts have no row, for example '9'"),
+        ({"dataset": "data.parquet", "ids": ["9"]}, "1 of 1 prompts have no row, for example '9'"),
         (
             {"dataset": "data.parquet", "id_key": "key"},
             "no stable prompt id (column 'key' is not among its columns",
@@ -219,19 +219,32 @@ def test_a_dataset_of_other_prompts_is_refused_before_the_choice(
         form = ["--push-to-hub", "a/b"]
     command = scored(tmp_path, [record["id"] for record in records])
     assert cropi(*command, *form, "--dataset", tmp_path / "data.jsonl") == 2
-    assert "6 of 6 selected prompts have no row" in capsys.readouterr().err
+    assert "6 of 6 prompts have no row" in capsys.readouterr().err
     assert not (tmp_path / "selected.jsonl").exists()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::cropi.data.readers.HashedIds")
-def test_indices_of_rows_that_are_found_by_their_content(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ("indices", "ids", "jsonl"))
+def test_rows_that_are_found_by_their_content(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the export took rows that are no table, the push failed behind the choice."""
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr("datasets.Dataset.push_to_hub", lambda *_, **__: None)
     records = [{key: value for key, value in record.items() if key != "id"} for record in make_records(6)]
     write_lines(tmp_path / "train.jsonl", records)
-    write_lines(tmp_path / "data.jsonl", records)
     command = scored(tmp_path, [group.id for group in read(tmp_path / "train.jsonl")])
-    given = ["--export", tmp_path / "out.json", "--dataset", tmp_path / "data.jsonl"]
-    assert cropi(*command, *given) == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == [5, 4]
+    given = ["--export", tmp_path / "out", "--format", form, "--dataset", tmp_path / "data.jsonl"]
+    write_lines(
+        tmp_path / "data.jsonl", [records[0] | {"odd": 1}, *(row | {"odd": {"a": 1}} for row in records[1:])]
+    )
+    assert cropi(*command, *given, "--push-to-hub", "a/b") == 2
+    assert "'odd' do not fit into a column of one type" in capsys.readouterr().err
+    assert not (tmp_path / "selected.jsonl").exists()
+    write_lines(tmp_path / "data.jsonl", records)
+    assert cropi(*command, *given, "--push-to-hub", "a/b") == 0
+    assert form != "indices" or json.loads((tmp_path / "out").read_text()) == [5, 4]
 
 
 # ----------------------------------------------------------------------------------------------------- dumps

@@ -102,7 +102,7 @@ def test_a_dataset_may_be_a_list_of_prompts_or_a_frame(tmp_path: Path) -> None:
          r"got polars.DataFrame; give dataset\.to_arrow\(\)$"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"id": IDS})), "a DatasetDict of train: give one"),
         (datasets.Dataset.from_dict({"id": IDS}).to_iterable_dataset(), "got datasets.IterableDataset; give"),
-        ([{"id": "a", "question": "q"}], "the list: 2 of 2 selected prompts have no row"),
+        ([{"id": "a", "question": "q"}], "the list: 2 of 2 prompts have no row"),
         ([{"question": "q"}], r"name it with --id-key \(in Python id_key=\)"),
     ],
 )  # fmt: skip
@@ -133,9 +133,9 @@ def test_rows_without_ids_are_found_by_what_their_ids_are_hashes_of(form: str) -
     best = Selection([4, 2], [4, 2], np.zeros(6), "rrf", held)
     for given in (rows, datasets.Dataset.from_list(rows), pyarrow.Table.from_pylist(rows).to_pandas()):
         assert best.to_dataset(given)["of"] == [4, 2]
-    with pytest.raises(CropiError, match="1 of 2 selected prompts have no row.*hashes of their prompts"):
+    with pytest.raises(CropiError, match="1 of 2 prompts have no row.*hashes of their prompts"):
         best.to_dataset(rows[:4])
-    with pytest.raises(CropiError, match="2 of 2 selected prompts have no row"):  # nothing that a hash is of
+    with pytest.raises(CropiError, match="2 of 2 prompts have no row"):  # nothing that a hash is of
         best.to_dataset([{"of": 4}])
     with pytest.raises(CropiError, match="no stable prompt id"):  # two rows of one prompt
         best.to_dataset([*rows, rows[4]])

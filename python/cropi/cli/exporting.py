@@ -71,12 +71,12 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
             check_rows(f"--format {form}")
         check_export(
             form, trajectories=records, dataset=args.dataset, id_key=args.id_key,
-            records=some() if form != "ids" else (), data_source=args.data_source, out=args.export,
+            records=some() if form != "ids" or args.push_to_hub else (), data_source=args.data_source, out=args.export,
         )  # fmt: skip
     if args.push_to_hub:
         check_hub_name(args.push_to_hub)
         check_rows("--push-to-hub")
-        if not args.export or form == "ids":
+        if not args.export or form != "save_to_disk":
             check_export(
                 "save_to_disk", trajectories=records, dataset=args.dataset, id_key=args.id_key, records=some()
             )

@@ -126,7 +126,7 @@ def _check_there(names: Sequence[str], ids: PromptIds, path: str | Path, why: st
     if missing := [name for name in names if name not in ids]:
         why = why or f" (its column {ids.column!r} holds, for example, {ids.names[0]!r})"
         raise CropiError(
-            f"dataset: {path}: {len(missing)} of {len(names)} selected prompts have no row, for example "
+            f"dataset: {path}: {len(missing)} of {len(names)} prompts have no row, for example "
             f"{missing[0]!r}{why}; {_remedy(missing[0])}"
         )
 
