@@ -176,6 +176,11 @@ def test_an_adapter_by_name_is_the_adapter_loaded_by_hand(
     assert f"float32 weights, adapter {adapter}, 1024 tokens a batch" in capsys.readouterr().out
     stored = cropi.SketchStore.open(tmp_path / "store")
     assert torch.equal(vectors, next(iter(stored.shards()))[1])
+    words[1] = str(adapter)  # its folder says which model it is of
+    assert main(["sketch", *words, "--out", str(tmp_path / "own")]) == 0
+    assert f"float32 weights, adapter {adapter}, 1024 tokens a batch" in capsys.readouterr().out
+    stored = cropi.SketchStore.open(tmp_path / "own")
+    assert torch.equal(vectors, next(iter(stored.shards()))[1])
 
 
 def test_adapters_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
@@ -183,9 +188,9 @@ def test_adapters_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(CropiError, match="holds no adapter_config.json"):
         _ = Policy(str(folder), adapter=folder).model
     with pytest.raises(
-        FileNotFoundError, match="it holds an adapter of PEFT: give its base model.*--adapter"
+        CropiError, match=f"is given beside model '{adapter}', which is an adapter itself, of '{folder}'"
     ):
-        _ = Policy(str(adapter)).model
+        _ = Policy(str(adapter), adapter=adapter).model
     save_policy(tmp_path / "wider", hidden_size=64, num_attention_heads=8)
     with pytest.raises(CropiError, match=f"cannot be put on model .*wider', but is of '{folder}'"):
         _ = Policy(str(tmp_path / "wider"), adapter=adapter).model
@@ -196,6 +201,36 @@ def test_adapters_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> Non
     save_file(weights, adapter / "adapter_model.safetensors")
     with pytest.raises(CropiError, match="its weights do not fit model"):
         _ = Policy(str(folder), adapter=adapter).model
+
+
+def test_the_folder_of_an_adapter_leads_to_its_base_and_its_own_tokenizer(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(folder, tmp_path / "adapter")
+    policy = Policy(str(adapter))
+    assert policy.vocabulary == Policy(str(folder)).vocabulary and policy.loading["adapter"] == str(adapter)
+    assert policy.tokenizer.chat_template == Policy(str(folder)).tokenizer.chat_template
+    before = policy.checkpoint
+    own = make_tokenizer(chat=True)
+    own.chat_template = "{{ messages[0]['content'] }}!"
+    own.save_pretrained(adapter)
+    for loaded in (load.load_tokenizer(adapter), load.load_model(adapter)[1]):
+        assert loaded.chat_template == own.chat_template
+    assert policy.checkpoint != before and before.partition("+")[2] == Policy(str(folder)).checkpoint
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base, said in (
+        (None, "names no base model; give the base model as --model"),
+        (
+            str(tmp_path / "none"),
+            "but of its base model .*none': there is no such folder.*; give the base model as",
+        ),
+        (str(adapter), "names another adapter as its base"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(
+            (CropiError, FileNotFoundError), match=f"model '{adapter}' is an adapter of PEFT, .*{said}"
+        ):
+            load.load_model(adapter)
 
 
 # ------------------------------------------------------------------------------------------------------ packing

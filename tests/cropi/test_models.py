@@ -259,7 +259,9 @@ def test_near_misses_get_a_hint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"modle.gguf\); did you mean 'model.gguf'.$"):
         load_model(tmp_path / "modle.gguf")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="it holds an adapter of PEFT: give its base"):
+    with pytest.raises(
+        ValueError, match="adapter_config.json names no base model; give the base model as --model"
+    ):
         load_model(tmp_path)
     (tmp_path / "weights.bin").touch()
     with pytest.raises(ValueError, match="weights.bin' is a file; give a model folder"):

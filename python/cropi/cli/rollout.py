@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     )
     loading = vars(options.made(Loading, args))
     policy = Policy(args.model, progress=args.progress, **loading)
-    job = make_job(policy, args.prompts, args.reward, options.made(Rollout, args), loading)
+    job = make_job(policy, args.prompts, args.reward, options.made(Rollout, args))
     report = run_job(job, args.out, say=print, progress=args.progress)
     print(report.text())
     tell(args, **vars(report))

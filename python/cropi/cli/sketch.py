@@ -202,7 +202,7 @@ def placed(args: argparse.Namespace, policy: Policy, processes: int = 1) -> str:
     from cropi.model.placing import tokens_at_once
 
     device, dtype = policy.plan
-    more = "".join(f", {name} {value}" for name in ("quantize", "adapter") if (value := getattr(args, name)))
+    more = "".join(f", {name} {value}" for name in ("quantize", "adapter") if (value := policy.loading[name]))
     if processes > 1:
         kind = str(dtype).removeprefix("torch.")
         return f"running on    {processes} processes, rank 0 on {device}, {kind} weights{more}"

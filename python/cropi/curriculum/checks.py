@@ -19,7 +19,7 @@ from cropi.data.scan import Scan, check_covered, scan
 from cropi.errors import CropiError, did_you_mean, optional
 from cropi.files import beyond_paths, check_room
 from cropi.model.load import DTYPES, check_device
-from cropi.model.sources import locate
+from cropi.model.sources import base_of, locate
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.shares import how_many
 from cropi.store.codec import row_bytes
@@ -110,8 +110,8 @@ def check_names(plan: Plan) -> None:
         CropiError: a pattern matches no parameter.
     """
     source, options = locate(plan.model)
-    if not plan.job.exclude or "gguf_file" in options:
-        return  # the layers of a .gguf file are known when it is loaded
+    if not plan.job.exclude or "gguf_file" in options or base_of(plan.model) is not None:
+        return  # the layers of a .gguf file and the parameters of an adapter are known when it is loaded
     transformers = optional("transformers")
     config = transformers.AutoConfig.from_pretrained(
         source, trust_remote_code=plan.trust_remote_code, **options

@@ -28,6 +28,7 @@ from cropi.errors import CropiError, warn
 from cropi.files import is_file, is_there, writing
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
+from cropi.model.sources import base_of
 from cropi.options import Influence
 from cropi.pipeline import Checked, Part
 from cropi.pipeline.lost import LostSets, NothingToFollow, followed, usable_sets, warn_lost
@@ -343,10 +344,16 @@ def train(stage: Stage) -> Result:
         command = fill(plan.trainer, values, option="trainer")
         run_command("trainer", command, stage.folder / "train.log", [stage.lock], values)
         model = Path(fill(plan.trained_model, values, quote=False))
-    if not is_file(model / "config.json"):
+    if not is_file(model / "config.json") and base_of(str(model)) is None:
         raise CropiError(
-            f"trainer: training ended well, but {model} holds no Hugging Face model (no config.json); save the new "
-            "policy there, or say by trained_model where it is"
+            f"trainer: training ended well, but {model} holds no Hugging Face model (no config.json) and no "
+            "adapter of PEFT (no adapter_config.json); save the new policy there, or say by trained_model where it is"
+        )
+    if plan.rescoring.asked and (base_of(str(model)) is None) != (base_of(stage.model) is None):
+        raise CropiError(
+            f"trainer: {model} and {stage.model} are not both adapters of PEFT: budget and passes keep sketches of "
+            "earlier stages, and those of all weights cannot be compared with those of an adapter; give an adapter as "
+            "model, with which the first stage begins, or leave budget and passes out"
         )
     _keep(model)
     name = _relative(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import warnings
@@ -14,7 +13,7 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import failure_of, is_file, is_there, reason
-from cropi.model.sources import check_readable
+from cropi.model.sources import ADAPTER, check_readable, named_base
 
 QUANTIZE = ("4bit", "8bit")
 UNPACKED = ("fp8", "mxfp4", "compressed-tensors")  # of which transformers can load the whole weights
@@ -120,7 +119,7 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
     """
     peft, where = optional("peft"), os.fspath(adapter)
     folder = Path(where).expanduser()
-    if is_there(folder) and not is_file(folder / "adapter_config.json"):
+    if is_there(folder) and not is_file(folder / ADAPTER):
         raise CropiError(
             f"adapter {where!r}: the folder holds no adapter_config.json, so it is not an adapter of PEFT; "
             "give the folder that save_pretrained wrote"
@@ -150,14 +149,13 @@ def with_adapter(model: Any, name: str, adapter: str | os.PathLike[str]) -> Any:
                 f"adapter {where!r}: its weights do not fit model {name!r}{_base(folder)} ({text[:300]}); give "
                 "its own base model as --model, or save the adapter again"
             )
-        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        # PEFT asks transformers for what that will remove: nothing that a user can change.
+        if not issubclass(one.category, (FutureWarning, DeprecationWarning)):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return made
 
 
 def _base(folder: Path) -> str:
     """Which model an adapter says that it is of."""
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return ""
+    base = named_base(folder)
     return f", but is of {base!r}" if base else ""

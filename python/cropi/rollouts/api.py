@@ -84,13 +84,11 @@ def rollout(
     loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
     split(loading, Loading)
     (given,) = split(options, Rollout, by=rollout)
-    job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given, loading)
+    job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given)
     return run(job, path, say=say or (print if progress else _silent), progress=progress)
 
 
-def make_job(
-    policy: Policy, prompts: Any, reward: str | Callable[..., Any], given: Rollout, loading: dict[str, Any]
-) -> Job:
+def make_job(policy: Policy, prompts: Any, reward: str | Callable[..., Any], given: Rollout) -> Job:
     """Check everything that can be checked before the model is loaded, and put the job together."""
     check_fields(given)
     _check_unused(given)
@@ -106,7 +104,7 @@ def make_job(
     kept, bad = read_prompts(prompts, tokens, given, room=given.max_tokens)
     kept = _scorable(kept, scorer, bad, given.skip_bad)
     warn_sampling(given)
-    engine = _engine(policy, given, tokens, loading)
+    engine = _engine(policy, given, tokens)
     identity = engine.identity()
     settings = _settings(policy, given, tokens, scorer) | {"engine": engine.name, **identity}
     name = policy.name if engine.name != "openai-url" else str(identity["served_model"])
@@ -134,7 +132,7 @@ def _scorable(prompts: list[Prompt], scorer: Reward, bad: list[RecordError], ski
     return kept
 
 
-def _engine(policy: Policy, given: Rollout, tokens: Tokenize, loading: dict[str, Any]) -> Engine:
+def _engine(policy: Policy, given: Rollout, tokens: Tokenize) -> Engine:
     if given.engine == "hf":
         return HfEngine(policy, tokens, given, given.rows)
     if given.engine == "vllm":
@@ -142,7 +140,7 @@ def _engine(policy: Policy, given: Rollout, tokens: Tokenize, loading: dict[str,
             raise CropiError(
                 "engine vllm loads the model by its name: give its folder or hub id, not a module"
             )
-        return VllmEngine(policy.source, given, tokens, **_for_vllm(loading))
+        return VllmEngine(policy.source, given, tokens, **_for_vllm(policy.loading))
     assert given.url is not None
     server = Server(given.url, os.environ.get(given.api_key), given.timeout, given.retries)
     return ServerEngine(server, given, tokens)
