@@ -317,8 +317,9 @@ def test_prompts_that_differ_in_outer_blanks_alone_are_told_apart_where_a_dump_c
         named(prompt="q")
     with pytest.raises(CropiError, match="the prompts 'p0' and 'p1' have the same text"):
         DatasetPrompts([rows[0], rows[0]], ["p0", "p1"], tokenizer)
-    prompts = DatasetPrompts([{"input": "q", "output": "7"}], ["p0"], tokenizer)  # NeMo-RL's columns
-    assert named(prompt_ids=tokenizer("q")["input_ids"]) == "p0"
+    rows = [{"instruction": "Solve it.", "input": text, "output": "7"} for text in "qr"]  # NeMo-RL's columns
+    prompts = DatasetPrompts(rows, ["p0", "p1"], tokenizer)
+    assert [named(prompt_ids=tokenizer(text)["input_ids"]) for text in "qr"] == ["p0", "p1"]
     with pytest.raises(CropiError, match="its columns are text: give a copy in which .* is called 'prompt'"):
         DatasetPrompts([{"text": "q"}], ["p0"], tokenizer)
 

@@ -17,8 +17,9 @@ from cropi.errors import CropiError
 from cropi.trainers.dumps.fields import BadSample, shown
 from cropi.trainers.dumps.rollout import Rollout
 
-# The columns of questions in trainers' datasets; 'input' is the default of NeMo-RL, slime and OpenRLHF.
-COLUMNS = (*PROMPT_KEYS, "query", "instruction", "input")
+# The columns of questions in trainers' datasets; 'input' is the default of NeMo-RL, slime and OpenRLHF, beside which an
+# instruction may be the same in every row.
+COLUMNS = (*PROMPT_KEYS, "query", "input", "instruction")
 
 
 class DatasetPrompts:
