@@ -173,7 +173,8 @@ def split(
     known = [*names_of(*classes), *also]
     for name in given:
         if name not in known:
-            own = [] if by is None else signature(by).parameters
+            taken = {} if by is None else signature(by).parameters
+            own = [key for key, one in taken.items() if one.kind is not one.VAR_KEYWORD]
             raise CropiError(
                 f"{name!r} is not an option; {did_you_mean(name, [*own, *known])}known are {', '.join(known)}"
             )

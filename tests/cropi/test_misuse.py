@@ -107,6 +107,9 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "score: an option": (lambda: cropi.score(model(), TRAIN, VALID, dims=3), "'dims' is not an option.*'dim'"),
     "score: a share, misspelt": (lambda: cropi.score(model(), TRAIN, VALID, fractoin=0.2), "mean 'fraction'"),
     "score: a parameter, misspelt": (lambda: cropi.score(model(), TRAIN, VALID, nosie=True), "mean 'noise'"),
+    "score: what a parameter collects": (
+        lambda: cropi.score(model(), TRAIN, VALID, options={}), "^'options' is not an option; known are",
+    ),
     "check: a parameter, misspelt": (lambda: cropi.check(model(), TRAIN, exakt=True), "mean 'exact'"),
     "score: an option of select": (lambda: cropi.score(model(), TRAIN, VALID, dedup=0.9), "'dedup' is not an option"),
     "score: fraction": (lambda: cropi.score(model(), TRAIN, VALID, fraction=1.5), "fraction must be"),
