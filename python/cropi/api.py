@@ -33,8 +33,9 @@ from cropi.sketching.noise import sampled
 from cropi.sketching.run import sketch as run_job
 from cropi.store.store import SketchStore
 
-# The fields of Selecting that a resampled choice depends on: those of the ranking.
-OF_CHOICE = ("fraction", "count", "method", "rrf_constant", "pool", "per", "quota")
+OF_RANKING = ("method", "rrf_constant", "per", "quota")
+# The fields of Selecting that a resampled choice depends on: those of the ranking, and of the number of prompts.
+OF_CHOICE = ("fraction", "count", "pool", *OF_RANKING)
 
 # How messages name the options of these functions.
 KEYWORDS = keywords_of(Loading, Sketching, Influence, Selecting, more=("out", "source", "behaviour_model"))
@@ -312,8 +313,11 @@ def write_report(
         # Records of other prompts would make a page without a text.
         for _ in records.take(chosen.ids):
             pass
-    settings = scores.meta.get("selection")  # of the choice that the table was written with
-    same = None if settings is None or not chosen.settings else settings == chosen.settings
+    made = scores.meta.get("selection") or {}  # of the choice that the table was written with
+    same = None
+    if made and chosen.settings:
+        other = any(made.get(name) != chosen.settings.get(name) for name in OF_RANKING)
+        same = False if other else made == chosen.settings or None
     sure, missing = of_choice(scores, len(chosen), same)
     given = ReportInput(
         scores, chosen, groups, uncertainty=sure, uncertainty_missing=missing,

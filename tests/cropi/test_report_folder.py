@@ -92,7 +92,12 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
         page = (folder / "report.html").read_text()
         assert page.count(said) == 2 and other in page and "p" not in data_of(page)["columns"]
     scores = cropi.Scores.open(folder)
-    for chosen, shown in ((scores.select(0.5), False), (scores.select(**scores.meta["selection"]), True)):
+    # As many prompts by the same ranking are the same choice, whatever option says how many.
+    for given, shown in (
+        ({"fraction": 0.5}, False), ({"fraction": fraction, "method": "max"}, False),
+        (scores.meta["selection"], True), ({"count": 8}, True), ({"fraction": fraction, "seed": 3}, True),
+    ):  # fmt: skip
+        chosen = scores.select(**given)
         cropi.write_report(chosen, tmp_path / "p.html")
         page = (tmp_path / "p.html").read_text()
         assert (
