@@ -33,7 +33,9 @@ def test_a_page_says_what_a_score_is() -> None:
     for metric, words in said.items():
         given.scores.meta["metric"] = metric
         assert words in render(given)
-    given.scores.meta.update(metric="cosine", minus="other", minus_weight=0.5)
+    given.scores.meta["mean"] = "normalised"
+    assert "with the mean direction of the set&#39;s gradients. Grey" in render(given)
+    given.scores.meta.update(metric="cosine", mean="plain", minus="other", minus_weight=0.5)
     assert "mean gradient, less 0.5 times that with the set &#39;other&#39;. Grey" in render(given)
     given.scores.meta["weights"] = [1.0, 2.0]  # sums of several tables
     assert "A score is" not in render(given)

@@ -139,9 +139,11 @@ def _score(meta: Mapping[str, Any]) -> str:
     if "metric" not in meta or "weights" in meta:
         return ""
     metric = {"dot": "dot product"}.get(meta["metric"], meta["metric"])
-    whose = (
-        "one of the set's, the largest" if meta.get("aggregate") == "nearest" else "the set's mean gradient"
-    )
+    whose = "the set's mean gradient"
+    if meta.get("mean") == "normalised":
+        whose = "the mean direction of the set's gradients"
+    if meta.get("aggregate") == "nearest":
+        whose = "one of the set's, the largest"
     less = ""
     if "minus" in meta:
         less = f", less {meta['minus_weight']:g} times that with the set {meta['minus']!r}"
