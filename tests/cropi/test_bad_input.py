@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,16 @@ def test_half_a_surrogate_pair_is_no_character(tmp_path: Path, capsys: pytest.Ca
         assert "t.jsonl:1: \\ud800 is half of a surrogate pair" in capsys.readouterr().err
         assert main(["info", str(path), "--skip-bad"]) == 0
         assert "1 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+@pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
+def test_a_file_whose_name_is_not_utf_8_is_sketched_in_memory(tmp_path: Path) -> None:
+    """Its rows could not name it. A folder cannot note it: that was a UnicodeEncodeError once the model was loaded."""
+    path = write_lines(tmp_path / os.fsdecode(b"t\xff.jsonl"), [record()])
+    options: dict[str, Any] = {"tokenizer": make_tokenizer(), "dim": 64, "progress": False}
+    (row,) = cropi.sketch(make_model(), path, **options).rows()
+    assert row.extra["file"] == rf"{tmp_path}/t\udcff.jsonl"
+    with pytest.raises(CropiError, match=r"t\\udcff.jsonl' is not UTF-8, .*; rename the file"):
+        cropi.sketch(make_model(), path, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

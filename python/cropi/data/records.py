@@ -74,7 +74,8 @@ class PromptGroup:
         """The file (or the argument, of records in memory) that the group came from, without the number of the line or
         row."""
         match = re.fullmatch(r"(.+?)(?::\d+|\[\d+\]|, row \d+)", self.where, re.DOTALL)
-        return match[1] if match else None
+        # Of a name that is not UTF-8 the other bytes are escaped: a row's store and table could not be written.
+        return match[1].encode(errors="backslashreplace").decode() if match else None
 
     @property
     def lengths(self) -> tuple[int | None, list[int] | None]:

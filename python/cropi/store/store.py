@@ -214,7 +214,7 @@ class SketchStore(StoredSketches):
             The ids made safe by this call (empty unless a shard became full).
 
         Raises:
-            CropiError: the id is already there, a name of the row's cannot be written, or the disk is full.
+            CropiError: the id is already there, the row's text or ``extra`` cannot be written, or the disk is full.
         """
         if row.id in self._rows or row.id in self._pending:
             raise CropiError(f"the store {self.path} already has the prompt {row.id!r}")
