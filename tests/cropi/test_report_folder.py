@@ -72,10 +72,13 @@ def test_a_run_writes_the_page(ran: Path) -> None:
 
 @pytest.mark.long
 def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_path: Path) -> None:
-    """`cropi select` chooses others from the same table, whose chances and shares are those of the run's choice."""
+    """`cropi select` chooses others from the same table, whose chances and shares are those of the run's choice.
+    Standard errors and signals are those of the scores, whatever is chosen."""
     folder = tmp_path / "out"
     shutil.copytree(ran, folder)
     fraction, said = 0.2, "the draws are of another choice, of "
+    verdict = re.compile("warning</span><span>validation</span><span><bdi>(.*?)</bdi>")
+    weak = verdict.findall((ran / "report.html").read_text())
     for words, other in (
         (["--fraction", "0.5"], "of 8 prompts, and this one has 20"),
         (["--method", "random"], "as many prompts"),
@@ -91,6 +94,7 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
         assert main([*select, *words]) == 0 and main(["report", str(folder)]) == 0
         page = (folder / "report.html").read_text()
         assert page.count(said) == 2 and other in page and "p" not in data_of(page)["columns"]
+        assert len(weak) == 2 and verdict.findall(page) == weak and "se1" in data_of(page)["columns"]
     scores = cropi.Scores.open(folder)
     # As many prompts by the same ranking are the same choice, whatever option says how many.
     for given, shown in (

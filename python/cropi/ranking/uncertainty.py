@@ -367,10 +367,10 @@ def of_choice(scores: Scores, chosen: int, same: bool | None = None) -> tuple[Un
         return None, str(scores.meta.get("uncertainty_missing", "the scores were not resampled"))
     drawn = round(float(np.nansum(held.p_selected)))
     if same is False or (same is None and drawn != chosen):
-        sizes = "as many prompts" if drawn == chosen else f"{drawn} prompts, and this one has {chosen}"
+        sizes = f"{drawn} prompt{'s' * (drawn != 1)}, and this one has {chosen}"
         return None, (
-            f"the draws are of another choice, of {sizes}; `cropi run` with the options of this one resamples anew, "
-            "and sketches nothing again"
+            f"the draws are of another choice, of {'as many prompts' if drawn == chosen else sizes}; score again with "
+            "the options of this one (`cropi run`, which sketches nothing again, or cropi.score)"
         )
     return held, ""
 

@@ -52,6 +52,8 @@ def _compressed(data: Any) -> bytes:
 def _data(given: ReportInput) -> dict[str, Any]:
     """What the script shows: columns over the prompts that are listed, and the full text of some."""
     scores, selection, sure = given.scores, given.selection, given.uncertainty
+    # They are of the scores, whatever was chosen by these.
+    stderr = scores.stderr if sure is None else sure.stderr
     rank = {i: place for place, i in enumerate(selection.order, 1)}
     places, near = listed(given), near_the_cut(selection)
     rows = [scores.rows[i] for i in places]
@@ -67,8 +69,8 @@ def _data(given: ReportInput) -> dict[str, Any]:
     }
     for v in range(len(scores.sets)):
         columns[f"score{v}"] = [_digits(x, 4) for x in scores.table[places, v]]
-        if sure is not None and sure.stderr.shape == scores.table.shape:
-            columns[f"se{v}"] = [_digits(x, 4) for x in sure.stderr[places, v]]
+        if stderr is not None and stderr.shape == scores.table.shape:
+            columns[f"se{v}"] = [_digits(x, 4) for x in stderr[places, v]]
     if sure is not None and len(sure.p_selected) == len(scores.rows):
         columns["p"] = [_digits(x, 2) for x in sure.p_selected[places]]
     for key, decimals in (("ratio", 3), ("ess", 2)):

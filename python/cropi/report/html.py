@@ -191,9 +191,12 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
             f"{sure.overlap:.0%} of the chosen prompts would stay with other {' and other '.join(drawn)}"
             + ("" if level == "ok" else f"; more {' and more '.join(drawn)} make the choice surer"),
         )
-        weak = [s for s in sure.sets if s.few or s.signal <= 0.2]
-        for one in weak:
-            add("warning", "validation", one.advice(len(sure.sets) == 1))
+    # A set's signal is the same for every choice; standard errors at the cut are not.
+    held = sure or Uncertainty.of(scores)
+    sets = [] if held is None else held.sets
+    for one in sets:
+        if one.signal <= 0.2 or (sure is not None and one.few):
+            add("warning", "validation", one.advice(len(sets) == 1))
     median, sample = _median(scores, "ratio"), _median(scores, "ess")
     if _without_ratio(scores):
         add("ok", "policy", TAKEN)
