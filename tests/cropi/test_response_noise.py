@@ -215,12 +215,19 @@ def test_the_order_of_stores_and_rows_changes_nothing(monkeypatch: pytest.Monkey
     def found(order: np.ndarray, joined: bool = False) -> tuple[np.ndarray, float]:
         ids = [f"t{i:02d}" for i in order]
         halves = slice(5), slice(5, None)
-        noise = [made_store(moved[order[half]], ids[half], noise=True) for half in halves]
-        stores = [made_store(train[order[part]], ids[part]) for part in (halves if joined else [slice(None)])]
+        files = ["t", "u"] if joined else ["t", "t"]
+        noise = [
+            made_store(moved[order[half]], ids[half], noise=True, trajectories=file)
+            for half, file in zip(halves, files)
+        ]
+        stores = [
+            made_store(train[order[part]], ids[part], trajectories=file)
+            for part, file in zip(halves if joined else [slice(None)], files)
+        ]
         one = response_noise(SketchStore.join(stores), [made_store(valid, "v", trajectories="v")], noise)
         return one.own, one.share
 
-    # Stores in memory that are read as one have no manifest on a disk.
+    # Of files of their own; stores in memory that are read as one have no manifest on a disk.
     first, other = found(np.arange(12)), found(rng.permutation(12), joined=True)
     assert first[0].shape == (7, 1)
     np.testing.assert_array_equal(first[0], other[0])
