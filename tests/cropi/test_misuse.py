@@ -207,6 +207,9 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "Selection: save": (lambda: scores().select(0.5).save(3), "path is of type int: give a file, or a folder for"),  # type: ignore[arg-type]
     "Selection: save empty": (lambda: scores().select(0.5).save(""), "path is empty: give a file"),
     "write_report: path": (lambda: cropi.write_report(scores().select(0.5), b"a"), "path is of type bytes: give"),  # type: ignore[arg-type]
+    "rollout: an option of loading, misspelt": (
+        lambda: cropi.rollout("m", TRAIN, "exact", "x.jsonl", dtpye="auto"), "mean 'dtype'",
+    ),
     "rollout: out": (
         lambda: cropi.rollout(model(), TRAIN, "exact", None),  # type: ignore[arg-type]
         "out is of type NoneType: give a file",

@@ -83,7 +83,7 @@ def rollout(
     path = path_of(out, "out", "a file that ends in .jsonl")
     loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
     split(loading, Loading)
-    (given,) = split(options, Rollout, by=rollout)
+    (given,) = split(options, Rollout, also=names_of(Loading), by=rollout)
     job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given)
     return run(job, path, say=say or (print if progress else _silent), progress=progress)
 
