@@ -342,8 +342,11 @@ def test_info_of_what_is_not_finished(
         (tmp_path / f"trained/checkpoint-{step}").mkdir(parents=True)
         (tmp_path / f"trained/checkpoint-{step}/config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "trained/checkpoint-4/trainer_state.json").write_text("{}")
+    (tmp_path / "trained/checkpoint-6").mkdir()
+    (tmp_path / "trained/checkpoint-6/adapter_config.json").write_text('{"base_model_name_or_path": "of/it"}')
     for name, words in (
-        ("trained", "no rollouts, the models checkpoint-2, checkpoint-4"),
+        ("trained", "no rollouts, the models checkpoint-2, checkpoint-4, checkpoint-6"),
+        ("trained/checkpoint-6", ": of of/it, for --model"),
         ("trained/checkpoint-2", ": llama, for --model"),
         ("trained/checkpoint-4", ": llama, saved by a trainer, for --model"),
     ):  # fmt: skip

@@ -295,6 +295,12 @@ def test_prompts_that_a_dump_does_not_name_are_found_in_the_dataset(
         assert [group.id for group in found] == ["p0", "p1"] and found[0].prompt == as_record
         # What is scored are the tokens that the policy read.
         assert list(Tokenize(tokenizer, 98)(found[0]).prompt) == tokens[0]
+    # An adapter has the tokenizer of its base.
+    (tmp_path / "adapter").mkdir()
+    base = {"base_model_name_or_path": str(tmp_path / "model")}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(base))
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    assert main([*command[:-1], str(tmp_path / "adapter")]) == 0
     write_lines(data, rows[1:])
     assert main([*command, "--skip-bad"]) == 0
     assert "left out      2 samples: 2 by prompt" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from cropi.bulk import check_bulk
 from cropi.errors import CropiError, printable
 from cropi.files import entries, is_file, is_there, reading, size_of
 from cropi.form import check_form, is_number
+from cropi.model.sources import ADAPTER, named_base
 from cropi.sealed import SUMS, check_sums
 
 # Keys by which a JSON object is what `cropi check --out` wrote.
@@ -56,9 +57,19 @@ def describe_folder(path: Path) -> dict[str, Any] | None:
 
 
 def _model(path: Path) -> dict[str, Any] | None:
-    """A model's folder, or that of a training with its checkpoints; None: neither."""
-    saved = [one.name for one in entries(path, "checkpoint-*") if is_file(one / "config.json")]
+    """A model's or an adapter's folder, or that of a training with its checkpoints; None: neither."""
+    saved = [
+        one.name
+        for one in entries(path, "checkpoint-*")
+        if any(is_file(one / name) for name in ("config.json", ADAPTER))
+    ]
+    step = " saved by a trainer," if is_file(path / "trainer_state.json") else ""
+    more = f"; beside it {', '.join(saved)}" if saved else ""
     if not is_file(path / "config.json"):
+        if base := named_base(path):
+            return told(
+                [f"adapter       {path}: of {printable(base)},{step} for --model{more}"], "adapter", base=base
+            )
         if not saved:
             return None
         text = f"training      {path}: no rollouts, the models {', '.join(saved)}"
@@ -71,8 +82,6 @@ def _model(path: Path) -> dict[str, Any] | None:
     if not isinstance(held, dict) or not isinstance(held.get("model_type"), str):
         return None
     kind = ", ".join(map(str, held.get("architectures") or [held["model_type"]]))
-    step = " saved by a trainer," if is_file(path / "trainer_state.json") else ""
-    more = f"; beside it {', '.join(saved)}" if saved else ""
     return told([f"model         {path}: {kind},{step} for --model{more}"], "model", architecture=kind)
 
 

@@ -177,10 +177,15 @@ def _tokenizer(args: argparse.Namespace) -> Any:
 
     from cropi.errors import optional
     from cropi.model.load import load_tokenizer
-    from cropi.model.sources import check_readable
+    from cropi.model.sources import base_of, check_readable, holds_tokenizer
 
     folder = Path(args.model)
-    if is_folder(folder) and not is_there(folder / "config.json"):  # a tokenizer alone
+    # A tokenizer alone, or that of an adapter.
+    if (
+        is_folder(folder)
+        and not is_there(folder / "config.json")
+        and (holds_tokenizer(folder) or base_of(args.model) is None)
+    ):
         check_readable(f"model {args.model!r}", folder)
         return optional("transformers").AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=args.trust_remote_code
