@@ -341,3 +341,10 @@ def test_a_warning_in_a_callback_points_past_the_trainer() -> None:
         with pytest.warns(UserWarning, match="said") as caught:
             trainer["call"](callback, "said")
         assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_it_is_said_once_that_a_model_is_tried_out(capsys: pytest.CaptureFixture[str]) -> None:
+    policy = cropi.Policy(make_model(), make_tokenizer())
+    for records in (TRAIN[:2], VALID[:2]):  # as of `cropi run`, whose stores are of one policy
+        cropi.sketch(policy, records, dim=64)
+    assert capsys.readouterr().err.count("trying out    the model") == 1
