@@ -318,7 +318,7 @@ def write_report(
     if made and chosen.settings:
         other = any(made.get(name) != chosen.settings.get(name) for name in OF_RANKING)
         same = False if other else made == chosen.settings or None
-    sure, missing = of_choice(scores, len(chosen), same)
+    sure, missing = of_choice(scores, len(chosen), same, chosen.method)
     given = ReportInput(
         scores, chosen, groups, uncertainty=sure, uncertainty_missing=missing,
         neighbours=neighbours or {}, check=None if check is None else check.to_dict(),

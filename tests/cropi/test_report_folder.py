@@ -14,6 +14,7 @@ from test_report_page import data_of
 
 import cropi
 from cropi.cli import main, make_parser
+from cropi.cli.influence import sure
 from cropi.errors import CropiError
 from cropi.ranking.selection_files import read_selection
 from cropi.report.folder import report_folder
@@ -76,12 +77,14 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
     Standard errors and signals are those of the scores, whatever is chosen."""
     folder = tmp_path / "out"
     shutil.copytree(ran, folder)
-    fraction, said = 0.2, "the draws are of another choice, of "
+    fraction, other_choice = 0.2, "the draws are of another choice, of "
+    no_score = "a choice by random looks at no score, so that no draw of validation prompts changes it"
     verdict = re.compile("warning</span><span>validation</span><span><bdi>(.*?)</bdi>")
     weak = verdict.findall((ran / "report.html").read_text())
-    for words, other in (
-        (["--fraction", "0.5"], "of 8 prompts, and this one has 20"),
-        (["--method", "random"], "as many prompts"),
+    for words, said in (
+        (["--fraction", "0.5"], f"{other_choice}8 prompts, and this one has 20"),
+        (["--method", "max"], f"{other_choice}as many prompts"),
+        (["--method", "random"], no_score),
     ):
         words = ["--fraction", str(fraction), *words]
         select = [
@@ -93,9 +96,12 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
         ]
         assert main([*select, *words]) == 0 and main(["report", str(folder)]) == 0
         page = (folder / "report.html").read_text()
-        assert page.count(said) == 2 and other in page and "p" not in data_of(page)["columns"]
+        assert page.count(said) == 2 and "p" not in data_of(page)["columns"]
         assert len(weak) == 2 and verdict.findall(page) == weak and "se1" in data_of(page)["columns"]
     scores = cropi.Scores.open(folder)
+    # In a run by this method the table is written with it, and holds the draws of rrf even so.
+    assert sure(scores, scores.select(fraction, method="random")).endswith(no_score)
+    assert "not resampled" not in sure(scores, scores.select(fraction))
     # As many prompts by the same ranking are the same choice, whatever option says how many.
     for given, shown in (
         ({"fraction": 0.5}, False), ({"fraction": fraction, "method": "max"}, False),
@@ -105,7 +111,9 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
         cropi.write_report(chosen, tmp_path / "p.html")
         page = (tmp_path / "p.html").read_text()
         assert (
-            (said not in page) == shown == ("stay chosen when the validation prompts are drawn anew" in page)
+            (other_choice not in page)
+            == shown
+            == ("stay chosen when the validation prompts are drawn anew" in page)
         )
 
 

@@ -13,6 +13,7 @@ from cropi.options import Influence
 
 if TYPE_CHECKING:
     from cropi.ranking.scores import Scores
+    from cropi.ranking.selection import Selection
 
 DEFAULT = 5  # neighbours of each kind
 EXAMPLE = "cropi influence --train sketches/train --valid sketches/math sketches/code --out scores.parquet"
@@ -80,16 +81,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sure(scores: Scores) -> str:
-    """The lines about the uncertainty of a table of scores."""
-    from cropi.ranking.uncertainty import Uncertainty
+def sure(scores: Scores, chosen: Selection | None = None) -> str:
+    """The lines about the uncertainty of a table of scores, and of the choice that was made with it."""
+    from cropi.ranking.uncertainty import Uncertainty, of_choice
 
-    uncertainty = Uncertainty.of(scores)
-    return (
-        f"choice        not resampled: {scores.meta.get('uncertainty_missing')}"
-        if uncertainty is None
-        else str(uncertainty)
-    )
+    if chosen is None:
+        uncertainty, missing = Uncertainty.of(scores), scores.meta.get("uncertainty_missing")
+    else:
+        uncertainty, missing = of_choice(scores, len(chosen), True, chosen.method)
+    return f"choice        not resampled: {missing}" if uncertainty is None else str(uncertainty)
 
 
 def groups(scores: Scores) -> str:

@@ -194,7 +194,7 @@ def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selecti
 
     print("== results")
     print(influence.line(chosen.scores, args.metric, out / SCORES))
-    print(influence.sure(chosen.scores))
+    print(influence.sure(chosen.scores, chosen))
     written = select.Written(
         out / SELECTED,
         plot=out / "scores.png",

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cropi.errors import CropiError
-from cropi.options import Influence, Selecting
+from cropi.options import BASELINES, Influence, Selecting
 from cropi.ranking.contrast import names_without, without
 from cropi.ranking.redrawn import combined, redrawn
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
@@ -353,7 +353,9 @@ def with_uncertainty(
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
 
 
-def of_choice(scores: Scores, chosen: int, same: bool | None = None) -> tuple[Uncertainty | None, str]:
+def of_choice(
+    scores: Scores, chosen: int, same: bool | None = None, method: str = ""
+) -> tuple[Uncertainty | None, str]:
     """The uncertainty that a score table holds, if it is that of a choice, and else why there is none.
 
     Args:
@@ -361,10 +363,16 @@ def of_choice(scores: Scores, chosen: int, same: bool | None = None) -> tuple[Un
         chosen: how many prompts the choice has.
         same: whether the table was written with this choice; None: not known, and the number alone decides, to which
             the chances in the table add up.
+        method: by which it was chosen. Tables that were written with a baseline hold the draws of rrf.
     """
     held = Uncertainty.of(scores)
     if held is None:
         return None, str(scores.meta.get("uncertainty_missing", "the scores were not resampled"))
+    if method in BASELINES:
+        return (
+            None,
+            f"a choice by {method} looks at no score, so that no draw of validation prompts changes it",
+        )
     drawn = round(float(np.nansum(held.p_selected)))
     if same is False or (same is None and drawn != chosen):
         sizes = f"{drawn} prompt{'s' * (drawn != 1)}, and this one has {chosen}"

@@ -109,7 +109,7 @@ def _report(
     same = written_with(root / SCORES, selection.chosen)
     if same:
         selection = replace(selection, settings=dict(scores.meta.get("selection") or {}))
-    sure, missing = of_choice(scores, len(selection), same)
+    sure, missing = of_choice(scores, len(selection), same, selection.method)
     given = ReportInput(
         scores, selection, _shown(None if train is None else _records(train, records), scores, selection, every_text),
         uncertainty=sure, unfinished=unfinished, uncertainty_missing=missing,
