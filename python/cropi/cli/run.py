@@ -16,7 +16,7 @@ from cropi.cli.config import CONFIG, apply_config, write_config
 from cropi.cli.manners import tell
 from cropi.cli.parser import Parser
 from cropi.errors import CropiError, optional
-from cropi.options import Influence, Reading, Selecting, Sketching
+from cropi.options import BASELINES, Influence, Reading, Selecting, Sketching
 
 if TYPE_CHECKING:
     from cropi.cli.dry import Planned
@@ -215,5 +215,5 @@ def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selecti
         args, out=out, scores=out / SCORES, selected=chosen.ids, prompts=len(chosen.scores.rows),
         usable=int(chosen.scores.usable.sum()), sets=chosen.scores.sets, method=chosen.method, stores=stores,
         report=out / "report.html" if args.report else None, config=out / CONFIG,
-        uncertainty=chosen.scores.meta.get("uncertainty"), export=args.export,
+        uncertainty=None if chosen.method in BASELINES else chosen.scores.meta.get("uncertainty"), export=args.export,
     )  # fmt: skip
