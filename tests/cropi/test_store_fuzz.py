@@ -43,8 +43,9 @@ def read_all(path: Path) -> None:
     scores = influence(store, [store])
     write_scores(path.parent / SCORES, scores)
     selected = path.parent / "selected.jsonl"
-    write_selection(selected, scores, select(read_scores(path.parent / SCORES), Selecting(fraction=0.5)))
-    _run(scores, store), _policy(scores, np.arange(1))
+    chosen = select(read_scores(path.parent / SCORES), Selecting(fraction=0.5))
+    write_selection(selected, scores, chosen)
+    _run(scores, chosen, store), _policy(scores, np.arange(1))
     _composition(scores, np.arange(len(scores)), np.arange(1))
 
 
