@@ -110,13 +110,21 @@ def test_reference_backend_agrees_and_sums_in_float64(spec: ProjectionSpec) -> N
 def test_sparse_kinds_give_equal_bits_on_every_instruction_set() -> None:
     native, x = _native.native(), rows(2, 70_001)
     before, got = native.current_level(), {}
+    wide = rows(1, (1 << 18) + 999, torch.float64)  # more columns than are drawn at a time
     for spec in SPECS:
         for wanted in (1, 3, 4):
             native.set_level(wanted)
             if spec.sparse:
-                got.setdefault(spec, []).append(project(x, spec, 31))
+                to = rows(2, spec.dim, seed=1)
+                ys = project(x, spec, 31), project(x, spec, 31, out=to), project(wide, spec, backend="cpu")
+                got.setdefault(spec, []).append(ys)
     native.set_level(before)
-    assert got and all(torch.equal(y, results[0]) for results in got.values() for y in results)
+    assert got and all(
+        torch.equal(y, first)
+        for results in got.values()
+        for ys in results
+        for y, first in zip(ys, results[0])
+    )
 
 
 # ---------------------------------------------------------------------------------------------- cuts of the work
