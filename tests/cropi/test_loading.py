@@ -204,8 +204,9 @@ def test_adapters_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_folder_of_an_adapter_leads_to_its_base_and_its_own_tokenizer(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     adapter = make_adapter(folder, tmp_path / "adapter")
     policy = Policy(str(adapter))
     assert policy.vocabulary == Policy(str(folder)).vocabulary and policy.loading["adapter"] == str(adapter)
@@ -225,6 +226,7 @@ def test_the_folder_of_an_adapter_leads_to_its_base_and_its_own_tokenizer(
             "but of its base model .*none': there is no such folder.*; give the base model as",
         ),
         (str(adapter), "names another adapter as its base"),
+        ("~/adapter", "names another adapter as its base"),
     ):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         with pytest.raises(

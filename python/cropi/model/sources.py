@@ -52,13 +52,18 @@ def base_of(name: str) -> str | None:
         CropiError: the adapter does not say which model it is of, or that is an adapter, too.
     """
     folder = Path(name).expanduser()
-    if not is_file(folder / ADAPTER) or is_file(folder / "config.json"):
+    if not _holds_adapter_alone(folder):
         return None
     base = named_base(folder)
-    if base is None or (is_file(Path(base) / ADAPTER) and not is_file(Path(base) / "config.json")):
+    if base is None or _holds_adapter_alone(Path(base).expanduser()):
         names = "names no base model" if base is None else f"names another adapter as its base ({base!r})"
         raise CropiError(f"model {name!r} is an adapter of PEFT, and its {ADAPTER} {names}; {OWN_BASE}")
     return base
+
+
+def _holds_adapter_alone(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return is_file(folder / ADAPTER) and not is_file(folder / "config.json")
 
 
 def named_base(folder: Path) -> str | None:
