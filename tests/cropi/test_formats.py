@@ -182,6 +182,9 @@ def test_standard_input_is_read_like_a_file(capsys: pytest.CaptureFixture[str]) 
         assert main(["info", path]) == 0
         shown += capsys.readouterr().out.replace(path, "-")
     assert done.stdout == shown and shown.count("6 prompts, 18 responses") == 3
+    command = [sys.executable, "-W", "default", "-m", "cropi", "info", "-"]
+    done = subprocess.run(command, input=(HERE / "records.jsonl").read_bytes(), capture_output=True)
+    assert b"6 prompts" in done.stdout and b"unclosed" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["saved", "records.parquet", "long.jsonl"])

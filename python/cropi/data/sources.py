@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
@@ -164,6 +165,7 @@ class StdinSource(PathSource):
     def __init__(self) -> None:
         with temporary():
             self._kept = temporary_file("cropi-stdin-")
+        atexit.register(self._kept.close)
         with reading("standard input", missing=True):
             copy_to_temporary(sys.stdin.buffer, self._kept)
         super().__init__(Path(self._kept.name), "standard input")
