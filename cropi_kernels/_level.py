@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 
-# A trainer's callbacks and its model's forward are called by the trainer's own code.
-_NOT_THE_USERS = ("cropi_kernels", "cropi", "contextlib", "torch", "accelerate", "transformers", "trl")
+# A trainer's callbacks and its model's forward are called by the trainer's own code, by PEFT's, or by that of a model,
+# which transformers imports as transformers_modules.
+_NOT_THE_USERS = (
+    "cropi_kernels", "cropi", "contextlib", "torch", "accelerate", "transformers", "transformers_modules", "peft",
+    "trl",
+)  # fmt: skip
 
 
 def level_of_caller() -> int:

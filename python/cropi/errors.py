@@ -100,8 +100,12 @@ def _outside() -> int:
     return level
 
 
-# Python's and torch's context managers stand between as decorators, and a trainer's own code under its callbacks.
-_OURS = ("cropi", "cropi_kernels", "contextlib", "torch", "accelerate", "transformers", "trl")
+# Python's and torch's context managers stand between as decorators, a trainer's own code under its callbacks, and PEFT
+# or a model's own code (which transformers imports as transformers_modules) under hooks.
+_OURS = (
+    "cropi", "cropi_kernels", "contextlib", "torch", "accelerate", "transformers", "transformers_modules", "peft",
+    "trl",
+)  # fmt: skip
 # The keywords that stand for flags in the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
 NEAR = 80  # characters: a clause

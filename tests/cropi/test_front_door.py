@@ -327,9 +327,12 @@ def test_scores_are_saved_and_opened(scores: Scores, tmp_path: Path) -> None:
         Scores.open(tmp_path / "scores*")
 
 
-def test_a_warning_in_a_callback_points_past_the_trainer() -> None:
-    """It named a line of transformers, which calls the callbacks."""
-    trainer: dict[str, Any] = {"__name__": "transformers.trainer_callback"}
+@pytest.mark.parametrize(
+    "module", ["transformers.trainer_callback", "peft.peft_model", "transformers_modules.tiny.modeling_tiny"]
+)
+def test_a_warning_in_a_callback_points_past_the_trainer(module: str) -> None:
+    """It named a line of transformers, which calls the callbacks, and lines of PEFT and of a model's own code."""
+    trainer: dict[str, Any] = {"__name__": module}
     exec("def call(callback, *words): callback(*words)", trainer)
     kernels: dict[str, Any] = {
         "__name__": "cropi_kernels.taps",
