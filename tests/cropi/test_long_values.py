@@ -26,7 +26,6 @@ from cropi.cli.contents import describe_file, describe_folder, describe_rows
 from cropi.curriculum.learnt import read_training
 from cropi.curriculum.state import read_state
 from cropi.data.export import export, read_dataset
-from cropi.data.parquet_pages import parts_of
 from cropi.data.readers import read
 from cropi.gradient.tokenize import Tokenize
 from cropi.model.moments import read_moments
@@ -81,7 +80,6 @@ OF_LINES: Readers = {
     "trainers.dumps.auto.read_rollouts": [(DUMPS[kind][0], kind, of(kind)) for kind in DUMPS],
 }  # fmt: skip
 READERS: Readers = OF_LINES | {
-    "data.parquet_pages.parts_of": [("t.parquet", "scores", parts_of)],
     "ranking.selection_files.read_selection": [("s.jsonl", {"id": "a", "scores": {}, "check": "x"}, read_selection)],
     "ranking.table.read_scores": [("s.parquet", "scores", read_scores)],
     "cli.config.read_config": [("c.json", {"dim": 64}, read_config)],

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from cropi.atomic import replacing, write_atomic
 from cropi.bulk import check_bulk
-from cropi.data import coded, saved
+from cropi.data import parquet, saved
 from cropi.data.formats import begins, ending_of
 from cropi.data.hub import from_hub, is_hub_name
 from cropi.data.identity import dataset_ids
@@ -323,7 +323,7 @@ def _dataset_in(path: Path) -> Any:
     ending = ending_of(path)
     if ending == ".parquet":
         with reading(path):
-            return coded.table_of(path)
+            return parquet.table_of(path)
     if ending not in (".jsonl", ".json"):
         raise CropiError(f"dataset: {path} should end in .parquet, .jsonl or .json")
     try:

@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from cropi.data import coded
 from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
+from cropi.data.parquet import batches_of, bytes_of_row, opened, plain
 from cropi.data.values import without_empty
 from cropi.errors import CropiError, RecordError, optional, printable
 from cropi.files import is_file, is_there, open_to_read, reading
 
 # Python's objects take some five times the room of a table's numbers.
 BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
-BUFFER = 2**18  # of each column; without it a column is read whole
 # datasets' save_to_disk writes these into a folder.
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
@@ -67,7 +66,7 @@ def rows_of_table_file(
     pyarrow, name = optional("pyarrow"), shown or str(path)
     wanted, start = None if only is None else np.asarray(only), 0
     try:
-        for start, batch in _parquet(path, wanted, name) if form == PARQUET else _arrow(path, form, name):
+        for start, batch in _parquet(path, wanted, name) if form == PARQUET else _arrow(path, form):
             end = start + batch.num_rows
             numbers: Sequence[int] = range(start, end)
             if wanted is not None:
@@ -185,14 +184,11 @@ def rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
 
 def _parquet(path: Path, wanted: np.ndarray | None, name: str) -> Iterator[tuple[int, Any]]:
     """Batches and the number of their first row; row groups without a row that is wanted are left out."""
-    file, _, least, size = coded.opened(path, pre_buffer=False, buffer_size=BUFFER)
-    with file:
+    with opened(path) as file:
         meta = file.metadata
         parts = [meta.row_group(i) for i in range(meta.num_row_groups)]
         starts = np.cumsum([0, *(part.num_rows for part in parts)])
-        # Runs of equal numbers take next to nothing in the file.
-        size = max(size, least // 4)
-        rows = max(1, min(int(BATCH_BYTES / max(size / max(meta.num_rows, 1), 1)), MOST_ROWS))
+        rows = max(1, min(int(BATCH_BYTES / bytes_of_row(file, name)), MOST_ROWS))
         together = (
             [range(len(parts))]
             if wanted is None
@@ -204,17 +200,12 @@ def _parquet(path: Path, wanted: np.ndarray | None, name: str) -> Iterator[tuple
         )
         for some in together:
             first = int(starts[some.start])
-            for batch in coded.unfolded(coded.batches_of(file, rows, some), path, name):
-                yield first, batch
+            for batch in batches_of(file, name, rows, some):
+                yield from _parts(batch, first)
                 first += batch.num_rows
-            if first != starts[some.stop]:
-                raise CropiError(
-                    f"{name}: {starts[some.stop] - first} rows of the parquet file are not found; write it again, "
-                    "or as JSON lines"
-                )
 
 
-def _arrow(path: Path, form: str, name: str) -> Iterator[tuple[int, Any]]:
+def _arrow(path: Path, form: str) -> Iterator[tuple[int, Any]]:
     """Batches and the number of their first row."""
     pyarrow, first = optional("pyarrow"), 0
     with pyarrow.memory_map(str(path)) as source:
@@ -223,11 +214,16 @@ def _arrow(path: Path, form: str, name: str) -> Iterator[tuple[int, Any]]:
             batches: Iterator[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             batches = _stream(source)
-        for batch in coded.unfolded(map(_valid, batches), path, name):
-            rows = max(1, min(int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1)), MOST_ROWS))
-            for start in range(0, batch.num_rows, rows):
-                yield first + start, batch.slice(start, rows)
+        for batch in map(_valid, batches):
+            yield from _parts(batch, first)
             first += batch.num_rows
+
+
+def _parts(batch: Any, first: int) -> Iterator[tuple[int, Any]]:
+    """Parts of a batch that are as small as a batch should be, and the number of the first row of each."""
+    rows = max(1, min(int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1)), MOST_ROWS))
+    for start in range(0, batch.num_rows, rows):
+        yield first + start, plain(batch.slice(start, rows))
 
 
 # What pyarrow's validation says of values, where lengths and offsets fit: text that is not UTF-8 (found with its row),

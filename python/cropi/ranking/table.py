@@ -18,7 +18,7 @@ import numpy as np
 
 from cropi.atomic import replacing
 from cropi.checked import fits
-from cropi.data import coded
+from cropi.data.parquet import opened, plain
 from cropi.errors import CropiError, optional, printable, shown
 from cropi.files import check_name, is_file, meant, reading
 from cropi.form import check_form, is_number, is_writable, wrong_form
@@ -150,8 +150,8 @@ def read_scores(path: str | Path, *, only: Sequence[str] | None = None, errors: 
         raise CropiError(f"{file}: there is no such score table; {near}{remedy}")
     try:
         with reading(file, missing=True), ExitStack() as stack:
-            table, schema, *_ = coded.opened(file, pre_buffer=False, buffer_size=1 << 18)
-            stack.enter_context(table)
+            table = stack.enter_context(opened(file))
+            schema = table.schema_arrow
             metadata = schema.metadata or {}
             text = metadata[b"cropi"].decode("utf-8")
             meta = json.loads(text)
@@ -210,7 +210,7 @@ def _scores(
         filled |= zip(_parts(sets, groups), _flat(parts).T, strict=True)
     if drawn is not None:
         filled["p_selected"] = drawn
-    for batch in coded.unfolded(file.iter_batches(8192, columns=[*rows.columns, *filled]), path):
+    for batch in map(plain, file.iter_batches(8192, columns=[*rows.columns, *filled])):
         begin = len(rows)
         rows.add(batch)
         for name, column in filled.items():

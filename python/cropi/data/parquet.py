@@ -1,0 +1,115 @@
+"""Parquet files, opened in one way everywhere, and columns of dictionaries as plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cropi.data.spilled import mapped
+from cropi.errors import CropiError, optional, printable
+
+BUFFER = 2**18  # of each column; without it a column is read whole
+PART = 2**23  # bytes of a batch of a table that does not stay in memory
+LARGE = 2**26  # bytes of a table that stays in memory
+FIRST = 32  # rows by which the size of a row is told
+
+
+def opened(path: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile`` that is read a batch at a time.
+
+    Raises:
+        pyarrow.ArrowException, OSError: it is damaged.
+    """
+    # Spark writes checksums of pages, which pyarrow compares where it is told to.
+    options = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": BUFFER}
+    return optional("pyarrow.parquet").ParquetFile(path, **options)
+
+
+def bytes_of_row(file: Any, name: object) -> float:
+    """About how many bytes a row of an open file takes in memory.
+
+    The footer says what the pages take, where equal numbers (a mask, log-probs of 0) and equal texts take next to
+    nothing; so the first rows are asked, too.
+    """
+    meta = file.metadata
+    groups = range(meta.num_row_groups)
+    told = sum(meta.row_group(group).total_byte_size for group in groups) / max(meta.num_rows, 1)
+    first = next(batches_of(file, name, FIRST, groups), None)
+    return float(max(told, first.nbytes / max(first.num_rows, 1) if first is not None else 0, 1))
+
+
+def batches_of(file: Any, name: object, rows: int, groups: Sequence[int]) -> Iterator[Any]:
+    """The batches of some groups of rows of an open file.
+
+    Where lists hold dictionaries no batch spans two groups, each of which has a dictionary: pyarrow cannot join them.
+
+    Args:
+        file: the file.
+        name: what messages call it.
+        rows: of a batch at most.
+        groups: the groups.
+
+    Raises:
+        CropiError: pyarrow has lost rows, as it does where its own writer made pages of less than a row.
+    """
+    types, lacking = (
+        optional("pyarrow").types,
+        sum(file.metadata.row_group(group).num_rows for group in groups),
+    )
+    nested = any(
+        plain_type(kind) != kind and not types.is_dictionary(kind) for kind in file.schema_arrow.types
+    )
+    for some in [[group] for group in groups] if nested else [list(groups)]:
+        for batch in file.iter_batches(batch_size=rows, row_groups=some):
+            lacking -= batch.num_rows
+            yield batch
+    if lacking:
+        raise CropiError(
+            f"{name}: {lacking} rows of the parquet file are not found; write it again, or as JSON lines"
+        )
+
+
+def table_of(path: Path) -> Any:
+    """The table in a parquet file; one that is large stays on the disk, in a temporary file.
+
+    Raises:
+        CropiError: it is damaged, or the temporary file cannot be written.
+    """
+    try:
+        with opened(path) as file:
+            meta, size = file.metadata, bytes_of_row(file, path)
+            batches = batches_of(file, path, max(1, int(PART / size)), range(meta.num_row_groups))
+            if size * meta.num_rows > LARGE:
+                return mapped(file.schema_arrow, batches)
+            return optional("pyarrow").Table.from_batches(batches, file.schema_arrow)
+    except (optional("pyarrow").ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CropiError(
+            f"{path}: the parquet file is damaged or was cut ({printable(str(error)[:200])}); copy it again"
+        ) from error
+
+
+def plain(batch: Any) -> Any:
+    """A record batch with plain columns in place of those that are dictionaries, or hold some."""
+    pyarrow = optional("pyarrow")
+    kinds = [plain_type(kind) for kind in batch.schema.types]
+    if kinds == batch.schema.types:
+        return batch
+    columns = [column.cast(kind) for column, kind in zip(batch.columns, kinds)]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def plain_type(kind: Any) -> Any:
+    """A type without dictionaries."""
+    pyarrow = optional("pyarrow")
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return kind.value_type
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(plain_type(field.type)) for field in kind])
+    for of, make in ((types.is_list, pyarrow.list_), (types.is_large_list, pyarrow.large_list)):
+        if of(kind):
+            return make(kind.value_field.with_type(plain_type(kind.value_type)))
+    return kind

@@ -1,0 +1,73 @@
+"""Parquet files: large ones stay on the disk, equal numbers count in memory, damaged ones end in words."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data.make_formats import records
+from test_odd_tables import ROWS as ODD
+from test_odd_tables import TYPES, WRITERS
+
+from cropi.data import parquet, tables
+from cropi.data.export import read_dataset
+from cropi.data.readers import read
+from cropi.errors import CropiError
+
+
+@pytest.mark.parametrize("kind", ["as it is", "dictionaries", "dictionaries in lists", "empty chunks"])
+def test_a_large_table_stays_on_the_disk(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, table = tmp_path / "t.parquet", TYPES[kind](pyarrow.Table.from_pylist(ODD))
+    WRITERS["parquet of small groups"](table, path)
+    small = read_dataset(path)
+    monkeypatch.setattr(parquet, "LARGE", 0)
+    monkeypatch.setattr(parquet, "PART", 64)
+    held = pyarrow.total_allocated_bytes()
+    large = read_dataset(path)
+    assert pyarrow.total_allocated_bytes() - held < 1000  # its bytes are mapped, and all batches gone
+    assert large.num_rows == 7 and large.schema == small.schema
+    assert large.to_pylist() == small.to_pylist() == table.to_pylist()
+
+
+def test_lists_of_equal_numbers_are_read_some_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks of ones: 4,096 rows in one batch would be 67 million Python objects."""
+    path, rows = tmp_path / "t.parquet", 64
+    ones = pyarrow.array(np.ones(rows * 16_384, dtype=np.int64))
+    lists = pyarrow.ListArray.from_arrays(
+        pyarrow.array(range(0, len(ones) + 1, 16_384), pyarrow.int32()), ones
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"mask": lists}), path)
+    assert path.stat().st_size < 100_000
+    sizes: list[int] = []
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2**20)
+    monkeypatch.setattr(
+        tables, "rows_of_batch", lambda batch: sizes.append(batch.num_rows) or [{}] * batch.num_rows
+    )
+    assert sum(1 for _ in tables.rows_of_table_file(path, "parquet")) == rows
+    assert sizes == [7] * 9 + [1]
+
+
+def test_changed_bytes_end_in_words(tmp_path: Path) -> None:
+    path, drawn, ends = tmp_path / "t.parquet", random.Random(0), list[str]()
+    table = pyarrow.Table.from_pylist([records()[i % 6] | {"id": f"p{i}"} for i in range(50)])
+    pyarrow.parquet.write_table(table, path, data_page_size=200, write_batch_size=8)
+    right = path.read_bytes()
+    for _ in range(200):
+        data = bytearray(right)
+        for _ in range(drawn.choice((1, 1, 4))):
+            data[drawn.randrange(len(data))] = drawn.randrange(256)
+        path.write_bytes(data)
+        for reader in (read_dataset, lambda path: list(read(path))):
+            try:
+                reader(path)
+                ends.append("read")
+            except CropiError as error:
+                assert "t.parquet" in str(error) and len(str(error)) < 2000
+                ends.append("words")
+    assert set(ends) == {"read", "words"}
