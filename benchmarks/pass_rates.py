@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
     args = parser.parse_args(arguments)
+    if not args.tables and not args.mini:
+        parser.error("there is nothing to measure: give --tables FILE, --mini FOLDER or both")
     torch.set_num_threads(1)
     pools = {str(path): [usable(read_scores(path))] for path in args.tables}
     if args.mini:

@@ -42,6 +42,12 @@ def test_measures_of_made_tables() -> None:
     assert abs(unrelated["p with score"]) < 4 / 398**0.5 and abs(unrelated["gain"]) < 0.15
 
 
+def test_nothing_to_measure_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pass_rates.main(["--out", "rates.md"])
+    assert "nothing to measure: give --tables FILE, --mini FOLDER or both" in capsys.readouterr().err
+
+
 def test_command_on_a_table_and_on_the_experiment(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
