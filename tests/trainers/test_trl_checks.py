@@ -78,6 +78,8 @@ def test_choices_that_cannot_be_made_are_errors_before_the_first_stage() -> None
         gradient_accumulation_steps=1,
         generation_batch_size=8,
         ignore_data_skip=False,
+        per_device_eval_batch_size=8,
+        world_size=1,
     )
     rows = [
         {"id": str(i), "prompt": "q", "task": task} for i, task in enumerate(["sums", 3, 3, 3, 3, 3, 3, 3])

@@ -269,6 +269,10 @@ def test_options(change: dict[str, Any], message: str) -> None:
         ({"steps_per_generation": 4}, "stage_steps 2 x gradient_accumulation_steps 1 is not a multiple"),
         ({"eval_dataset": None}, "valid is None.*eval_dataset, which is missing"),
         ({"num_generations_eval": 1}, "num_generations_eval is 1"),
+        (
+            {"num_generations_eval": 6},
+            "per_device_eval_batch_size 8 is not a multiple of num_generations_eval 6, .*_batch_size to 12, or",
+        ),
         ({"per_device_train_batch_size": 128}, "stage 0 has 20 prompts, but one generation batch takes 32"),
     ],
 )

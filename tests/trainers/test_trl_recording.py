@@ -425,3 +425,6 @@ def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
         collect(trainer, dataset(5), tmp_path / "no.jsonl", set="")
     with pytest.raises(CropiError, match="must be one of recording"):
         collect(object(), dataset(5), tmp_path / "no.jsonl")
+    trainer.args.per_device_eval_batch_size = 4
+    with pytest.raises(CropiError, match="batch_size 4 is not a multiple of num_generations_eval 3, .* to 6"):
+        collect(trainer, dataset(5), tmp_path / "no.jsonl")

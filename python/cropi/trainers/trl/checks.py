@@ -36,8 +36,8 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int, pool: Scan 
 
     Raises:
         CropiError: no number of steps, stages that cut a generation batch in two, a model in shards, rows that the
-            trainer dropped, quotas that do not fit, too few prompts for one batch, a missing eval_dataset, or a
-            load-balancing loss of experts that ``live`` was not told of.
+            trainer dropped, quotas that do not fit, too few prompts for one batch, a missing eval_dataset, evaluations
+            that cannot be recorded, or a load-balancing loss of experts that ``live`` was not told of.
     """
     args, steps = trainer.args, options.stage_steps
     if args.max_steps <= 0:
@@ -85,11 +85,34 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int, pool: Scan 
                 "valid is None, so validation rollouts come from eval_dataset, which is missing; pass one, or "
                 "files of trajectories as valid"
             )
-        if trainer.num_generations_eval < 2:
-            raise CropiError(
-                f"num_generations_eval is {trainer.num_generations_eval}: a validation prompt needs at least 2 "
-                "responses for an advantage"
-            )
+        check_evaluation(trainer, "a validation prompt")
+
+
+def check_evaluation(trainer: Any, prompt: str) -> None:
+    """Check that an evaluation of a trainer gives rollouts that can be recorded.
+
+    TRL checks the batch where ``eval_strategy`` is set, and not of an evaluation that is called.
+
+    Args:
+        trainer: a GRPOTrainer.
+        prompt: what its prompts are, in words.
+
+    Raises:
+        CropiError: one response a prompt, or batches that cut a prompt's responses in two.
+    """
+    responses, rows = int(trainer.num_generations_eval), int(trainer.args.per_device_eval_batch_size)
+    if responses < 2:
+        raise CropiError(
+            f"num_generations_eval is {responses}: {prompt} needs at least 2 responses for an advantage"
+        )
+    world = int(trainer.args.world_size)
+    if rows * world % responses:
+        ranks = f" x {world} processes" if world > 1 else ""
+        raise CropiError(
+            f"args.per_device_eval_batch_size {rows}{ranks} is not a multiple of num_generations_eval {responses}, so "
+            "that a batch of an evaluation would cut a prompt's responses in two; set per_device_eval_batch_size to "
+            f"{responses * -(-rows // responses)}, or another num_generations_eval"
+        )
 
 
 def with_template_values(trainer: Any, options: Curriculum, scans: Mapping[str, Scan]) -> Curriculum:

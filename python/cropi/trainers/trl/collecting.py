@@ -8,6 +8,7 @@ from typing import Any
 
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.errors import CropiError, shown
+from cropi.trainers.trl.checks import check_evaluation
 from cropi.trainers.trl.mixins import RecorderHooks
 from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
 
@@ -29,8 +30,8 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
         The number of prompts written. Fewer than the dataset has if no reward function scored their responses.
 
     Raises:
-        CropiError: not such a trainer, recording is off, bad ids, a single response a prompt, or a ``set`` beside a
-            column of the dataset that names another one.
+        CropiError: not such a trainer, recording is off, bad ids, a single response a prompt, batches of an evaluation
+            that cut a prompt's responses in two, or a ``set`` beside a column of the dataset that names another one.
     """
     recorder = trainer._cropi if isinstance(trainer, RecorderHooks) else None
     if recorder is None or recorder.recording is None:
@@ -38,11 +39,7 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
             f"trainer must be one of recording(GRPOTrainer) or curriculum(GRPOTrainer) that records, got "
             f"{type(trainer).__name__}"
         )
-    if trainer.num_generations_eval < 2:
-        raise CropiError(
-            f"num_generations_eval is {trainer.num_generations_eval}: a prompt needs at least 2 responses "
-            "for an advantage"
-        )
+    check_evaluation(trainer, "a prompt")
     PromptIds(dataset, recorder.recording.id_key, "dataset")
     if set is not None:
         _check_set(dataset, set, recorder.recording.set_column)

@@ -46,8 +46,8 @@ ATTRIBUTES = (
 OPTIONS = (
     "beta", "chat_template_kwargs", "disable_tqdm", "epsilon", "epsilon_high", "generation_batch_size",
     "gradient_accumulation_steps", "ignore_data_skip",
-    "importance_sampling_level", "loss_type", "max_steps", "output_dir", "scale_rewards", "seed",
-    "steps_per_generation", "sync_ref_model",
+    "importance_sampling_level", "loss_type", "max_steps", "output_dir", "per_device_eval_batch_size",
+    "scale_rewards", "seed", "steps_per_generation", "sync_ref_model",
 )  # fmt: skip
 BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 METHODS = ("add_callback", "_get_output_dir", "get_batch_samples", "train")
