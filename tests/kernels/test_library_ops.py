@@ -28,6 +28,7 @@ from support.op_calls import (
 )
 from support.tensors import normal
 from torch import library
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cropi_kernels
 from cropi_kernels import (
@@ -101,6 +102,11 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         (A.double(), A.double(), recipe_of(PLAN), "reference"),
     ],
     "swiglu_backward": [(A, A, A + 1, None), (A.half(), A.half(), A.half(), "reference")],
+    "project_add": [
+        (A, normal(9, 64), 5, ProjectionSpec(64).recipe, None),
+        (A.bfloat16(), normal(9, 64), 5, ProjectionSpec(64, kind="gaussian").recipe, "cpu"),
+        (A.double(), normal(9, 64).double(), 5, ProjectionSpec(64).recipe, "reference"),
+    ],
     "bias_grad": [(A, OFFSETS, None), (A.double(), OFFSETS, None), (A.half(), OFFSETS, "reference")],
 }
 
@@ -136,7 +142,7 @@ def test_schemas_say_what_is_written() -> None:
     for op in CALLS:
         schema = getattr(torch.ops.cropi, op).default._schema
         written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        adds = op.startswith("sketch")
+        adds = op.startswith("sketch") or op == "project_add"
         assert written == (["out"] if adds else []) and bool(schema.returns) != adds
         assert all(r.alias_info is None for r in schema.returns), "results are new memory"
 
@@ -226,6 +232,19 @@ def test_autocast_rounds_nothing(op: str, backend: str | None) -> None:
         got = run()
     for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, want)), strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+def test_what_is_added_to_out_is_traced() -> None:
+    """`project` with out called its kernel by itself: a graph had the empty sums, and nothing that fills them."""
+
+    def chunks(x: torch.Tensor) -> torch.Tensor:
+        out, spec = torch.zeros(9, 64), ProjectionSpec(64)
+        project(x[:, :30], spec, out=out, nonfinite="ignore")
+        return project(x[:, 30:], spec, 30, out=out, nonfinite="ignore")
+
+    torch._dynamo.reset()
+    for traced in (make_fx(chunks)(A), torch.compile(chunks, fullgraph=True, backend="aot_eager")):
+        assert torch.equal(traced(A + 1), chunks(A + 1))
 
 
 def test_bad_input_is_said_while_tracing() -> None:

@@ -267,8 +267,7 @@ def test_rows_on_meta_have_shapes_and_sparse_rows_are_named(monkeypatch: pytest.
     for dtype in (torch.int8, torch.float16):
         held = quantize_rows(y, dtype)
         assert held.values.shape == (3, 64) and held.scale.shape == (3, 1)
-    with pytest.raises(RuntimeError, match="no kernel of project serves this call: the tensor is on meta"):
-        project(x, spec, out=y)
+    assert project(x, spec, out=y) is y
     with pytest.raises(ValueError, match=r"^y: the tensor has the layout torch.sparse_coo: give a dense"):
         quantize_rows(torch.ones(2, 4).to_sparse(), torch.int8)
 

@@ -9,7 +9,7 @@ import torch
 
 from ..._fork import one_thread_after_fork
 from ..._level import level_of_caller
-from ..._library import no_autocast, refuse_misaligned, refuse_transforms
+from ..._library import refuse_transforms
 from ..._spec_base import as_int
 from ...dispatch import checked
 from . import ops
@@ -71,17 +71,15 @@ def project(
                 f"{refused}: torch.func.vmap hides the numbers of x: project all rows [B, P] in one call without vmap, "
                 "or give nonfinite='ignore' and no out"
             )
-    failed, y = None, out
-    if y is None:
-        y = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend))
+    if out is None:
+        y, before = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend)), None
     else:
-        _check_out(y, x, spec)
-        failed = None if nonfinite == "ignore" else ~torch.isfinite(y).all(dim=1)
-        with no_autocast(x):
-            ops.accumulate(x, spec, y, offset, checked(backend))
+        ops.check_out(out, x, spec)
+        y, before = out, None if nonfinite == "ignore" else torch.isfinite(out).all(dim=1)
+        torch.ops.cropi.project_add(x, out, offset, spec.recipe, checked(backend))
     if nonfinite != "ignore":
-        bad = torch.isnan(y.detach()[:, 0])
-        report(bad if failed is None else bad & ~failed, offset, nonfinite)
+        failed = torch.isnan(y.detach()[:, 0])
+        report(failed if before is None else failed & before, offset, nonfinite)
     return y
 
 
@@ -170,23 +168,6 @@ def check_range(offset: int, n: int, spec: ProjectionSpec) -> int:
             "set of parameters changed?"
         )
     return offset
-
-
-def _check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec) -> None:
-    want = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if tuple(out.shape) != (x.shape[0], spec.dim) or out.dtype != want or not out.is_contiguous():
-        raise ValueError(
-            f"out is {out.dtype} {tuple(out.shape)}, contiguous={out.is_contiguous()}: it must be contiguous {want} "
-            f"[{x.shape[0]}, {spec.dim}]"
-        )
-    refuse_misaligned("out", out)
-    if out.device != x.device:
-        raise ValueError(f"out is on {out.device} but x is on {x.device}")
-    for name, tensor in (("x", x), ("out", out)):
-        if tensor.requires_grad:
-            raise ValueError(
-                f"out cannot take part in autograd: pass {name}.detach(), or add the results of calls without out"
-            )
 
 
 def report(failed: torch.Tensor, offset: int, nonfinite: NonFinite) -> None:

@@ -54,27 +54,54 @@ def contiguous_columns(x: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield start, x[:, start : start + step].contiguous()
 
 
-def accumulate(
-    x: torch.Tensor, spec: ProjectionSpec, out: torch.Tensor, offset: int, backend: str | None
-) -> torch.Tensor:
-    """``out += S x``; rows of the result that are not finite become NaN throughout."""
-    served_by = choose(x, spec, backend)
-    for start, piece in contiguous_columns(_native.aligned(x.detach())):
-        served_by.project(piece, spec, out, offset + start)
-    return out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)
+def check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec) -> None:
+    want = _dtype(x)
+    if tuple(out.shape) != (x.shape[0], spec.dim) or out.dtype != want or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)}, contiguous={out.is_contiguous()}: it must be contiguous {want} "
+            f"[{x.shape[0]}, {spec.dim}]"
+        )
+    if out.device != x.device:
+        raise ValueError(f"out is on {out.device} but x is on {x.device}")
+    for name, tensor in (("x", x), ("out", out)):
+        if tensor.requires_grad:
+            raise ValueError(
+                f"out cannot take part in autograd: pass {name}.detach(), or add the results of calls without out"
+            )
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _add(x: torch.Tensor, out: torch.Tensor, offset: int, spec: str, backend: str | None) -> None:
+    _add_fake(x, out, offset, spec, backend)
+    _accumulate(x, out, offset, ProjectionSpec.from_recipe(spec), backend)
+
+
+def _add_fake(x: torch.Tensor, out: torch.Tensor, offset: int, spec: str, backend: str | None) -> None:
+    check_out(out, x, ProjectionSpec.from_recipe(spec))
+
+
 def _project(x: torch.Tensor, offset: int, spec: str, backend: str | None) -> torch.Tensor:
     plan = ProjectionSpec.from_recipe(spec)
-    return accumulate(x, plan, x.new_zeros(x.shape[0], plan.dim, dtype=_dtype(x)), offset, backend)
+    out = x.new_zeros(x.shape[0], plan.dim, dtype=_dtype(x))
+    _accumulate(x, out, offset, plan, backend)
+    return out
 
 
 def _project_fake(x: torch.Tensor, offset: int, spec: str, backend: str | None) -> torch.Tensor:
     return x.new_empty(x.shape[0], ProjectionSpec.from_recipe(spec).dim, dtype=_dtype(x))
+
+
+def _accumulate(
+    x: torch.Tensor, out: torch.Tensor, offset: int, spec: ProjectionSpec, backend: str | None
+) -> None:
+    """``out += S x``; rows of the result that are not finite become NaN throughout."""
+    served_by = choose(x, spec, backend)
+    for start, piece in contiguous_columns(x.detach()):
+        served_by.project(piece, spec, out, offset + start)
+    out.masked_fill_(~torch.isfinite(out).all(dim=1, keepdim=True), torch.nan)
 
 
 def _transpose(y: torch.Tensor, n: int, offset: int, spec: str, backend: str | None) -> torch.Tensor:
@@ -117,6 +144,10 @@ REMEDY = "give fewer rows a call, or fewer columns at a time, each piece at its 
 register(
     "project(Tensor x, int offset, str spec, str? backend) -> Tensor", _project, _project_fake, remedy=REMEDY
 )
+register(
+    "project_add(Tensor x, Tensor(a!) out, int offset, str spec, str? backend) -> ()",
+    _add, _add_fake, remedy=REMEDY,
+)  # fmt: skip
 register(
     "project_transpose(Tensor y, int n, int offset, str spec, str? backend) -> Tensor",
     _transpose, _transpose_fake, remedy=REMEDY,
