@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import library
+from torch import autograd, library
 from torch.autograd import forward_ad
 
 from . import _fork, _native, memory
@@ -41,6 +41,8 @@ def register(
         _fork.one_thread_after_fork()
         for i, operand in written:
             refuse_misaligned(operand, args[i])
+            # Kernels write by address, which autograd does not see: it would differentiate with what is there now.
+            autograd.graph.increment_version(args[i])
         args = tuple(_native.aligned(a) if isinstance(a, torch.Tensor) else a for a in args)
         try:
             with no_autocast(*args):

@@ -247,6 +247,21 @@ def test_what_is_added_to_out_is_traced() -> None:
         assert torch.equal(traced(A + 1), chunks(A + 1))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op", [name for name, call in OPS.items() if "out" in call.operands] + ["project"])
+def test_autograd_sees_what_is_added_to(op: str, backend: str) -> None:
+    """Kernels write by address: a tensor kept for backward had other numbers there, and gave their gradient."""
+    out = torch.zeros(9, 64) if op == "project" else OUT.clone()
+    factor = torch.ones_like(out).requires_grad_()
+    loss = (factor * out).sum()
+    if op == "project":
+        project(A, ProjectionSpec(64), out=out, backend=backend)
+    else:
+        OPS[op](backend, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_bad_input_is_said_while_tracing() -> None:
     torch._dynamo.reset()
     wrong = torch.compile(
