@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def test_a_run_writes_the_page(ran: Path) -> None:
     assert '"level open">open' in page and "not measured on this model: run <code>cropi check" in page
     # The command is whole.
     named = re.search("<code>cropi (check [^<]*)</code>", page)
-    assert named and make_parser().parse_args(named[1].split()).command == "check"
+    advised = make_parser().parse_args(shlex.split(html.unescape(named[1]))) if named else None
+    assert advised is not None and advised.command == "check"
+    assert advised.model == str(ran.parent / "model") and advised.trajectories == [
+        str(ran.parent / "train.jsonl")
+    ]
     assert re.search(r"Model: <bdi>[^<(]+ \(xxh3:\w+\)</bdi>", page)
     names = re.findall(r'<th class="text" scope="row">([^<]*)', page.split('id="run"')[1])
     assert len(set(names)) == len(names) > 9

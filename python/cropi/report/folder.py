@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # a table without its stores is shown without torch
     from cropi.store.store import SketchStore
 
 SHOWN = 12  # validation prompts whose neighbours are shown
+MOST_FILES = 10  # that the command which the page advises names
 
 
 def report_folder(
@@ -114,6 +116,7 @@ def _report(
         scores, selection, _shown(None if train is None else _records(train, records), scores, selection, every_text),
         uncertainty=sure, unfinished=unfinished, uncertainty_missing=missing,
         check=_check(root, check, scores), run=_run(scores, selection, train), command=_note(train, "command"),
+        checked=_checked(train),
         title=f"Selection: {root.name}",
     )  # fmt: skip
     if train is not None and valid and not unfinished:
@@ -234,6 +237,20 @@ def _notes(store: SketchStore | None) -> dict[str, Any]:
 
 def _note(store: SketchStore | None, name: str) -> str:
     return str(_notes(store).get(name, ""))
+
+
+def _checked(store: SketchStore | None) -> str:
+    """See :class:`cropi.report.html.ReportInput`; with placeholders where names are not known, or are many."""
+
+    def quoted(names: list[str], placeholder: str) -> str:
+        # A mark of code in a name would end the command on the page.
+        known = 0 < len(names) <= MOST_FILES and not any("`" in name for name in names)
+        return shlex.join(names) if known else placeholder
+
+    notes = _notes(store)
+    model = [str(notes["model"])] if notes.get("model") else []
+    files = list(map(str, notes.get("trajectories") or []))
+    return f"--model {quoted(model, 'MODEL')} --trajectories {quoted(files, 'TRAIN')}"
 
 
 def _check(root: Path, path: str | Path | None, scores: Scores) -> dict[str, Any] | None:

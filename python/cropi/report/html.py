@@ -50,6 +50,7 @@ class ReportInput:
         check: :meth:`cropi.report.check_report.CheckReport.to_dict`.
         run: lines of configuration and cost.
         command: the command line that repeats the run.
+        checked: the arguments of ``cropi check`` that name the run's model and training files.
         unfinished: what the run has not done yet, in words.
     """
 
@@ -63,6 +64,7 @@ class ReportInput:
     check: Mapping[str, Any] | None = None
     run: Sequence[tuple[str, str]] = ()
     command: str = ""
+    checked: str = "--model MODEL --trajectories TRAIN"
     unfinished: str = ""
     title: str = "Selection report"
 
@@ -177,7 +179,7 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
         add(
             "open",
             "sketch error",
-            "not measured on this model: run `cropi check --model MODEL --trajectories TRAIN --out FOLDER/check.json`, "
+            f"not measured on this model: run `cropi check {given.checked} --out FOLDER/check.json`, "
             "then `cropi report FOLDER`; FOLDER is where this page lies",
         )
     if sure is None:
