@@ -295,6 +295,12 @@ def test_prompts_that_a_dump_does_not_name_are_found_in_the_dataset(
         assert [group.id for group in found] == ["p0", "p1"] and found[0].prompt == as_record
         # What is scored are the tokens that the policy read.
         assert list(Tokenize(tokenizer, 98)(found[0]).prompt) == tokens[0]
+    # Its columns may have names of their own; that of the dump's rewards is named beside them.
+    other = [{"id": row["id"], "prompt": "x", "asked": {"of": row["prompt"]}} for row in rows]
+    write_lines(data, other)
+    assert main([*command, "--columns", "prompt=asked.of,reward=score"]) == 0, capsys.readouterr().err
+    assert next(iter(read(tmp_path / "out.jsonl"))).prompt == as_record
+    write_lines(data, rows)
     # An adapter has the tokenizer of its base.
     (tmp_path / "adapter").mkdir()
     base = {"base_model_name_or_path": str(tmp_path / "model")}
@@ -326,8 +332,12 @@ def test_prompts_that_differ_in_outer_blanks_alone_are_told_apart_where_a_dump_c
     rows = [{"instruction": "Solve it.", "input": text, "output": "7"} for text in "qr"]  # NeMo-RL's columns
     prompts = DatasetPrompts(rows, ["p0", "p1"], tokenizer)
     assert [named(prompt_ids=tokenizer(text)["input_ids"]) for text in "qr"] == ["p0", "p1"]
-    with pytest.raises(CropiError, match="its columns are text: give a copy in which .* is called 'prompt'"):
+    with pytest.raises(
+        CropiError, match="its columns are text: name the one with .* by --columns prompt=NAME"
+    ):
         DatasetPrompts([{"text": "q"}], ["p0"], tokenizer)
+    with pytest.raises(CropiError, match=r"has no prompt \(ask\); its columns are prompt: name"):
+        DatasetPrompts([{"prompt": "q"}], ["p0"], tokenizer, "ask")
 
 
 # ------------------------------------------------------------------------------------- what the adapters record

@@ -72,7 +72,7 @@ def add_options(command: Parser) -> None:
         help="of records and tables: names of the columns, where they are other ones: "
         "prompt=question,response=answer,reward=score; of dumps, reward=NAME: what the reward is, or a sum a+b of "
         "several: a column of TRL's file (default: the sum of all functions), a key of slime's table of rewards, a "
-        "column of verl's text (default: score)",
+        "column of verl's text (default: score); with --dataset, prompt=NAME: its column with the prompts",
     )
     command.add_argument(
         "--reward", metavar="FILE.py:FUNCTION",
@@ -162,11 +162,14 @@ def _reading(args: argparse.Namespace, source: str) -> Reading:
     from cropi.trainers.dumps.reading import Reading
     from cropi.trainers.dumps.scoring import Scorer
 
-    by_text = args.dataset and source != "openai"
+    by_text, columns = args.dataset and source != "openai", parse_columns(args.columns)
+    # Dumps that need it name no prompt themselves.
+    prompt = columns.pop("prompt", None) if by_text else None
     return Reading(
         id_key=None if by_text else args.id_key, temperature=args.temperature, steps=args.steps,
-        allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=parse_columns(args.columns),
-        requests=args.dataset if source == "openai" else None, prompts=_prompts(args, source) if by_text else None,
+        allow_pickle=args.allow_pickle, largest=int(args.max_gib * 2**30), columns=columns,
+        requests=args.dataset if source == "openai" else None,
+        prompts=_prompts(args, source, prompt) if by_text else None,
         tokenizer=(lambda: _tokenizer(args)) if args.model else None,
         scorer=Scorer(args.reward) if args.reward else None,
     )  # fmt: skip
@@ -193,9 +196,9 @@ def _tokenizer(args: argparse.Namespace) -> Any:
     return load_tokenizer(args.model, eos=False, trust_remote_code=args.trust_remote_code)
 
 
-def _prompts(args: argparse.Namespace, source: str) -> Any:
+def _prompts(args: argparse.Namespace, source: str, column: str | None) -> Any:
     from cropi.trainers.dumps.named import DatasetPrompts
     from cropi.trainers.verl.selected import ID_KEY
 
     first = ID_KEY if source == "verl" else None
-    return DatasetPrompts.of(args.dataset, args.id_key, _tokenizer(args), first)
+    return DatasetPrompts.of(args.dataset, args.id_key, _tokenizer(args), first, column)

@@ -14,6 +14,7 @@ from cropi.data.prompt_ids import column_values
 from cropi.data.rows_out import rows_of
 from cropi.data.values import without_empty
 from cropi.errors import CropiError
+from cropi.form import nested
 from cropi.trainers.dumps.fields import BadSample, shown
 from cropi.trainers.dumps.rollout import Rollout
 
@@ -29,45 +30,60 @@ class DatasetPrompts:
         rows: the dataset's, with text or messages under one of :data:`COLUMNS`.
         ids: their prompt ids.
         tokenizer: the policy's, whose chat template rendered the prompts.
+        column: the one with the prompts, dots leading into nested ones; None: the first of :data:`COLUMNS`.
 
     Raises:
         CropiError: a row without a prompt, or two prompts that no dump tells apart: the policy reads the same tokens.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], ids: Iterable[str], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        ids: Iterable[str],
+        tokenizer: Any,
+        column: str | None = None,
+    ) -> None:
         # By what a dump may hold of a prompt: the ids of its rows, and the prompt as a record has it. Several rows may
         # share a text without its outer blanks; token ids, or the whole text, tell them apart.
         self._found: dict[Any, list[tuple[str, Any]]] = {}
         for name, row in zip(ids, rows, strict=True):
-            prompt = next((row[key] for key in COLUMNS if row.get(key)), None)
+            keys = COLUMNS if column is None else (column,)
+            prompt = next((held for key in keys if (held := row.get(key) or nested(row, key))), None)
             if prompt is None:
                 raise CropiError(
-                    f"dataset: the row {name!r:.100} has no prompt ({', '.join(COLUMNS)}); its columns are "
-                    f"{', '.join(map(str, row)):.300}: give a copy in which the one with the prompt is called 'prompt'"
+                    f"dataset: the row {name!r:.100} has no prompt ({', '.join(keys)}); its columns are "
+                    f"{', '.join(map(str, row)):.300}: name the one with the prompt by --columns prompt=NAME"
                 )
             prompt = without_empty(prompt)
-            held, tokens, keys = _read_as(prompt, tokenizer)
+            held, tokens, texts = _read_as(prompt, tokenizer)
             if tokens in self._found:
                 raise CropiError(
                     f"the prompts {self._found[tokens][0][0]!r} and {name!r} have the same text, so the dump does not "
                     "tell them apart; record exact rollouts instead (docs/trainers.md)"
                 )
-            for key in {tokens, *keys}:
+            for key in {tokens, *texts}:
                 self._found.setdefault(key, []).append((name, held))
 
     @classmethod
-    def of(cls, dataset: str, id_key: str | None, tokenizer: Any, first: str | None = None) -> DatasetPrompts:
+    def of(
+        cls,
+        dataset: str,
+        id_key: str | None,
+        tokenizer: Any,
+        first: str | None = None,
+        column: str | None = None,
+    ) -> DatasetPrompts:
         """Those of a file, folder or data set of the hub; its ids are in the column ``id_key``.
 
         Args:
-            dataset, tokenizer: see there.
+            dataset, tokenizer, column: see there.
             id_key: None: the column ``first``, if it is there, else as exports find it.
         """
         table = read_dataset(dataset)
         if id_key is None and first is not None and column_values(table, first)[1][0] is not None:
             id_key = first
         ids = dataset_ids(table, dataset, id_key)
-        return cls(rows_of(table, range(len(ids.names))), ids.names, tokenizer)
+        return cls(rows_of(table, range(len(ids.names))), ids.names, tokenizer, column)
 
     def named(self, rollout: Rollout) -> Rollout:
         """The rollout with the id and the prompt of its row.
