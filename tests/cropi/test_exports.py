@@ -7,18 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from support.commands import cropi, json_lines
-from support.made_data import make_records, make_tokenizer, save_policy, write_lines
+from support.made_data import make_records, make_tokenizer, write_lines
 
 from cropi.data.export import export
 from cropi.data.readers import read
@@ -149,102 +147,6 @@ def test_exports_that_cannot_be(tmp_path: Path, parquet: Path, options: dict[str
     with pytest.raises(CropiError) as caught:
         export(tmp_path / "out", ids, **given)
     assert words in str(caught.value) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.long
-def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_policy(tmp_path / "model")
-    write_lines(tmp_path / "train.jsonl", make_records(20))
-    write_lines(tmp_path / "valid.jsonl", make_records(8, seed=1))
-    run = [
-        "run",
-        "--model",
-        tmp_path / "model",
-        "--train",
-        tmp_path / "train.jsonl",
-        "--valid",
-        tmp_path / "valid.jsonl",
-    ]
-    assert cropi(*run, "--out", tmp_path / "run", "--dim", 512, "--no-progress") == 0
-    write_lines(tmp_path / "data.jsonl", [{"id": r["id"], "question": r["prompt"]} for r in make_records(20)])
-    base = [
-        "select",
-        "--scores",
-        tmp_path / "run/scores.parquet",
-        "--out",
-        tmp_path / "selected.jsonl",
-        "--table",
-        0,
-    ]
-    assert cropi(*base, "--export", tmp_path / "out.jsonl", "--dataset", tmp_path / "data.jsonl") == 0
-    ids = [row["id"] for row in json_lines(tmp_path / "selected.jsonl")]
-    assert [row["id"] for row in json_lines(tmp_path / "out.jsonl")] == ids and len(ids) == 2
-    assert "export        2 prompts as jsonl" in capsys.readouterr().out
-    named = {"out.parquet": "parquet", "out.txt": "ids", "out.json": "indices", "out.rows": "jsonl"}
-    for name, form in named.items():
-        assert cropi(*base, "--export", tmp_path / name, "--dataset", tmp_path / "data.jsonl") == 0
-        assert f"export        2 prompts as {form}: " in capsys.readouterr().out
-    for words in (["--export", tmp_path / "x", "--format", "parquet"], ["--format", "ids"]):
-        with pytest.raises(SystemExit):
-            cropi(*base, *words)
-    error = capsys.readouterr().err
-    assert "--format parquet needs the prompts' rows" in error
-    assert "what --export FILE holds is said by --format; give it too" in error
-
-
-def scored(folder: Path, ids: Sequence[str]) -> list[Any]:
-    """A command that chooses the last two of these prompts."""
-    table = np.arange(float(len(ids)))[:, None]
-    meta = {"metric": "cosine", "train": {"stage": "0", "model": {"weights": "aa"}}}
-    rows, even = [RowInfo(name) for name in ids], np.full(len(ids), 2 / len(ids))
-    write_scores(folder / "scores.parquet", Scores(rows, ["x"], table, meta, p_selected=even))
-    files = ["--scores", folder / "scores.parquet", "--trajectories", folder / "train.jsonl"]
-    return ["select", *files, "--out", folder / "selected.jsonl", "--count", 2, "--table", 0]
-
-
-@pytest.mark.parametrize(
-    "wanted", ("indices", "weights", "jsonl", pytest.param("push", marks=pytest.mark.long))
-)
-def test_a_dataset_of_other_prompts_is_refused_before_the_choice(
-    wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
-    # It is there where something else has imported it.
-    monkeypatch.delattr(huggingface_hub, "utils", raising=False)
-    records = make_records(6)
-    write_lines(tmp_path / "train.jsonl", records)
-    write_lines(tmp_path / "data.jsonl", [{**record, "id": f"other {record['id']}"} for record in records])
-    form = ["--export", tmp_path / "out", "--format", wanted]
-    if wanted == "push":
-        form = ["--push-to-hub", "a/b"]
-    command = scored(tmp_path, [record["id"] for record in records])
-    assert cropi(*command, *form, "--dataset", tmp_path / "data.jsonl") == 2
-    assert "6 of 6 prompts have no row" in capsys.readouterr().err
-    assert not (tmp_path / "selected.jsonl").exists()
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore::cropi.data.readers.HashedIds")
-@pytest.mark.parametrize("form", ("indices", "ids", "jsonl"))
-def test_rows_that_are_found_by_their_content(
-    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the export took rows that are no table, the push failed behind the choice."""
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
-    monkeypatch.setattr("datasets.Dataset.push_to_hub", lambda *_, **__: None)
-    records = [{key: value for key, value in record.items() if key != "id"} for record in make_records(6)]
-    write_lines(tmp_path / "train.jsonl", records)
-    command = scored(tmp_path, [group.id for group in read(tmp_path / "train.jsonl")])
-    given = ["--export", tmp_path / "out", "--format", form, "--dataset", tmp_path / "data.jsonl"]
-    write_lines(
-        tmp_path / "data.jsonl", [records[0] | {"odd": 1}, *(row | {"odd": {"a": 1}} for row in records[1:])]
-    )
-    assert cropi(*command, *given, "--push-to-hub", "a/b") == 2
-    assert "'odd' do not fit into a column of one type" in capsys.readouterr().err
-    assert not (tmp_path / "selected.jsonl").exists()
-    write_lines(tmp_path / "data.jsonl", records)
-    assert cropi(*command, *given, "--push-to-hub", "a/b") == 0
-    assert form != "indices" or json.loads((tmp_path / "out").read_text()) == [5, 4]
 
 
 # ----------------------------------------------------------------------------------------------------- dumps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cropi.cli import options
@@ -25,7 +26,7 @@ def add_options(command: Parser) -> None:
 
 
 def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = "") -> None:
-    """Check that the wanted forms of a selection can be written.
+    """Check before the work that the wanted forms of a selection can be written, whichever prompts it will hold.
 
     Args:
         args: the command's.
@@ -37,7 +38,13 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
     """
     from itertools import islice
 
-    from cropi.data.export import BY_PLACE, check_export
+    check_options(args, groups, alone)
+    check_rows(args, groups, list(islice(groups, 200)) if args.dataset and groups is not None else [])
+
+
+def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: str = "") -> None:
+    """The first part of :func:`check`, which reads no file."""
+    from cropi.data.export import BY_PLACE, check_format
     from cropi.data.saved import check_hub_name
     from cropi.errors import CropiError
 
@@ -48,17 +55,14 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
     if args.private and not args.push_to_hub:
         args.parser.error("--private is for --push-to-hub; give it too")
 
-    def check_rows(option: str) -> None:
+    def needs_rows(option: str) -> None:
         if not args.dataset and groups is None:
             args.parser.error(
                 f"{option} needs the prompts' rows: give the trainer's own --dataset, or --trajectories"
             )
 
-    def some() -> list[PromptGroup]:
-        return list(islice(records, 200)) if args.dataset else []
-
-    form, records = options.export_format(args), () if groups is None else groups
     if args.export:
+        form = options.export_format(args)
         if form in BY_PLACE and not args.dataset:
             args.parser.error(f"--format {form} needs --dataset, whose rows it numbers")
         if form == "weights" and getattr(args, "draws", 2) < 2:
@@ -68,22 +72,41 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
         if form == "weights" and alone:
             raise CropiError(f"--format weights needs resampled scores, and {alone}")
         if form != "ids":
-            check_rows(f"--format {form}")
-        check_export(
-            form, trajectories=records, dataset=args.dataset, id_key=args.id_key,
-            records=some() if form != "ids" or args.push_to_hub else (), data_source=args.data_source, out=args.export,
-        )  # fmt: skip
+            needs_rows(f"--format {form}")
+        check_format(form, args.dataset, None, args.id_key, args.data_source)
     if args.push_to_hub:
         check_hub_name(args.push_to_hub)
-        check_rows("--push-to-hub")
-        if not args.export or form != "save_to_disk":
-            check_export(
-                "save_to_disk", trajectories=records, dataset=args.dataset, id_key=args.id_key, records=some()
-            )
+        needs_rows("--push-to-hub")
+
+
+def check_rows(args: argparse.Namespace, groups: PromptGroups | None, some: Sequence[PromptGroup]) -> None:
+    """The second part of :func:`check`; ``some``: prompts that ``--dataset`` has to have a row of."""
+    from cropi.data.export import check_export
+
+    form, records = options.export_format(args), () if groups is None else groups
+    if args.export:
+        check_export(
+            form, trajectories=records, dataset=args.dataset, id_key=args.id_key, records=some,
+            data_source=args.data_source, out=args.export,
+        )  # fmt: skip
+    if args.push_to_hub and (not args.export or form != "save_to_disk"):
+        check_export(
+            "save_to_disk", trajectories=records, dataset=args.dataset, id_key=args.id_key, records=some
+        )
 
 
 def write(args: argparse.Namespace, selection: Selection, groups: PromptGroups | None) -> None:
     """Write the wanted forms of a selection, and print where they are."""
+    from contextlib import nullcontext
+
+    from cropi.data.saved import without_bars
+
+    saves = args.push_to_hub or (args.export and options.export_format(args) == "save_to_disk")
+    with without_bars() if saves and not getattr(args, "progress", True) else nullcontext():
+        _write(args, selection, groups)
+
+
+def _write(args: argparse.Namespace, selection: Selection, groups: PromptGroups | None) -> None:
     if args.export:
         from cropi.data.export import export
 

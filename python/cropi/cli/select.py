@@ -63,6 +63,7 @@ def add_table(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
+    from cropi.data.export import known_of
     from cropi.files import LINES, check_outputs
     from cropi.ranking.selection import select
     from cropi.ranking.selection_files import write_selection
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         {"--out": LINES, "--out-trajectories": LINES},
     )
     groups = _groups(args)
-    exporting.check(args, groups)
+    exporting.check_options(args, groups)
     given = options.made(Selecting, args)
     if args.sketches and not given.needs_sketches:
         args.parser.error("--sketches are for --dedup and --diversity; give one of them too")
@@ -97,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     errors = given.confidence is not None or args.plot is not None
     scores = read_scores(args.scores, only=("task", "pass_rate", given.per), errors=errors)
     chosen = select(scores, given, sketches=_sketches(args))
+    # Only now: a dataset need not have those that are not chosen.
+    known = known_of(chosen.ids, () if groups is None else groups) if args.dataset else []
+    exporting.check_rows(args, groups, known)
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
     show(chosen, written, groups)

@@ -238,6 +238,8 @@ def check_export(
             else:
                 table_of(list(rows))
         return
+    if format == "ids":  # which are written as they are
+        return
     table = read_dataset(dataset)
     dataset_ids(table, _called(dataset), id_key, records)
     if format == "jsonl" and not isinstance(table, Rows):
@@ -369,15 +371,19 @@ def located(
         CropiError: as :func:`cropi.data.identity.dataset_ids`.
     """
     table = read_dataset(dataset)
+    of_rows = dataset_ids(table, _called(dataset), id_key, known_of(ids, trajectories))
+    return table, of_rows.places(ids), of_rows.names
+
+
+def known_of(ids: Sequence[str], trajectories: Any = ()) -> list[PromptGroup]:
+    """What a dataset's rows are compared with: the prompts of some ids without their rollouts, or the ids alone where
+    there are no ``trajectories``."""
     chosen = read(trajectories, skip_bad=True, rewards=None).take(ids) if trajectories else ()
-    # Without the rollouts.
     known = [
         PromptGroup(group.id, group.prompt, None, [], extra={RENDERED: group.extra.get(RENDERED)})
         for group in chosen
     ]
-    known = known or [PromptGroup(name, None, None, []) for name in ids]
-    of_rows = dataset_ids(table, _called(dataset), id_key, known)
-    return table, of_rows.places(ids), of_rows.names
+    return known or [PromptGroup(name, None, None, []) for name in ids]
 
 
 def _called(dataset: Any) -> str:

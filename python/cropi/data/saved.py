@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,19 @@ def save_folder(out: Path, dataset: Any) -> None:
             if is_there(old) and not is_there(out):
                 os.replace(old, out)
             remove(old)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, ``datasets`` shows no progress bars."""
+    bars = optional("datasets.utils")
+    enabled = not bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            bars.enable_progress_bars()
 
 
 def _swap(made: Path, out: Path, old: Path) -> None:
