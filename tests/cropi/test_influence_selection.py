@@ -367,6 +367,11 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     assert texts == {"a": "...a + 1", "b": "...b + 1"}
     long = replace(scores, rows=[replace(row, id=row.id + 4000 * "x") for row in scores.rows])
     assert max(map(len, best_and_worst(long, chosen, count=2).splitlines())) < 200
+    wide = replace(
+        scores, rows=[replace(row, task="\u6570\u5b66" if row.id in "ag" else "sums") for row in scores.rows]
+    )
+    first, second = best_and_worst(wide, chosen, count=2).splitlines()[1:3]
+    assert first.index("0.") + 2 == second.index("0.") and "\u6570\u5b66  " in first, "two columns a letter"
     plot_scores(tmp_path / "scores.png", scores, chosen)
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
     plot_scores(tmp_path / "scores.pdf", scores, chosen)

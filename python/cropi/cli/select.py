@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,14 +178,18 @@ def best_and_worst(
     order = selection.order
     best = order[:count]
     worst = [i for i in order[-count:] if i not in best]
-    width = max([6, *(len(_begun(scores.rows[i].id)) for i in best + worst)])
-    task_width = max([4, *(len(_begun(scores.rows[i].task or "-")) for i in best + worst)])
+    width = max([6, *(_columns(_begun(scores.rows[i].id)) for i in best + worst)])
+    task_width = max([4, *(_columns(_begun(scores.rows[i].task or "-")) for i in best + worst)])
     names = [_begun(name) for name in scores.sets]
-    set_widths = [max(8, len(name)) for name in names]
+    set_widths = [max(8, _columns(name)) for name in names]
 
     def line(rank: str, name: str, task: str, rate: str, fused: str, values: Sequence[str], text: str) -> str:
-        columns = " ".join(f"{value:>{size}}" for value, size in zip(values, set_widths, strict=True))
-        return f"{rank:>5}  {name:<{width}}  {task:<{task_width}}  {rate:>5}  {fused:>6}  {columns}  {text}".rstrip()
+        columns = " ".join(
+            " " * (size - _columns(value)) + value for value, size in zip(values, set_widths, strict=True)
+        )
+        name += " " * (width - _columns(name))
+        task += " " * (task_width - _columns(task))
+        return f"{rank:>5}  {name}  {task}  {rate:>5}  {fused:>6}  {columns}  {text}".rstrip()
 
     lines = [line("rank", "prompt", "task", "pass", "fused", names, "text" if texts else "")]
     for group in (best, worst):
@@ -205,6 +210,14 @@ def best_and_worst(
         if group is best and worst:
             lines.append(f"{'...':>5}")
     return "\n".join(lines)
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of Chinese, Japanese and Korean take two each, and marks
+    upon another letter none."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
 
 
 def _begun(name: str) -> str:
