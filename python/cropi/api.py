@@ -98,7 +98,7 @@ def score(
     ('t1', ['t1'])
     """
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
-    choice, rest = _choice(rest)
+    choice, least, rest = _choice(rest)
     sketching, compare = split(rest, Sketching, Influence, also=(*names_of(Loading), *OF_CHOICE), by=score)
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
     if noise:
@@ -123,7 +123,8 @@ def score(
         if noise
         else ()
     )
-    return pipeline.score(stores.pop("train"), list(stores.values()), compare, choice, of_noise, checked=True)
+    train = stores.pop("train")
+    return pipeline.score(train, list(stores.values()), compare, choice, of_noise, least=least, checked=True)
 
 
 @as_keywords(KEYWORDS)
@@ -224,14 +225,14 @@ def influence(
     >>> influence(torch.eye(3, 64), {"sums": torch.ones(1, 64)}).table.tolist()
     [[0.125], [0.125], [0.125]]
     """
-    choice, rest = _choice(options)
+    choice, least, rest = _choice(options)
     (given,) = split(rest, Influence, also=OF_CHOICE, by=influence)
     train, stores = given_stores(train, valid)
     if not isinstance(noise, (list, tuple)) or not all(isinstance(one, SketchStore) for one in noise):
         raise CropiError(
             f"noise is {noise!r:.100}: give a list of SketchStores (cropi.sketch(..., noise=True))"
         )
-    return pipeline.score(train, stores, given, choice, noise)
+    return pipeline.score(train, stores, given, choice, noise, least=least)
 
 
 @as_keywords(KEYWORDS)
@@ -406,11 +407,13 @@ def _policies(
     return policy, made(behaviour_model, **(loading if named else {})), rest
 
 
-def _choice(options: dict[str, Any]) -> tuple[Selecting | None, dict[str, Any]]:
-    """The choice that scores are resampled for, or None where nothing is said of it, and the other options."""
+def _choice(options: dict[str, Any]) -> tuple[Selecting, int, dict[str, Any]]:
+    """The choice that scores are resampled for, how many prompts it has at least, and the other options."""
     given = {name: value for name, value in options.items() if name in OF_CHOICE}
-    made = split(given, Selecting)[0] if given else None
-    return made, {name: value for name, value in options.items() if name not in OF_CHOICE}
+    # A tenth, of which nothing was said, of fewer than ten prompts is none: there would be no standard errors.
+    least = 0 if {"fraction", "count"} & given.keys() else 1
+    rest = {name: value for name, value in options.items() if name not in OF_CHOICE}
+    return split(given, Selecting)[0], least, rest
 
 
 def _loading(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,7 +18,7 @@ from test_uncertainty import two_stores
 import cropi
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
-from cropi.pipeline import score
+from cropi.pipeline import Setup, conclude, score
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
@@ -107,6 +107,20 @@ def test_a_pool_of_fewer_than_ten_has_standard_errors(prompts: int, tmp_path: Pa
     by_calls = cropi.influence(train, valid, draws=20)
     np.testing.assert_array_equal(by_calls.stderr, made.stderr)
     assert len(select(by_calls, fraction=1.0, confidence=0.9)) == made.usable.sum()
+    # A method alone says nothing of how many; a fraction that chooses none says so.
+    by_method = cropi.influence(train, valid, draws=20, method="rrf")
+    np.testing.assert_array_equal(by_method.p_selected, made.p_selected)
+    none = cropi.influence(train, valid, draws=20, fraction=0.1)
+    assert none.stderr is None and "fraction 0.1 of a pool" in none.meta["uncertainty_missing"]
+
+
+def test_draws_choose_as_many_as_the_choice(stores: tuple[SketchStore, SketchStore]) -> None:
+    """Of a trainer's batch, which is more than the fraction, the draws chose the fraction, or none."""
+    made = dict(zip(("train", "valid"), stores, strict=True))
+    for fraction in (0.01, 0.1):
+        setup = Setup(influence=Influence(draws=20), selecting=Selecting(fraction=fraction), least=5)
+        chosen = conclude(made, setup, None)
+        assert len(chosen) == 5 and sum(chosen.weights.values()) == pytest.approx(5)
 
 
 def test_more_pairs_than_fit_into_memory_are_not_resampled(

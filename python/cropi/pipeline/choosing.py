@@ -161,7 +161,7 @@ def conclude(
     if setup.later:
         valid, given, lost = usable_stores(valid, given)
         warn_lost(lost, setup.before)
-    scores = score(stores["train"], valid, given, setup.selecting, noise, checked=True)
+    scores = score(stores["train"], valid, given, setup.selecting, noise, least=setup.least, checked=True)
     chosen = select(scores, setup.selecting, least=setup.least, sketches=stores["train"])
     if folder is not None:
         with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores
@@ -177,12 +177,13 @@ def score(
     selecting: Selecting | None = None,
     noise: Sequence[SketchStore] = (),
     *,
+    least: int = 0,
     checked: bool = False,
 ) -> Scores:
     """:func:`cropi.ranking.influence.influence` by its options, and its uncertainty for the choice by ``selecting``
-    (None: the best tenth, one prompt at least); stores of ``noise`` say what that owes to responses. Validation stores
-    that are shares of one job count as one. ``checked``: :func:`check` has read the records, and has said where
-    validation sets hold prompts twice."""
+    (None: the best tenth, one prompt at least), of ``least`` prompts at least; stores of ``noise`` say what that owes
+    to responses. Validation stores that are shares of one job count as one. ``checked``: :func:`check` has read the
+    records, and has said where validation sets hold prompts twice."""
     given = options or Influence()
     valid = _whole(valid)
     pairs = given.draws > 1 and few_pairs(train, valid, given.max_valid)
@@ -196,8 +197,8 @@ def score(
         warn(str(RepeatedPrompts.of(*found, *said)), RepeatedPrompts)
     # A tenth of fewer than ten prompts is none: their tables had no standard errors, and `cropi influence` has no
     # option that would have given them some.
-    choice = selecting or (Selecting() if len(scores) >= 10 else Selecting(count=1))
-    return with_uncertainty(scores, train, valid, given, choice, noise)
+    least = max(least, 0 if selecting else 1)
+    return with_uncertainty(scores, train, valid, given, selecting or Selecting(), noise, least)
 
 
 def _whole(stores: Sequence[SketchStore]) -> list[SketchStore]:

@@ -201,6 +201,7 @@ def uncertainty(
     selecting: Selecting | None = None,
     *,
     noise: ResponseNoise | None = None,
+    least: int = 0,
 ) -> Uncertainty:
     """Standard errors of all scores, and how the choice moves with the validation prompts.
 
@@ -212,6 +213,7 @@ def uncertainty(
         selecting: how prompts are chosen, by a method that ranks by scores ("rrf", "rrf_classic", "max", "mean"); None:
             the defaults.
         noise: of the scores, from the finite number of responses, in order of ``pairs.rows``.
+        least: as for :func:`cropi.ranking.selection.select`.
 
     Raises:
         CropiError: a fraction that chooses nothing, no training prompt with a score, or a validation set of one prompt.
@@ -230,7 +232,7 @@ def uncertainty(
     usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
     if not len(usable):
         raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
-    rule = Rule(pairs.rows, usable, given)
+    rule = Rule(pairs.rows, usable, given, least)
     sets: list[ResampledSet] = [
         NearestSet(pairs, name, usable, metric)
         if how.aggregate == "nearest"
@@ -321,8 +323,10 @@ def with_uncertainty(
     comparing: Influence,
     selecting: Selecting,
     noise: Sequence[SketchStore] = (),
+    least: int = 0,
 ) -> Scores:
-    """A score table with its standard errors and ``p_selected``, from the stores and options that it was made from.
+    """A score table with its standard errors and ``p_selected``, from the stores and options that it was made from;
+    ``least`` is that of the choice (:func:`cropi.ranking.selection.select`).
 
     Left out, and said why in ``meta["uncertainty_missing"]``: with ``draws`` 0, where the fraction chooses none, and
     where a validation set has one prompt, and beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt, or
@@ -338,7 +342,7 @@ def with_uncertainty(
     if not comparing.draws:
         check_noise(comparing.draws, noise)
         why = "resampling was switched off (draws)"
-    elif nothing := _chooses_nothing(scores, selecting):
+    elif nothing := _chooses_nothing(scores, selecting, least):
         why = nothing
     elif alone := one_alone(members, comparing.max_valid):
         why = alone
@@ -348,7 +352,7 @@ def with_uncertainty(
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why}, pairs=None)
     pairs = scores.pairs or pairwise(train, valid, max_valid=comparing.max_valid, seed=comparing.valid_seed)
     known = response_noise(train, valid, noise, comparing) if noise else None
-    made = uncertainty(pairs, comparing, selecting, noise=known)
+    made = uncertainty(pairs, comparing, selecting, noise=known, least=least)
     meta = scores.meta | {"uncertainty": made.to_dict()}
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
 
@@ -395,10 +399,10 @@ def check_noise(draws: int, noise: Any) -> None:
         )
 
 
-def _chooses_nothing(scores: Scores, given: Selecting) -> str:
+def _chooses_nothing(scores: Scores, given: Selecting, least: int) -> str:
     """Why the options choose no prompt of a table, or nothing."""
     try:
-        Rule(scores.rows, np.flatnonzero(scores.usable), given)
+        Rule(scores.rows, np.flatnonzero(scores.usable), given, least)
     except CropiError as error:
         return str(error)
     return ""
