@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from support.commands import json_lines
 from support.made_data import make_model, make_records, make_tokenizer, save_policy, write_lines
 from support.oracle import response_logprobs
 from support.stores import sketches_of
@@ -242,12 +242,10 @@ def test_chosen_demonstrations_are_written_with_their_responses(tmp_path: Path, 
     assert chosen.to_dataset(rows).to_list() == [rows[5], rows[4]]
     out = tmp_path / "out.jsonl"
     assert export(out, chosen.ids, trajectories=str(file), dataset=str(file)) == 2
-    assert [json.loads(line) for line in out.open()] == [rows[5], rows[4]]
+    assert json_lines(out) == [rows[5], rows[4]]
     # As records.
     assert export(out, chosen.ids, trajectories=str(file)) == 2
-    assert [json.loads(line) for line in out.open()] == [
-        group.to_record() for group in read(rows, rewards=False).take(chosen.ids)
-    ]
+    assert json_lines(out) == [group.to_record() for group in read(rows, rewards=False).take(chosen.ids)]
     assert all(group.responses for group in read(out, rewards=False))
 
 
@@ -304,7 +302,7 @@ def test_the_commands_choose_demonstrations(tmp_path: Path, capsys: pytest.Captu
     ]
     words += ["--dim", "1024", "--fraction", "0.5", "--out", str(tmp_path / "o"), "--no-progress"]
     assert main(words) == 0 and "tokenised again" not in capsys.readouterr().err
-    chosen = [json.loads(line) for line in open(tmp_path / "o" / "selected_trajectories.jsonl")]
+    chosen = json_lines(tmp_path / "o" / "selected_trajectories.jsonl")
     assert len(chosen) == 3 and all(record in FORMS["records"] for record in chosen)
     assert main([*words, "--fraction", "0.34", "--no-report"]) == 0
     said = capsys.readouterr().out
