@@ -423,6 +423,11 @@ class Choosing(Options):
             raise CropiError(f"rrf_constant must be from 0 to 1e9, got {self.rrf_constant!r}")
         if self.candidates < 1:
             raise CropiError(f"candidates must be at least 1, got {self.candidates!r}")
+        if self.draw == "p_selected" and self.method in BASELINES:
+            raise CropiError(
+                f"draw p_selected is for methods that rank by scores, and method is {self.method}, which has no "
+                "p_selected; give another draw or method"
+            )
         by_scores = self.method not in BASELINES or self.min_score is not None
         check_used(
             self, fraction=("a choice without count", self.count is None),

@@ -49,7 +49,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_a_run_writes_the_page(ran: Path) -> None:
-    page = (ran / "report.html").read_text()
+    page = (ran / "report.html").read_text("utf-8")
     data, chosen = data_of(page), read_selection(ran / "selected.jsonl")
     ranks = data["columns"]["rank"]
     shown = sorted(
@@ -83,9 +83,9 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
     folder = tmp_path / "out"
     shutil.copytree(ran, folder)
     fraction, other_choice = 0.2, "the draws are of another choice, of "
-    no_score = "a choice by random looks at no score, so that no draw of validation prompts changes it"
+    no_score = "a choice by random, which looks at no score, so that no draw of validation prompts changes it"
     verdict = re.compile("warning</span><span>validation</span><span><bdi>(.*?)</bdi>")
-    weak = verdict.findall((ran / "report.html").read_text())
+    weak = verdict.findall((ran / "report.html").read_text("utf-8"))
     for words, said in (
         (["--fraction", "0.5"], f"{other_choice}8 prompts, and this one has 20"),
         (["--method", "max"], f"{other_choice}as many prompts"),
@@ -100,11 +100,10 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
             str(folder / "selected.jsonl"),
         ]
         assert main([*select, *words]) == 0 and main(["report", str(folder)]) == 0
-        page = (folder / "report.html").read_text()
+        page = (folder / "report.html").read_text("utf-8")
         assert page.count(said) == 2 and "p" not in data_of(page)["columns"]
         assert len(weak) == 2 and verdict.findall(page) == weak and "se1" in data_of(page)["columns"]
     scores = cropi.Scores.open(folder)
-    # In a run by this method the table is written with it, and holds the draws of rrf even so.
     assert sure(scores, scores.select(fraction, method="random")).endswith(no_score)
     assert "not resampled" not in sure(scores, scores.select(fraction))
     # As many prompts by the same ranking are the same choice, whatever option says how many.
@@ -114,7 +113,7 @@ def test_draws_are_shown_for_the_choice_that_they_are_of_alone(ran: Path, tmp_pa
     ):  # fmt: skip
         chosen = scores.select(**given)
         cropi.write_report(chosen, tmp_path / "p.html")
-        page = (tmp_path / "p.html").read_text()
+        page = (tmp_path / "p.html").read_text("utf-8")
         assert (
             (other_choice not in page)
             == shown
@@ -139,9 +138,9 @@ def test_texts_of_several_files_and_of_dumps_are_shown(ran: Path, tmp_path: Path
     train = [str(folder)] if form == "dumps" else [str(folder / f"{step}.jsonl") for step in (0, 1)]
     words = f"--valid {ran.parent}/sums.jsonl --out {tmp_path}/out --dim 1024 --no-progress".split()
     assert main(["run", "--model", f"{ran.parent}/model", "--train", *train, *words]) == 0
-    pages = [(tmp_path / "out" / "report.html").read_text()]
+    pages = [(tmp_path / "out" / "report.html").read_text("utf-8")]
     assert main(["report", str(tmp_path / "out")]) == 0
-    pages.append((tmp_path / "out" / "report.html").read_text())
+    pages.append((tmp_path / "out" / "report.html").read_text("utf-8"))
     for page in pages:
         texts = {detail["text"] for detail in data_of(page)["details"].values()}
         assert len(texts) > 6 and texts <= {record["prompt"] for record in records}
@@ -167,7 +166,7 @@ def test_relative_paths_are_found_from_any_folder(
 
     def texts(folder: Path) -> set[str]:
         assert main(["report", str(folder)]) == 0
-        data = data_of((folder / "report.html").read_text())
+        data = data_of((folder / "report.html").read_text("utf-8"))
         return {detail["text"] for detail in data["details"].values()}
 
     found = texts(project / "out")
@@ -186,7 +185,7 @@ def test_the_command_takes_a_check(ran: Path, tmp_path: Path, capsys: pytest.Cap
     )
     assert main(["report", str(ran), "--out", str(tmp_path / "r.html"), "--check", str(check)]) == 0
     assert capsys.readouterr().out == f"report        {tmp_path / 'r.html'}\n"
-    page = (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text("utf-8")
     assert "scores are off by 0.0123" in page and "mlp.up_proj" in page
 
 
@@ -197,10 +196,10 @@ def test_what_is_not_there_any_more_is_left_out_in_words(ran: Path, tmp_path: Pa
     last = sorted(store.glob("shard-*.safetensors"))[-1]
     last.unlink()
     Path(f"{last}.sha256").unlink()
-    page = report_folder(copy).read_text()
+    page = report_folder(copy).read_text("utf-8")
     assert "This run is not finished" in page and "prompts: its sketching run was interrupted" in page
     shutil.rmtree(copy / "sketches")
-    page = report_folder(copy).read_text()
+    page = report_folder(copy).read_text("utf-8")
     assert data_of(page)["nodetail"] == "(the trajectory files were not given)"
     assert "Nearest training prompts" not in page
 
@@ -211,10 +210,9 @@ def test_a_check_of_another_sketch_is_not_shown_as_this_runs(ran: Path, tmp_path
     words = f"check --model {folder}/model --trajectories {folder}/train.jsonl -n 4 --no-progress --dim"
     for dim, name in ((4096, "same"), (2048, "other")):
         assert main([*words.split(), str(dim), "--out", str(tmp_path / f"{name}.json")]) == 0
-    assert (
-        "rms over 4 prompts"
-        in report_folder(ran, tmp_path / "p.html", check=tmp_path / "same.json").read_text()
-    )
+    assert "rms over 4 prompts" in report_folder(
+        ran, tmp_path / "p.html", check=tmp_path / "same.json"
+    ).read_text("utf-8")
     with pytest.raises(
         CropiError, match="other.json is of spec.dim = 2048, and this run has 4096; check this run's"
     ):
@@ -222,16 +220,16 @@ def test_a_check_of_another_sketch_is_not_shown_as_this_runs(ran: Path, tmp_path
     shutil.copytree(ran, tmp_path / "out")
     shutil.copy(tmp_path / "other.json", tmp_path / "out" / "check.json")
     with pytest.warns(UserWarning, match="spec.dim = 2048, and this run has 4096.*the page leaves it out"):
-        assert "rms over 4 prompts" not in report_folder(tmp_path / "out").read_text()
+        assert "rms over 4 prompts" not in report_folder(tmp_path / "out").read_text("utf-8")
 
 
 @pytest.mark.long
 def test_stores_that_are_left_of_an_earlier_run_are_left_out(ran: Path, tmp_path: Path) -> None:
     """A run with one validation file more, or less, names its stores otherwise."""
     shutil.copytree(ran, tmp_path / "out")
-    right = report_folder(tmp_path / "out").read_text()
+    right = report_folder(tmp_path / "out").read_text("utf-8")
     shutil.copytree(ran / "sketches" / "valid-sums", tmp_path / "out" / "sketches" / "valid")
-    assert report_folder(tmp_path / "out").read_text() == right
+    assert report_folder(tmp_path / "out").read_text("utf-8") == right
 
 
 def test_folders_that_are_no_run(ran: Path, tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ import cropi
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.pipeline import Setup, conclude, score
+from cropi.ranking.saving import own_rows
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
-from cropi.ranking.uncertainty import Uncertainty, with_uncertainty
+from cropi.ranking.uncertainty import Uncertainty, sets_of, with_uncertainty
 from cropi.store.store import SketchStore
 
 
@@ -112,6 +113,36 @@ def test_a_pool_of_fewer_than_ten_has_standard_errors(prompts: int, tmp_path: Pa
     np.testing.assert_array_equal(by_method.p_selected, made.p_selected)
     none = cropi.influence(train, valid, draws=20, fraction=0.1)
     assert none.stderr is None and "fraction 0.1 of a pool" in none.meta["uncertainty_missing"]
+
+
+def test_of_a_baseline_nothing_is_drawn(stores: tuple[SketchStore, SketchStore], tmp_path: Path) -> None:
+    """Its table held the chances of a choice by rrf, which `weights` gave out as those of its own choice."""
+    made = dict(zip(("train", "valid"), stores, strict=True))
+    by_rank, chosen = (
+        conclude(
+            made, Setup(influence=Influence(draws=20), selecting=Selecting(method=method)), tmp_path / method
+        )
+        for method in ("rrf", "random")
+    )
+    back = read_scores(tmp_path / "random" / "scores.parquet")
+    assert back.p_selected is None and back.meta["uncertainty"].keys() == {"sets"}
+    np.testing.assert_array_equal(back.stderr, by_rank.scores.stderr)
+    for mine, other in zip(sets_of(back), sets_of(by_rank.scores), strict=True):
+        assert mine.signal == other.signal and mine.stderr == other.stderr == mine.stderr_at_cut
+    assert len(back.select(method="random", min_score=-1.0, confidence=0.9)) == 3  # standard errors are there
+    words = "a choice by random, which looks at no score"
+    for given in (chosen, by_rank.scores.select(method="random")):
+        assert "p_selected" not in own_rows(given)[0]
+        with pytest.raises(CropiError, match=f"weights: this is {words}.*: take the chosen prompts"):
+            _ = given.weights
+    with pytest.raises(
+        CropiError, match=f"p_selected: the scores have none .the scores were made for {words}"
+    ):
+        back.select(method="p_selected")
+    with pytest.raises(
+        CropiError, match="draw p_selected is for methods that rank by scores, and method is random"
+    ):
+        Selecting(method="random", draw="p_selected")
 
 
 def test_draws_choose_as_many_as_the_choice(stores: tuple[SketchStore, SketchStore]) -> None:

@@ -57,6 +57,9 @@ def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
             cropi(*base, *words)
     error = capsys.readouterr().err
     assert "--format parquet needs the prompts' rows" in error
+    weights = ["--export", tmp_path / "x", "--format", "weights", "--dataset", tmp_path / "data.jsonl"]
+    assert cropi(*base, *weights, "--method", "random") == 2
+    assert "--format weights has chances, and this is a choice by random, which" in capsys.readouterr().err
     assert "what --export FILE holds is said by --format; give it too" in error
 
 

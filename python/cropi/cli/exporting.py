@@ -47,6 +47,8 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
     from cropi.data.export import BY_PLACE, check_format
     from cropi.data.saved import check_hub_name
     from cropi.errors import CropiError
+    from cropi.options import BASELINES
+    from cropi.ranking.uncertainty import no_score
 
     given = [f"--{name}" for name in OF_EXPORT if getattr(args, name.replace("-", "_"))]
     if given and not (args.export or args.push_to_hub):
@@ -68,6 +70,10 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
         if form == "weights" and getattr(args, "draws", 2) < 2:
             raise CropiError(
                 f"--format weights needs resampled scores, and --draws is {args.draws}; give at least 2"
+            )
+        if form == "weights" and args.method in BASELINES:
+            raise CropiError(
+                f"--format weights has chances, and this is {no_score(args.method)}; give another format"
             )
         if form == "weights" and alone:
             raise CropiError(f"--format weights needs resampled scores, and {alone}")

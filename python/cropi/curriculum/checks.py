@@ -20,8 +20,10 @@ from cropi.errors import CropiError, did_you_mean, optional
 from cropi.files import beyond_paths, check_room
 from cropi.model.load import DTYPES, check_device
 from cropi.model.sources import base_of, locate
+from cropi.options import BASELINES
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.shares import how_many
+from cropi.ranking.uncertainty import no_score
 from cropi.store.codec import row_bytes
 from cropi.trainers.trl.in_process import check_options, prompts_a_batch
 from cropi_kernels import canonical_name
@@ -58,6 +60,10 @@ def check_plan(plan: Plan, opened: Callable[[Sequence[str]], PromptGroups]) -> N
         form, dataset = plan.export.get("format", "jsonl"), plan.export.get("dataset")
         if form not in FORMATS:
             raise CropiError(f"export.format must be one of {', '.join(FORMATS)}, got {form!r}")
+        if form == "weights" and plan.select.method in BASELINES:
+            raise CropiError(
+                f"export.format is weights, and each choice is {no_score(plan.select.method)}; give another"
+            )
         # Selected prompts are looked up and written after hours of sketching: that must go well then.
         groups = () if plan.rollouts else opened(plan.train)
         some = list(islice(groups, 200)) if dataset else []

@@ -13,6 +13,8 @@ from cropi.data.rows_out import table_of, write_jsonl, write_parquet
 from cropi.data.saved import check_hub_name, dataset_of, push, save_folder
 from cropi.errors import CropiError
 from cropi.files import path_of
+from cropi.options import BASELINES
+from cropi.ranking.uncertainty import no_score
 from cropi.ranking.values import SCORE_AGAIN
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def own_rows(selection: Selection) -> list[dict[str, Any]]:
     for rank, i in enumerate(selection.chosen, 1):
         row: dict[str, Any] = {"id": scores.rows[i].id, "rank": rank, "value": float(selection.fused[i])}
         row |= {f"score[{name}]": float(scores.table[i, v]) for v, name in enumerate(scores.sets)}
-        if scores.p_selected is not None:
+        if scores.p_selected is not None and selection.method not in BASELINES:
             row["p_selected"] = float(scores.p_selected[i])
         rows.append(row)
     return rows
@@ -42,6 +44,8 @@ def own_rows(selection: Selection) -> list[dict[str, Any]]:
 def weights_of(selection: Selection) -> dict[str, float]:
     """See :attr:`cropi.ranking.selection.Selection.weights`."""
     scores = selection.scores
+    if selection.method in BASELINES:
+        raise CropiError(f"weights: this is {no_score(selection.method)}: take the chosen prompts")
     if scores.p_selected is None:
         why = scores.meta.get("uncertainty_missing", "they were made without --draws")
         raise CropiError(

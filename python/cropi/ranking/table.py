@@ -52,9 +52,10 @@ _SET = {
     "name": str, "prompts": lambda count: fits(count, int) and count > 1, "stderr": is_number,
     "stderr_at_cut": is_number, "signal": is_number, "from_responses?": is_number, "own?": is_number,
 }  # fmt: skip
+_OF_SCORES = {"sets": [_SET], "own_signal?": is_number}  # written with a baseline, which draws nothing
 _UNCERTAINTY = {
-    "sets": [_SET], "overlap": is_number, "halves": is_number, "overlap_of_set": {str: is_number}, "draws": int,
-    "fraction": float, "own_signal?": is_number,
+    **_OF_SCORES, "overlap": is_number, "halves": is_number, "overlap_of_set": {str: is_number}, "draws": int,
+    "fraction": float,
 }  # fmt: skip
 _PATHS = {"path?": str, "paths?": [str]}
 META = {
@@ -64,7 +65,7 @@ META = {
     },
     "valid?": ([_PATHS | {"path": str}], None),
     "groups?": lambda names: fits(names, list[str]) and len(set(names)) == len(names),
-    "uncertainty?": lambda held: not wrong_form(held, _UNCERTAINTY) and _is_whole(held),
+    "uncertainty?": lambda held: _is_whole(held),
 }  # fmt: skip
 
 
@@ -262,7 +263,10 @@ def _sealed(schema: Any, count: int, meta: str) -> str:
     return hashlib.sha256(json.dumps([kinds, count, meta]).encode()).hexdigest()
 
 
-def _is_whole(held: dict[str, Any]) -> bool:
+def _is_whole(held: Any) -> bool:
+    drawn = isinstance(held, dict) and bool(held.keys() - {"sets", "own_signal"})
+    if wrong_form(held, _UNCERTAINTY if drawn else _OF_SCORES):
+        return False
     # A set that is subtracted has an overlap, and no scores of its own.
     names = [one["name"] for one in held["sets"]]
-    return len(set(names)) == len(names) and set(names) <= held["overlap_of_set"].keys()
+    return len(set(names)) == len(names) and (not drawn or set(names) <= held["overlap_of_set"].keys())

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from cropi.errors import CropiError
 from cropi.options import BASELINES, Influence, Selecting
 from cropi.ranking.contrast import names_without, without
-from cropi.ranking.redrawn import combined, redrawn
+from cropi.ranking.redrawn import Moved, combined, redrawn
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
 from cropi.ranking.rule import Rule
 from cropi.ranking.scores import DEFAULT_SET, Scores
@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what a table holds of it is read without torch
 BAND = 0.1  # "at the cut": so many of the chosen prompts on each side of it
 # Of fewer validation prompts their gradients span too little of what others would move: docs/trust.md has figures.
 FEW = 5
+OF_SCORES = ("sets", "own_signal")  # of what a table says of uncertainty: what no choice changes
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SetUncertainty:
     name: str
     prompts: int
     stderr: float  # rms over the usable training prompts
-    stderr_at_cut: float  # rms over those near the cut
+    stderr_at_cut: float  # rms over those near the cut; over all where nothing is chosen by scores
     signal: (
         float  # |mu|^2 / E|m|^2, at most 1; 0 or less: the mean is not told from noise; NaN: no mean is used
     )
@@ -172,16 +173,14 @@ class Uncertainty:
 
     @classmethod
     def of(cls, scores: Scores) -> Uncertainty | None:
-        """The uncertainty that a score table holds, or None."""
+        """The uncertainty that a score table holds, or None; None of one that was written with a baseline, too."""
         held = scores.meta.get("uncertainty")
         if held is None or scores.stderr is None or scores.p_selected is None:
             return None
-        known = [field.name for field in fields(SetUncertainty)]
-        sets = [SetUncertainty(**{name: one[name] for name in known if name in one}) for one in held["sets"]]
         rest = {name: held[name] for name in ("overlap", "overlap_of_set", "halves", "draws", "fraction")}
         rest["own_signal"] = held.get("own_signal", math.nan)
         rest |= {"metric": scores.meta.get("metric", "cosine"), "minus": scores.meta.get("minus")}
-        return cls(sets, scores.table, scores.stderr, scores.p_selected, **rest)
+        return cls(sets_of(scores), scores.table, scores.stderr, scores.p_selected, **rest)
 
     def __str__(self) -> str:
         lines = [
@@ -195,6 +194,13 @@ class Uncertainty:
         return "\n".join(lines)
 
 
+def sets_of(scores: Scores) -> list[SetUncertainty]:
+    """What a score table holds of each validation set; empty where it was not resampled."""
+    known = [field.name for field in fields(SetUncertainty)]
+    held = (scores.meta.get("uncertainty") or {}).get("sets", [])
+    return [SetUncertainty(**{name: one[name] for name in known if name in one}) for one in held]
+
+
 def uncertainty(
     pairs: Pairwise,
     comparing: Influence | None = None,
@@ -202,6 +208,7 @@ def uncertainty(
     *,
     noise: ResponseNoise | None = None,
     least: int = 0,
+    redraw: bool = True,
 ) -> Uncertainty:
     """Standard errors of all scores, and how the choice moves with the validation prompts.
 
@@ -214,6 +221,7 @@ def uncertainty(
             the defaults.
         noise: of the scores, from the finite number of responses, in order of ``pairs.rows``.
         least: as for :func:`cropi.ranking.selection.select`.
+        redraw: choose again; False: standard errors and signals alone, without ``overlap`` and its like.
 
     Raises:
         CropiError: a fraction that chooses nothing, no training prompt with a score, or a validation set of one prompt.
@@ -252,8 +260,9 @@ def uncertainty(
         own = without(noise.own, pairs.sets, minus, weight)
         of_own = np.square(own).mean(axis=0)
     stderr = np.sqrt(variances(np.stack([one.stderr() for one in sets], axis=1) ** 2) + of_own)
-    moved = redrawn(sets, table, rule, shares, own, how.draws)
-    near = rule.near_the_cut(table, BAND)
+    nothing = Moved(np.full(len(usable), math.nan), math.nan, {}, math.nan)
+    moved = redrawn(sets, table, rule, shares, own, how.draws) if redraw else nothing
+    near = rule.near_the_cut(table, BAND) if redraw else np.arange(len(usable))
     summary = [
         SetUncertainty(one.name, len(one.members), _rms(stderr[:, v]), _rms(stderr[near, v]), one.signal())
         for v, one in enumerate(ranked)
@@ -330,13 +339,13 @@ def with_uncertainty(
 
     Left out, and said why in ``meta["uncertainty_missing"]``: with ``draws`` 0, where the fraction chooses none, and
     where a validation set has one prompt, and beyond :data:`MOST_PAIRS` pairs of a training and a validation prompt, or
-    of two validation prompts.
+    of two validation prompts; of a baseline's choice ``p_selected`` and the overlaps alone.
     """
     from cropi.ranking.pairwise import pairwise
     from cropi.ranking.response_noise import response_noise
 
-    members = _members(valid, comparing.max_valid)
-    if selecting.method not in FROM_SCORES:
+    members, method = _members(valid, comparing.max_valid), selecting.method
+    if method not in FROM_SCORES:
         selecting = replace(selecting, method="rrf")
     why = ""
     if not comparing.draws:
@@ -352,9 +361,23 @@ def with_uncertainty(
         return replace(scores, meta=scores.meta | {"uncertainty_missing": why}, pairs=None)
     pairs = scores.pairs or pairwise(train, valid, max_valid=comparing.max_valid, seed=comparing.valid_seed)
     known = response_noise(train, valid, noise, comparing) if noise else None
-    made = uncertainty(pairs, comparing, selecting, noise=known, least=least)
-    meta = scores.meta | {"uncertainty": made.to_dict()}
-    return replace(scores, meta=meta, stderr=made.stderr, p_selected=made.p_selected, pairs=None)
+    redraw = method not in BASELINES
+    made = uncertainty(pairs, comparing, selecting, noise=known, least=least, redraw=redraw)
+    held = made.to_dict()
+    if redraw:
+        meta = scores.meta | {"uncertainty": held}
+    else:
+        meta = scores.meta | {
+            "uncertainty": {name: held[name] for name in OF_SCORES if name in held},
+            "uncertainty_missing": f"the scores were made for {no_score(method)}",
+        }
+    drawn = made.p_selected if redraw else None
+    return replace(scores, meta=meta, stderr=made.stderr, p_selected=drawn, pairs=None)
+
+
+def no_score(method: str) -> str:
+    """Why a choice by a baseline has no draws."""
+    return f"a choice by {method}, which looks at no score, so that no draw of validation prompts changes it"
 
 
 def of_choice(
@@ -367,16 +390,13 @@ def of_choice(
         chosen: how many prompts the choice has.
         same: whether the table was written with this choice; None: not known, and the number alone decides, to which
             the chances in the table add up.
-        method: by which it was chosen. Tables that were written with a baseline hold the draws of rrf.
+        method: by which it was chosen.
     """
     held = Uncertainty.of(scores)
+    if method in BASELINES:
+        return None, f"it is {no_score(method)}"
     if held is None:
         return None, str(scores.meta.get("uncertainty_missing", "the scores were not resampled"))
-    if method in BASELINES:
-        return (
-            None,
-            f"a choice by {method} looks at no score, so that no draw of validation prompts changes it",
-        )
     drawn = round(float(np.nansum(held.p_selected)))
     if same is False or (same is None and drawn != chosen):
         sizes = f"{drawn} prompt{'s' * (drawn != 1)}, and this one has {chosen}"

@@ -24,7 +24,7 @@ from cropi.ranking.contributions import mean_contributions
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.table_rows import values_of
-from cropi.ranking.uncertainty import Uncertainty
+from cropi.ranking.uncertainty import Uncertainty, sets_of
 from cropi.ranking.values import BY_REWARDS
 from cropi.report import browser
 from cropi.report.charts import bars, density, signed
@@ -194,8 +194,7 @@ def _verdict(given: ReportInput) -> list[dict[str, str]]:
             + ("" if level == "ok" else f"; more {' and more '.join(drawn)} make the choice surer"),
         )
     # A set's signal is the same for every choice; standard errors at the cut are not.
-    held = sure or Uncertainty.of(scores)
-    sets = [] if held is None else held.sets
+    sets = sets_of(scores) if sure is None else sure.sets
     for one in sets:
         if one.signal <= 0.2 or (sure is not None and one.few):
             add("warning", "validation", one.advice(len(sets) == 1))
