@@ -77,7 +77,7 @@ def test_two_stages_with_a_real_trainer(
         for values in row["scores"].values():
             assert values["selected"] > values["pool"]
         assert 0 < row["select_share"] < 1 and row["seconds"]["train"] > 0
-    text = (out / "report.md").read_text()
+    text = (out / "report.md").read_text("utf-8")
     assert text.count("\n| 0 |") == text.count("\n| 1 |") == 1 and "score on x" in text
     assert "\nstep 4/4: " in (log := out / "stage-01" / "train.log").read_text()
     from transformers import AutoModelForCausalLM
@@ -285,10 +285,9 @@ def test_killed_while_the_trainer_runs(made: Path, tmp_path: Path, expected: Pat
     assert curriculum(path) == 0
     same_results(out, expected)
     assert calls(out) == ["0", "0", "1"]
-    assert (
-        report(out)[0]["cut_short"] == ["train"]
-        and "taken up again in: train" in (out / "report.md").read_text()
-    )
+    assert report(out)[0]["cut_short"] == ["train"] and "taken up again in: train" in (
+        out / "report.md"
+    ).read_text("utf-8")
 
 
 def can_lock(path: Path) -> bool:

@@ -89,7 +89,7 @@ def test_every_changed_bit_of_the_summary_is_found_or_harmless(tmp_path: Path) -
 def test_a_trainer_that_trains_nothing_is_named_in_the_report(tmp_path: Path) -> None:
     made = make_folder(tmp_path)
     assert curriculum(config(made, tmp_path / "run", trainer="cp {model}/* {out} # {selected}")) == 0
-    text = (tmp_path / "run" / "report.md").read_text()
+    text = (tmp_path / "run" / "report.md").read_text("utf-8")
     assert "**Warning.** Stage 0: the policy is the same before and after training" in text
     assert "training" not in report(tmp_path / "run")[0] and read_training(tmp_path) == {}
 
@@ -108,7 +108,7 @@ def test_the_reward_of_trls_training_is_in_the_report(tmp_path: Path) -> None:
     assert curriculum(config(made, tmp_path / "run", trainer="trl", trl=trl, stages=1)) == 0
     (found,) = report(tmp_path / "run")
     assert found["training"] == {"steps": [1, 4], "reward": [1.0, 1.0], "equal_rewards": [1.0, 1.0]}
-    text = (tmp_path / "run" / "report.md").read_text()
+    text = (tmp_path / "run" / "report.md").read_text("utf-8")
     assert "1 to 1 | 100% to 100%" in text and "equal rewards for 100% of the prompts" in text
 
 

@@ -47,7 +47,7 @@ def test_figures_of_every_stage_are_on_the_page(tmp_path: Path) -> None:
     (folder / "stage-01").mkdir()
     (folder / "stage-01" / "report.html").write_text("x")
     assert main(["report", str(folder)]) == 0
-    text = (folder / "report.html").read_text()
+    text = (folder / "report.html").read_text("utf-8")
     assert "3 of 4 stages of 9 steps, from <bdi>some/model</bdi>" in text
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", text)]
     assert cells[1] == ["1", "100", "80", "8", "25%", "0.3", "0.4", "20%", "12.5", "40.0"]
@@ -63,7 +63,7 @@ def test_figures_of_every_stage_are_on_the_page(tmp_path: Path) -> None:
 def test_a_run_that_learnt_nothing_says_so(tmp_path: Path) -> None:
     flat = {"reward": [0.3, 0.3], "equal_rewards": [0.99, 0.97], "steps": [0, 9]}
     folder = written(tmp_path / "c", [stage(0, training=flat, weights="same"), stage(1, weights="same")])
-    levels = verdict(curriculum_page(folder).read_text())
+    levels = verdict(curriculum_page(folder).read_text("utf-8"))
     said = " ".join(words for level, words in levels if level == "warning")
     assert "the policy is the same before and after training" in said
     assert "the reward did not rise" in said and "equal rewards for 97%" in said
@@ -73,7 +73,7 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path: Path) -> None:
         "warning",
         "the trainer left no training.json in {out}, so that reward and learning are not known (docs/curriculum.md has "
         "its form)",
-    ) in verdict(curriculum_page(silent).read_text())
+    ) in verdict(curriculum_page(silent).read_text("utf-8"))
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         tmp_path / "c", [stage(0, scores={odd: {"selected": 0.1, "pool": 0.0}})],
         settings={"train": {"steps": 9}, "sketch": {"model": odd}},
     )  # fmt: skip
-    text = curriculum_page(folder).read_text()
+    text = curriculum_page(folder).read_text("utf-8")
     assert "<script>" not in text and "\x1b" not in text and "&lt;script&gt;" in text
 
 

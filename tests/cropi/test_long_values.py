@@ -192,5 +192,7 @@ def test_paths_are_asked_about_in_words() -> None:
     """``Path.exists``, ``is_file`` and ``is_dir`` raise the system's errors, or take them for no."""
     root = Path(cropi.__file__).parent
     asked = re.compile(r"\.(exists|is_file|is_dir)\(\)")
-    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if asked.search(path.read_text())}
+    found = {
+        str(path.relative_to(root)) for path in root.rglob("*.py") if asked.search(path.read_text("utf-8"))
+    }
     assert found == {"atomic.py"}, found

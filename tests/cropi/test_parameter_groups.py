@@ -250,7 +250,7 @@ def test_the_table_the_page_and_the_command_line_show_them(
     assert [line for line in alone.splitlines() if line.startswith("groups")] == [
         f"groups        {one}" for one in shown
     ]
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text("utf-8")
     for v in range(2):
         assert all(f"<td>{value:.4f}</td>" in page for value in (*pool[v], *some[v]))
         assert f"<td>{(some - pool)[v].sum():+.4f}</td>" in page

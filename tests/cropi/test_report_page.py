@@ -194,7 +194,7 @@ def test_a_large_page_stays_small(tmp_path: Path) -> None:
     given = make_input(20000, sets=4)
     write_report(tmp_path / "r.html", given)
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
-    data = data_of((tmp_path / "r.html").read_text())
+    data = data_of((tmp_path / "r.html").read_text("utf-8"))
     assert len(data["columns"]["id"]) == 20000 and 200 < len(data["details"]) < 700
 
 

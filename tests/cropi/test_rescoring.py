@@ -280,9 +280,9 @@ def test_stages_keep_what_they_do_not_score(
     assert any(before is not None for before in later["before"])
     assert main(["info", str(bounded / "stage-02" / "anew.json")]) == 0
     assert f"stage 2 sketches {len(later['ids'])} prompts anew" in capsys.readouterr().out
-    text = (bounded / "report.md").read_text()
+    text = (bounded / "report.md").read_text("utf-8")
     assert "| scored anew |" in text and f"| {len(later['ids'])} of {len(sizes)} |" in text
-    assert "scored anew in stage 2" in (bounded / "report.html").read_text()
+    assert "scored anew in stage 2" in (bounded / "report.html").read_text("utf-8")
     assert "scored_at" not in read_scores(bounded / "stage-00" / "scores.parquet").rows[0].extra
 
 

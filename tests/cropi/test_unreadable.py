@@ -250,7 +250,9 @@ def test_folders_are_listed_by_what_raises_in_words() -> None:
     """``Path.glob`` and ``os.walk`` leave out what they cannot list."""
     silent = re.compile(r"\.r?glob\(|\bos\.walk\(|\biglob\(")
     root = Path(files.__file__).parent
-    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if silent.search(path.read_text())}
+    found = {
+        str(path.relative_to(root)) for path in root.rglob("*.py") if silent.search(path.read_text("utf-8"))
+    }
     assert found == {"files.py"}, found
 
 

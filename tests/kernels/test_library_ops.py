@@ -150,7 +150,7 @@ def test_schemas_say_what_is_written() -> None:
 def test_the_document_lists_every_operator() -> None:
     """docs/ops.md: the schemas as they are registered, and for each op a folder that has the files of its backends."""
     root = Path(cropi_kernels.__file__).parent
-    text = (Path(__file__).parents[2] / "docs" / "ops.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "ops.md").read_text("utf-8")
     assert re.findall(r"^cropi::.*$", text, re.MULTILINE) == sorted(operators().values())
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| `(\w+)` \| (.*?) \|$", text, re.MULTILINE)
     assert {row[0] for row in rows} == set(operators())

@@ -213,7 +213,7 @@ def test_a_stored_countsketch_of_version_1_is_refused() -> None:
 
 
 def test_the_document_is_of_this_version() -> None:
-    text = (FOLDER.parents[2] / "docs" / "sketch.md").read_text()
+    text = (FOLDER.parents[2] / "docs" / "sketch.md").read_text("utf-8")
     assert re.search(rf"^# The sketch, version {VERSION}$", text, re.MULTILINE)
     purposes = re.findall(r"\| ([A-Z_]+) \| (\d+) \|", text)
     assert len(purposes) == 11

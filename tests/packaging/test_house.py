@@ -41,11 +41,13 @@ def files(*suffixes: str) -> list[Path]:
 
 def test_tables_of_files_name_all_of_them() -> None:
     """Of a page's own folder, and of each folder that a heading above a table names."""
-    tables = [path for path in files(".md") if "\n| file | what it" in path.read_text()]
+    tables = [path for path in files(".md") if "\n| file | what it" in path.read_text("utf-8")]
     assert len(tables) == 2
     for path in tables:
         named: dict[Path, set[str]] = {}
-        for above, table in re.findall(r"(?s)(.*?)\n\| file \| what it(.*?\n)(?=\n|\Z)", path.read_text()):
+        for above, table in re.findall(
+            r"(?s)(.*?)\n\| file \| what it(.*?\n)(?=\n|\Z)", path.read_text("utf-8")
+        ):
             heading = re.findall(r"^### (\w+)$", above, re.M)
             rows = re.findall(r"^\| (`[^|]+) \|", table, re.M)
             names = {name.partition(".")[0] for row in rows for name in re.findall(r"`([^`]+)`", row)}
@@ -263,7 +265,7 @@ def test_version_has_one_source() -> None:
     holders = [
         path
         for path in files(".py", ".toml")
-        if re.search(r"(?m)^(__version__|version) = \"", path.read_text())
+        if re.search(r"(?m)^(__version__|version) = \"", path.read_text("utf-8"))
     ]
     assert holders == [KERNELS / "_version.py"]
 
@@ -305,7 +307,7 @@ def requirements() -> list[tuple[str, str]]:
 def pins(name: str) -> dict[str, set[str]]:
     """Package to its versions, of a constraints file."""
     found: dict[str, set[str]] = {}
-    for line in (ROOT / name).read_text().splitlines():
+    for line in (ROOT / name).read_text("utf-8").splitlines():
         if "==" in line:
             package, version = line.split(";")[0].strip().split("==")
             found.setdefault(package, set()).add(version)
@@ -320,7 +322,9 @@ def test_every_named_package_is_pinned() -> None:
 def test_what_a_missing_package_says_names_the_extra_that_brings_it() -> None:
     from cropi.errors import EXTRAS
 
-    needed = {m for path in files(".py") for m in re.findall(r'\boptional\(\s*"(\w+)', path.read_text())}
+    needed = {
+        m for path in files(".py") for m in re.findall(r'\boptional\(\s*"(\w+)', path.read_text("utf-8"))
+    }
     # The standard library's; what comes with its own installation, under the name it is imported by; and what no extra
     # brings alone: a table of rows needs no TRL.
     assert needed - EXTRAS.keys() == {"tomllib", "pandas", "tensordict", "vllm", "datasets"}
@@ -375,7 +379,9 @@ def test_no_file_is_longer_than_500_lines() -> None:
     sources = files(*SOURCE_SUFFIXES)
     assert len(sources) > 20
     long = {
-        str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) > 500
+        str(path.relative_to(ROOT)): n
+        for path in sources
+        if (n := len(path.read_text("utf-8").splitlines())) > 500
     }
     assert not long, f"one idea a file; split {long}"
 
@@ -385,7 +391,7 @@ def test_no_comment_has_had_code_wrapped_around_it() -> None:
     closing = r"^\s*[\])}]+[,:]?  # (?!fmt:|type:|noqa)"
     alone = r"= \(\n[^\n]*\S  # [^\n]*\n\s*\)$"  # one value in parentheses of its own
     wraps = re.compile(f"{closing}|{alone}", re.MULTILINE)
-    wrapped = [str(path.relative_to(ROOT)) for path in files(".py") if wraps.search(path.read_text())]
+    wrapped = [str(path.relative_to(ROOT)) for path in files(".py") if wraps.search(path.read_text("utf-8"))]
     assert not wrapped, wrapped
 
 
