@@ -123,9 +123,9 @@ def read_all(file: Path) -> None:
     for options in (
         {},
         {"confidence": 0.9},
-        {"method": "p_selected"},
-        {"per": "task"},
         {"method": "learnability"},
+        {"per": "task"},
+        {"method": "p_selected"},  # the last one has weights
     ):
         chosen = select(scores, Selecting(fraction=0.25, **options))
         assert len(set(chosen.ids)) == len(chosen.ids)

@@ -180,7 +180,7 @@ def test_kron_and_tensor() -> None:
 def test_vectors_are_not_overwritten(tmp_path: Path) -> None:
     """They are what another version of the package is held to: making them again must not be possible by accident."""
     script = tmp_path / "make.py"
-    script.write_text((FOLDER / "make.py").read_text())
+    script.write_bytes((FOLDER / "make.py").read_bytes())
 
     def make() -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
@@ -192,7 +192,8 @@ def test_vectors_are_not_overwritten(tmp_path: Path) -> None:
     )
     again = make()
     assert again.returncode != 0 and "Raise VERSION" in again.stderr
-    script.write_text(script.read_text().replace(f"VERSION = {VERSION}\n", f"VERSION = {VERSION + 1}\n"))
+    text = script.read_text("utf-8").replace(f"VERSION = {VERSION}\n", f"VERSION = {VERSION + 1}\n")
+    script.write_text(text, "utf-8")
     assert make().returncode == 0 and (tmp_path / f"sketch_v{VERSION + 1}.json").exists()
 
 
