@@ -27,6 +27,15 @@ def size(count: float) -> str:
     return _amount(count, _SIZES, 1.0)
 
 
+def counted(count: int, name: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "prompt"), counted(0, "response")
+    ('1 prompt', '0 responses')
+    """
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
 def setting(value: Any) -> str:
     """A JSON value: of a table its names and values, without those that are not set (None, NaN).
 

@@ -90,7 +90,7 @@ def test_text_of_a_table_that_is_not_utf8_costs_its_row_alone(
         assert told in capsys.readouterr().err
         assert main(["info", str(path), "--skip-bad"]) == 0
         out = capsys.readouterr().out
-        assert "1 prompts, 2 responses" in out and f"bad record    {told}" in out
+        assert "1 prompt, 2 responses" in out and f"bad record    {told}" in out
         prompts, errors = read_prompts(
             path, Tokenize(make_tokenizer(), 100, eos=False), Prompting(skip_bad=True)
         )
@@ -208,7 +208,7 @@ def test_half_a_surrogate_pair_is_no_character(tmp_path: Path, capsys: pytest.Ca
         assert main(["info", str(path)]) == 2
         assert "t.jsonl:1: \\ud800 is half of a surrogate pair" in capsys.readouterr().err
         assert main(["info", str(path), "--skip-bad"]) == 0
-        assert "1 prompts" in capsys.readouterr().out
+        assert "1 prompt" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")

@@ -412,7 +412,7 @@ def test_skip_bad_goes_on_and_says_what_was_left_out(
     assert "pass --skip-bad" not in shown
     assert f"{records[5]['id']}: token id 98" in shown
     assert cropi(f"info {tmp_path}/s") == 0
-    assert "skipped       1 prompts (too long)" in capsys.readouterr().out
+    assert "skipped       1 prompt (too long)" in capsys.readouterr().out
     assert cropi(f"info {made}/train.jsonl") == 0 and "40 prompts, 160 responses" in capsys.readouterr().out
 
 

@@ -220,7 +220,7 @@ def test_tables_with_columns_of_other_names(tmp_path: Path, capsys: pytest.Captu
         assert main([*words, *source]) == 2
         assert "another row with the id 'q2', at " in capsys.readouterr().err
         assert main([*words, *source, "--skip-bad"]) == 0
-        assert "left out      1 samples: 1 by form" in capsys.readouterr().out
+        assert "left out      1 sample: 1 by form" in capsys.readouterr().out
         assert [(group.id, group.responses) for group in read(out)] == [
             ("q0", ["0", "1"]), ("q1", ["2", "3"])
         ]  # fmt: skip

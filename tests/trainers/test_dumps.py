@@ -102,7 +102,7 @@ def test_unused_samples_are_left_out_and_counted(
     groups = list(read(tmp_path / "out.jsonl"))
     assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
     shown = capsys.readouterr().out
-    assert f"left out      1 samples: 1 by {reason}" in shown and f", {reason}: " in shown
+    assert f"left out      1 sample: 1 by {reason}" in shown and f", {reason}: " in shown
 
 
 def test_rows_of_verl_without_a_response_are_left_out(
@@ -193,7 +193,7 @@ def test_a_sample_with_a_number_that_is_not_finite_is_left_out_and_counted(
     groups = list(read(tmp_path / "out.jsonl"))
     assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
     shown = capsys.readouterr().out
-    assert "left out      1 samples: 1 by" in shown and message in shown
+    assert "left out      1 sample: 1 by" in shown and message in shown
 
 
 @pytest.mark.parametrize(("kind", "field", "value", "message"), BAD)
@@ -209,7 +209,7 @@ def test_a_bad_sample_is_named_and_can_be_skipped(
     assert converted(kind, tmp_path, content, "--skip-bad") == 0
     groups = list(read(tmp_path / "out.jsonl"))
     assert [group.size for group in groups] == [2, 1] and groups[1].rewards == [1.0]
-    assert "left out      1 samples: 1 by" in capsys.readouterr().out
+    assert "left out      1 sample: 1 by" in capsys.readouterr().out
 
 
 def test_lines_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +230,7 @@ def test_lines_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             assert main(words(kind, path, tmp_path / "out.jsonl")) == 2
             assert f"{path}:5" in capsys.readouterr().err
             assert main([*words(kind, path, tmp_path / "out.jsonl"), "--skip-bad"]) == 0
-            assert "left out      1 samples" in capsys.readouterr().out
+            assert "left out      1 sample" in capsys.readouterr().out
             assert [group.size for group in read(tmp_path / "out.jsonl")] == [2, 2]
 
 

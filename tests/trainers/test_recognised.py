@@ -172,7 +172,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "reward: is missing: the responses are not scored" in capsys.readouterr().err
     assert main(["info", str(path), "--skip-bad"]) == 0
     told = capsys.readouterr().out
-    assert "1 samples left out" in told and "left out    1 by reward, the first" in told
+    assert "1 sample left out" in told and "left out    1 by reward, the first" in told
 
 
 # ---------------------------------------------------------------------------------------------- prompts alone
@@ -365,7 +365,7 @@ def test_a_batch_finds_its_prompts_in_its_input(tmp_path: Path, capsys: pytest.C
     rows.append({"custom_id": "m1-9", "response": {"status_code": 500, "body": {}}, "error": {"code": "x"}})
     dump("openai", tmp_path, rows)
     assert main([*convert, "--dataset", str(write_lines(tmp_path / "in.jsonl", asked))]) == 0
-    assert "left out      1 samples: 1 by error" in capsys.readouterr().out
+    assert "left out      1 sample: 1 by error" in capsys.readouterr().out
     groups = {json.dumps(group.prompt): group for group in read(tmp_path / "o.jsonl")}
     assert groups.keys() == {json.dumps(messages(0)), json.dumps(messages(1))}
     group = groups[json.dumps(messages(0))]

@@ -128,7 +128,7 @@ def test_ids_of_responses_are_no_ids_of_prompts(tmp_path: Path, capsys: pytest.C
     with pytest.raises(CropiError, match=r"\(4 with one response; where .* --columns id=, .* others\)"):
         check_pool(scan(path), "rows")
     assert main(["info", str(path), "--columns", "id="]) == 0
-    assert "1 prompts, 4 responses, 1 prompts usable" in capsys.readouterr().out
+    assert "1 prompt, 4 responses, 1 prompt usable" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- no reward

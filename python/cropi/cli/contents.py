@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cropi.amounts import counted
 from cropi.bulk import check_bulk
 from cropi.errors import CropiError, printable
 from cropi.files import entries, is_file, is_there, reading, size_of
@@ -140,7 +141,9 @@ def describe_rows(path: str | Path) -> dict[str, Any] | None:
         return told([f"rows          {path}: the prompts of {count} rows of a matrix"], "rows", prompts=count)
     if {"id", "helpful", "harmful"} <= keys:
         count = sum(1 for _ in rows_without_checks(path))
-        return told([f"neighbours    {path}: of {count} validation prompts"], "neighbours", prompts=count)
+        return told(
+            [f"neighbours    {path}: of {counted(count, 'validation prompt')}"], "neighbours", prompts=count
+        )
     if "sketch" in keys and "id" in keys:
         count = sum(1 for _ in rows_without_checks(path))
         size = len(row["sketch"])
@@ -177,7 +180,7 @@ def _selection(path: Any, first: Mapping[str, Any], rows: Iterable[Any]) -> dict
     sets = list(first.get("scores") or [key for key in first if key.startswith("score[")])
     how = f" by {first['method']}" if "method" in first else ""
     return told(
-        [f"selection     {path}: {count} prompts{how}, best first: {', '.join(best)}"
+        [f"selection     {path}: {counted(count, 'prompt')}{how}, best first: {', '.join(best)}"
          + (", ..." if count > 5 else ""), f"sets          {', '.join(map(str, sets))}"],
         "selection", selected=count, method=first.get("method"), stage=first.get("stage"),
     )  # fmt: skip
@@ -207,7 +210,7 @@ def _run(path: Path) -> dict[str, Any]:
         )
     if is_file(path / SELECTED):
         facts["selected"] = sum(1 for _ in selected_rows(path / SELECTED))
-        lines.append(f"selected      {facts['selected']} prompts")
+        lines.append(f"selected      {counted(facts['selected'], 'prompt')}")
     else:
         lines.append("unfinished    nothing is selected yet; the same command goes on")
     rest = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from cropi.amounts import counted
 from cropi.cli.manners import tell
 from cropi.cli.parser import Parser, positive
 from cropi.files import is_folder, is_there
@@ -113,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
     left = Left(args.skip_bad)
     written = write_groups(args.out, groups_of(args.files, args.source, reading, left, print))
     print(
-        f"trajectories  {args.out}: {written.prompts} prompts, {written.responses} responses; token ids in "
-        f"{written.with_ids} records, log-probs in {written.with_logprobs}"
+        f"trajectories  {args.out}: {counted(written.prompts, 'prompt')}, {counted(written.responses, 'response')}; "
+        f"token ids in {written.with_ids} records, log-probs in {written.with_logprobs}"
     )
     tell(
         args, out=args.out, prompts=written.prompts, responses=written.responses, with_ids=written.with_ids,
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if left.counts:
         reasons = ", ".join(f"{count} by {name}" for name, count in sorted(left.counts.items()))
-        print(f"left out      {left.counts.total()} samples: {reasons}")
+        print(f"left out      {counted(left.counts.total(), 'sample')}: {reasons}")
         for error in left.first.values():
             print(printable(f"  the first   {error.where}: {error.problem}"))
     return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from cropi.amounts import duration, size
+from cropi.amounts import counted, duration, size
 
 if TYPE_CHECKING:
     import argparse
@@ -42,8 +42,8 @@ class Cost:
         """In words."""
         before = f" ({self.stored} more are stored already)" if self.stored else ""
         return (
-            f"{name:<13} {self.prompts} prompts{before}, {self.tokens:,} tokens, about {duration(self.seconds)} on "
-            f"this machine, {size(self.bytes)} of sketches"
+            f"{name:<13} {counted(self.prompts, 'prompt')}{before}, {self.tokens:,} tokens, about "
+            f"{duration(self.seconds)} on this machine, {size(self.bytes)} of sketches"
         )
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cropi.amounts import counted
 from cropi.cli import options
 from cropi.cli.parser import Parser
 
@@ -123,7 +124,7 @@ def _write(args: argparse.Namespace, selection: Selection, groups: PromptGroups 
             weights=selection.weights if form == "weights" else None,
         )  # fmt: skip
         print(
-            f"export        {count} {'weights' if form == 'weights' else 'prompts'} as {form}: {args.export}"
+            f"export        {counted(count, 'weight' if form == 'weights' else 'prompt')} as {form}: {args.export}"
         )
     if args.push_to_hub:
         from cropi.data.export import chosen_dataset
@@ -131,6 +132,5 @@ def _write(args: argparse.Namespace, selection: Selection, groups: PromptGroups 
 
         records = groups if groups is not None else ()
         rows = chosen_dataset(selection.ids, trajectories=records, dataset=args.dataset, id_key=args.id_key)
-        print(
-            f"pushed        {len(rows)} prompts: {push(rows, args.push_to_hub, private=args.private or None)}"
-        )
+        place = push(rows, args.push_to_hub, private=args.private or None)
+        print(f"pushed        {counted(len(rows), 'prompt')}: {place}")

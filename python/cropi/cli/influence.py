@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from cropi.amounts import counted
 from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.cli.parser import count
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.neighbours is not None:
         near = neighbours(train, valid, DEFAULT if args.k is None else args.k)
         write_neighbours(args.neighbours, near, valid)
-        print(f"neighbours    of {len(near)} validation prompts: {args.neighbours}")
+        print(f"neighbours    of {counted(len(near), 'validation prompt')}: {args.neighbours}")
     print(sure(scores))
     if scores.meta.get("groups") is not None:
         print(f"groups        {groups(scores)}")

@@ -10,7 +10,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cropi.amounts import setting
+from cropi.amounts import counted, setting
 from cropi.cli import options
 from cropi.cli.manners import tell
 from cropi.cli.parser import option_group
@@ -150,13 +150,13 @@ def _store(path: Path) -> dict[str, Any]:
     _print_settings(store.manifest)
     counts = Counter((row.status, row.reason if row.status != "ok" else "") for row in rows)
     for (status, reason), count in sorted(counts.items()):
-        print(f"{status:<13} {count} prompts{f' ({reason})' if reason else ''}")
+        print(f"{status:<13} {counted(count, 'prompt')}{f' ({reason})' if reason else ''}")
     if len(store) < store.expected:
         print(
             f"unfinished    {len(store)} of {store.expected} prompts; the same command goes on with the rest"
         )
     for name, count in sorted(Counter(row.set for row in rows if row.set).items()):
-        print(f"set           {printable(name)}: {count} prompts")
+        print(f"set           {printable(name)}: {counted(count, 'prompt')}")
     for row in rows:
         if row.status == FAILED:
             print(f"  failed      {printable(row.id)}: {row.reason}")
@@ -197,28 +197,28 @@ def _trajectories(args: argparse.Namespace) -> dict[str, Any]:
 
     path = args.path
     opened = options.opened(args, path)
-    counted = scan(read(opened, skip_bad=args.skip_bad, columns=args.columns, rewards=None))
+    found = scan(read(opened, skip_bad=args.skip_bad, columns=args.columns, rewards=None))
     print(
-        f"trajectories  {path}: {counted.prompts} prompts, {counted.responses} responses, "
-        f"{counted.usable} prompts usable"
+        f"trajectories  {path}: {counted(found.prompts, 'prompt')}, {counted(found.responses, 'response')}, "
+        f"{counted(found.usable, 'prompt')} usable"
     )
-    if counted.demonstrations:
+    if found.demonstrations:
         print(
-            f"no rewards    in {counted.demonstrations} records: demonstrations, for --estimator sft; name rewards in "
+            f"no rewards    in {found.demonstrations} records: demonstrations, for --estimator sft; name rewards in "
             "a column of another name with --columns"
         )
-    for reason, count in sorted(counted.without_gradient.items()):
-        hint = f"; {IDS_OF_RESPONSES}" if reason == ONE_RESPONSE and count == counted.prompts else ""
-        print(f"no gradient   {count} prompts: {reason}{hint}")
-    for name, count in sorted(counted.sets.items()):
-        print(f"set           {printable(name)}: {count} prompts")
-    print(f"token ids     in {counted.with_ids} records; log-probs in {counted.with_logprobs}")
-    for error in counted.bad:
+    for reason, count in sorted(found.without_gradient.items()):
+        hint = f"; {IDS_OF_RESPONSES}" if reason == ONE_RESPONSE and count == found.prompts else ""
+        print(f"no gradient   {counted(count, 'prompt')}: {reason}{hint}")
+    for name, count in sorted(found.sets.items()):
+        print(f"set           {printable(name)}: {counted(count, 'prompt')}")
+    print(f"token ids     in {found.with_ids} records; log-probs in {found.with_logprobs}")
+    for error in found.bad:
         print(f"bad record    {error.of_left_out}")
-    print(f"fingerprint   {counted.fingerprint}")
+    print(f"fingerprint   {found.fingerprint}")
     return {
-        "kind": "trajectories", "prompts": counted.prompts, "responses": counted.responses, "usable": counted.usable,
-        "demonstrations": counted.demonstrations, "without_gradient": dict(counted.without_gradient),
-        "sets": counted.sets, "with_ids": counted.with_ids, "with_logprobs": counted.with_logprobs,
-        "bad": [error.of_left_out for error in counted.bad], "fingerprint": counted.fingerprint,
+        "kind": "trajectories", "prompts": found.prompts, "responses": found.responses, "usable": found.usable,
+        "demonstrations": found.demonstrations, "without_gradient": dict(found.without_gradient),
+        "sets": found.sets, "with_ids": found.with_ids, "with_logprobs": found.with_logprobs,
+        "bad": [error.of_left_out for error in found.bad], "fingerprint": found.fingerprint,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cropi.amounts import counted
 from cropi.cli import exporting, options
 from cropi.cli.manners import tell
 from cropi.cli.parser import Parser
@@ -162,7 +163,7 @@ def show(selection: Selection, written: Written, groups: PromptGroups | None) ->
         f"selected      {len(selection.chosen)} of {len(scores.rows)} prompts by {selection.method}: {written.out}"
     )
     if selection.copies:
-        print(f"copies        {len(selection.copies)} prompts left out, near to a chosen one")
+        print(f"copies        {counted(len(selection.copies), 'prompt')} left out, near to a chosen one")
     for line in lines(scores, selection.chosen) if scores.contributions is not None else ():
         print(f"groups        {line}")
     if written.records:

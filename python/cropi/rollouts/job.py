@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cropi.amounts import counted
 from cropi.data.records import make_group
 from cropi.data.rewards import no_gradient_reason
 from cropi.errors import CropiError, RecordError, warn
@@ -57,10 +58,10 @@ class RolloutReport:
 
     def text(self) -> str:
         """For people, a few lines."""
-        lines = [f"records       {self.out}: {self.prompts} prompts"]
+        lines = [f"records       {self.out}: {counted(self.prompts, 'prompt')}"]
         if self.responses:
             rate = f", {self.tokens / self.seconds:.0f} tokens a second" if self.seconds > 0 else ""
-            lines.append(f"sampled       {self.responses} responses, {self.tokens} tokens{rate}")
+            lines.append(f"sampled       {counted(self.responses, 'response')}, {self.tokens} tokens{rate}")
             lines.append(
                 f"rewards       mean {self.mean_reward:.3g}; {self.mixed} prompts have different rewards, and so a "
                 f"gradient; {self.truncated} responses were cut"

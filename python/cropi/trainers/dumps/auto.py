@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi import options
+from cropi.amounts import counted
 from cropi.data.forms import parse_columns
 from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
@@ -151,11 +152,11 @@ class Dumps:
         counts = {"token ids": self.written.with_ids, "log-probs": self.written.with_logprobs}
         held = [name for name, count in counts.items() if count]
         some = f"{', '.join(held)}" if held else "text"
-        out = f"; {self.left.counts.total()} samples left out" if self.left.counts else ""
+        out = f"; {counted(self.left.counts.total(), 'sample')} left out" if self.left.counts else ""
         shown = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
         yield (
-            f"read as       {SOURCES[self.source].words}: {printable(shown)} ({self.written.prompts} prompts, "
-            f"{self.written.responses} responses; {some}{out})"
+            f"read as       {SOURCES[self.source].words}: {printable(shown)} "
+            f"({counted(self.written.prompts, 'prompt')}, {counted(self.written.responses, 'response')}; {some}{out})"
         )
         for name, error in self.left.first.items():
             count = self.left.counts[name]
