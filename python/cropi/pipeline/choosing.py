@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.checks import Checked, Setup, check
-from cropi.pipeline.lost import on_first, usable_stores, warn_lost
+from cropi.pipeline.lost import TooFewLeft, on_first, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.influence import NUMBERED, influence
@@ -26,6 +27,7 @@ from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import SELECTED, write_selection
 from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
+from cropi.store.rows import OK
 from cropi.store.shares import shared_job
 from cropi.store.store import SketchStore
 
@@ -65,7 +67,8 @@ def choose(
 
     Raises:
         CropiError: as by :func:`check`, before anything is sketched.
-        NothingToFollow: no validation set has a usable gradient, where ``setup.later``.
+        NothingToFollow: no validation set has a usable gradient, where ``setup.later``; or no training prompt has one,
+            where ``setup.least``.
         Interrupted: Ctrl-C; finished prompts are in the stores.
     """
     setup, who = setup or Setup(), ranks or Alone()
@@ -158,6 +161,12 @@ def conclude(
     """The last part of :func:`choose`: from the stores of all parts to the selection, and its files in ``folder``."""
     valid = [store for name, store in stores.items() if name != "train"]
     given = setup.influence
+    rows = stores["train"].rows() if setup.least else []
+    if setup.least and not any(row.status == OK for row in rows):
+        why = ", ".join(
+            f"{count} with {reason}" for reason, count in Counter(row.reason for row in rows).items()
+        )
+        raise TooFewLeft(f"none of the {len(rows)} training prompts has a usable gradient ({why})")
     if setup.later:
         valid, given, lost = usable_stores(valid, given)
         warn_lost(lost, setup.before)

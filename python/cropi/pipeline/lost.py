@@ -36,6 +36,10 @@ class NothingToFollow(CropiError):
     """No validation set is left to choose prompts for."""
 
 
+class TooFewLeft(NothingToFollow):
+    """Too few training prompts have a gradient, of those whose rewards differ: every token is clipped, say."""
+
+
 def usable_sets(groups: PromptGroups, minus: str | None = None) -> tuple[PromptGroups | None, dict[str, str]]:
     """Validation prompts without the sets of which none has a gradient by its rewards, and of these what is wrong, by
     name; None: no set is left but perhaps ``minus``, which counts against a prompt."""

@@ -119,9 +119,10 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
             their own; None: what the trainer gives to its own template.
         layout, tokens_per_batch: of the sketching passes.
         seed: of the stages' orders and of every draw; None: the trainer's.
-        on_nothing: a stage in which no prompt has a gradient: "error", or "keep" the prompts of the stage before, with
-            a warning. "auto": an error where all rewards are equal; kept where no reward function scored any response,
-            of which TRL warns too and trains on.
+        on_nothing: a stage after the first for which no prompt has a gradient, or fewer than a generation batch takes:
+            "error", or "keep" the prompts of the stage before, with a warning. "auto": an error where rewards are
+            equal; kept where gradients are zero though rewards differ, and where no reward function scored any
+            response, of which TRL warns too and trains on.
         live: choose by the sketches of the training steps themselves; None: by a scoring pass before every stage.
         keep_sketches: keep the sketches of every stage (``dim`` x 4 bytes a prompt) instead of removing them once the
             prompts are chosen.

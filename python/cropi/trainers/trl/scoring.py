@@ -27,10 +27,12 @@ from cropi.model.policy import Policy
 from cropi.option_fields import part_of
 from cropi.options import Choosing, Comparing, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
+from cropi.pipeline.lost import TooFewLeft
 from cropi.pipeline.rescoring import PLAN, Anew
 from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
+from cropi.ranking.selection_files import SELECTED
 from cropi.sketching.job import SketchJob
 from cropi.store.earlier import EARLIER
 from cropi.trainers.trl.options import KEYWORDS, Curriculum
@@ -88,6 +90,8 @@ def choose_prompts(
     Raises:
         NothingToSelect: all rewards are equal, prompt by prompt.
         NothingToFollow: no validation set has a usable gradient, where ``later``.
+        TooFewLeft: fewer than ``least`` prompts have one, though the rewards of so many differ; or whatever differs,
+            where ``on_nothing`` is "keep".
         CropiError: a validation set that nothing usable covers, no training prompt that the dataset knows, or bad
             records. Raised on every rank, before anything is sketched.
     """
@@ -129,6 +133,12 @@ def choose_prompts(
             raise
     if ranks.first and not options.keep_sketches:
         _clean(folder, but=() if anew is None else (TRAINING,))
+    # Rewards differ, and gradients are zero all the same (every token is clipped): a training does not end there.
+    if len(chosen) < least and (checked.usable >= least or options.on_nothing == "keep"):
+        raise TooFewLeft(
+            f"{len(chosen)} of the {checked.usable} prompts whose rewards differ have a gradient, and one generation "
+            f"batch takes {least}"
+        )
     size = checked.usable if options.pool == "usable" else checked.prompts
     wanted = options.count or math.floor(size * options.fraction + 1e-9)
     if ranks.first and len(chosen) > wanted:
@@ -226,8 +236,9 @@ def last_scored(folder: Path, before: int) -> Path | None:
 
 def forget_plan(folder: Path) -> None:
     """Of a stage that keeps its prompts: an attempt before a resume may have left a plan, and the next stage would look
-    for its sketches."""
-    (folder / PLAN).unlink(missing_ok=True)
+    for its sketches; a choice of too few prompts is not what is trained on."""
+    for name in (PLAN, SELECTED):
+        (folder / name).unlink(missing_ok=True)
 
 
 def forget_sketches(folder: Path, wanted: Iterable[int], before: int) -> None:

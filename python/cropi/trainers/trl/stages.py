@@ -28,7 +28,7 @@ from cropi.data.writers import replace_records
 from cropi.errors import CropiError, shown
 from cropi.files import entries, is_file, is_there, writing
 from cropi.model.policy import Policy
-from cropi.pipeline.lost import LEFT_OUT, NothingToFollow, usable_sets, without_minus
+from cropi.pipeline.lost import LEFT_OUT, NothingToFollow, TooFewLeft, usable_sets, without_minus
 from cropi.sealed import read_sealed, sealed
 from cropi.sketching.job import make_tokenize
 from cropi.store.differences import first_difference
@@ -332,6 +332,8 @@ class Stages(Recorder):
                 seed=self.seed, progress=not self.trainer.args.disable_tqdm,
             )  # fmt: skip
         except NothingToFollow as error:
+            if options.on_nothing == "error" and isinstance(error, TooFewLeft):
+                raise
             logger.warning("stage %d: %s; %s", stage, error, KEPT_PROMPTS)
             return self._kept(folder)
         except NothingToSelect as error:
@@ -339,14 +341,13 @@ class Stages(Recorder):
             if options.on_nothing == "error" or (options.on_nothing == "auto" and scored):
                 raise
             logger.warning("%s; %s", error, KEPT_PROMPTS)
-            kept = self._kept(folder)
-            return None if self._chosen is None else kept
+            return self._kept(folder)
 
-    def _kept(self, folder: Path) -> Chosen:
-        """The prompts of the stage before, for one that was not scored."""
+    def _kept(self, folder: Path) -> Chosen | None:
+        """The prompts of the stage before, for one that was not scored; None: that was the whole dataset."""
         if self.ranks.first:
             forget_plan(folder)
-        return Chosen(self._chosen or [], {"kept": True})
+        return None if self._chosen is None else Chosen(self._chosen, {"kept": True})
 
     def seconds(self) -> float:
         """Seconds of a stage's steps, by the steps since the last selection, or since this run went on; before there
