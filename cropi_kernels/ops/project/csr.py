@@ -163,7 +163,7 @@ def _given(
 def _dense(*args: Any) -> torch.Tensor:
     x, plan, offset, backend = _given(*args)
     y = x.values.new_empty(len(x.starts) - 1, plan.dim)
-    if _served_by_reference(x, plan, backend):
+    if _served_by_reference(x, backend):
         row, bucket, value = _pairs(x, plan, offset)
         y.zero_().index_put_((row, bucket), value, accumulate=True)
         return y.masked_fill_(~torch.isfinite(y).all(dim=1, keepdim=True), torch.nan)
@@ -176,7 +176,7 @@ def _entries(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     values, rows, most = x.values, len(x.starts) - 1, len(x.values) * plan.nnz
     y, count = values.new_empty(most), torch.zeros(rows, dtype=torch.int64, device=values.device)
     bucket = torch.empty(most, dtype=torch.int32, device=values.device)
-    if not _served_by_reference(x, plan, backend):
+    if not _served_by_reference(x, backend):
         _native_call(x, plan, offset, y, bucket, count)
         return bucket, y, count
     row, at, value = _pairs(x, plan, offset)
@@ -192,7 +192,7 @@ def _entries(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return bucket, y, count
 
 
-def _served_by_reference(x: CsrRows, spec: ProjectionSpec, backend: str | None) -> bool:
+def _served_by_reference(x: CsrRows, backend: str | None) -> bool:
     # The kernel serves every dtype of values: it sums float64 too.
     name = dispatch.choose(
         "project_csr", torch.empty(0, dtype=torch.float32, device=x.values.device), backend=backend,
