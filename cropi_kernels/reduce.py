@@ -7,6 +7,7 @@ import torch
 from . import philox as px
 from ._fork import one_thread_after_fork
 from ._spec_base import as_int, check_int
+from .ops._checks import check_floating
 from .spec import VERSION
 
 
@@ -26,8 +27,10 @@ def reduce_sketch(sketch: torch.Tensor, dim: int, *, seed: int = 0, version: int
         seed, version: those of the `SketchSpec`: sketches that are compared must be reduced alike.
 
     Raises:
-        ValueError: ``dim`` or the sketch's own size is not a power of two, or ``dim`` is the larger one.
+        ValueError: ``sketch`` is no dense tensor of floating-point numbers, ``dim`` or the sketch's own size is not a
+            power of two, or ``dim`` is the larger one.
     """
+    check_floating("sketch", sketch)
     one_thread_after_fork()
     n = sketch.shape[-1] if sketch.ndim else 0
     if n < 1 or n & (n - 1):

@@ -419,6 +419,10 @@ def test_compiles_whole() -> None:
             "head is torch.float32.*hidden is torch.bfloat16",
         ),
         ({"hidden": torch.zeros(4, 5, dtype=torch.int64)}, "hidden is torch.int64"),
+        (
+            {x: torch.zeros(n, 5, dtype=torch.float8_e4m3fn) for x, n in (("hidden", 4), ("head", 9))},
+            "hidden is torch.float8_e4m3fn: give float32",
+        ),
         ({"bias": torch.zeros(8)}, r"bias has shape \(8,\)"),
         ({"head": torch.zeros(9, 5, requires_grad=True)}, r"head requires a gradient.*head.detach\(\)"),
         ({"bias": torch.zeros(9, requires_grad=True)}, "bias requires a gradient"),

@@ -8,7 +8,7 @@ from ... import _native, dispatch, memory
 from ..._fork import one_thread_after_fork
 from ..._library import no_autocast, refuse_transforms
 from ..._spec_base import as_int, check_int
-from .._checks import check_plain
+from .._checks import check_floating, check_plain
 from . import chunks, ops
 from .contract import OnDlogits, OnGradient, Settings, Weigh, check_softcap, check_temperature
 
@@ -173,15 +173,14 @@ def _checked(
 ) -> Settings:
     """Everything that shapes and numbers alone decide, so that it also runs while a graph is traced."""
     one_thread_after_fork()
-    for name, x in (("hidden", hidden), ("head", head), ("targets", targets), ("bias", bias)):
+    check_floating("hidden", hidden)
+    for name, x in (("head", head), ("targets", targets), ("bias", bias)):
         if x is not None:
             check_plain(name, x)
     if hidden.ndim != 2:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}: give [N, D], hidden.reshape(-1, hidden.shape[-1])"
         )
-    if not hidden.dtype.is_floating_point:
-        raise ValueError(f"hidden is {hidden.dtype}: give float32, bfloat16, float16 or float64")
     if head.ndim != 2 or head.shape[1] != hidden.shape[1] or head.shape[0] < 1:
         raise ValueError(
             f"head has shape {tuple(head.shape)}: give [V, {hidden.shape[1]}] (hidden is {tuple(hidden.shape)})"
