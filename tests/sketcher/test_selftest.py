@@ -115,6 +115,24 @@ def test_healthy_models_pass(name: str, dtype: torch.dtype) -> None:
     assert "parameters right" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"), [("nan", torch.float32), ("inf", torch.float32), ("6e4", torch.float16)]
+)
+def test_a_model_that_is_not_finite_is_told_from_a_tap_that_is_wrong(value: str, dtype: torch.dtype) -> None:
+    """Its gradient is NaN by autograd too: what is named is the weight, and not every module of the model."""
+    model: Any = zoo.make("llama", dtype)
+    with torch.no_grad():
+        layer(model).mlp.down_proj.weight.fill_(float(value))
+        layer(model).mlp.up_proj.weight.mul_(1e3 if value == "6e4" else 1.0)
+    words = (
+        "are finite, so that a pass in float16 overflows: give the model in bfloat16 or float32"
+        if value == "6e4"
+        else r"holds NaN or infinity in model.layers.0.mlp.down_proj.weight, .* give one whose weights are finite"
+    )
+    with GradientSketcher(model, SPEC) as sketcher, pytest.raises(SelfTestError, match=words):
+        sketcher.check_model()
+
+
 def doubled(model: Any) -> None:
     layer(model).mlp.down_proj.register_forward_hook(lambda m, args, y: 2 * y)
 

@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..attach.attachment import Attachment
 from ..attach.coverage import UncoveredParameterError
@@ -30,6 +33,7 @@ from ..batch.segments import Segments
 from ..model.precision import unit_roundoff
 from ..model.ranks import Ranks, add_over_ranks
 from ..model.sharded import starting_over
+from ..model.spread import local
 from ..model.untouched import nothing_kept, thawed, untouched
 from ..taps.exact import nodes_behind
 from .formed_sums import FormedSums, TapGroups
@@ -159,7 +163,8 @@ def self_test(plan: Attachment, trial: Trial, others: Sequence[Comparison] = ())
     unused = [n for g in groups.taps for n in groups.names[g] if n not in held]
     wrong = [one for one in comparisons if not one.right]
     if wrong:
-        raise _error(wrong, trial.remedy, _instead(wrong, runs.reentry, model.training))
+        instead = _instead(wrong, runs.reentry, model.training)
+        raise _not_finite(model, wrong) or _error(wrong, trial.remedy, instead)
     reached = {name for one in comparisons if one.size > 0 for name in one.names}
     if problem := unreached(groups.taps, groups.names, frozen, reached):
         raise SelfTestError(problem)
@@ -372,6 +377,33 @@ def _instead(wrong: list[Comparison], reentry: bool, training: bool) -> str:
         return "turn gradient checkpointing off, or make it use_reentrant=False; or "
     return (
         "call model.eval(), since some models use weights in another way in train(); or " if training else ""
+    )
+
+
+def _not_finite(model: nn.Module, wrong: list[Comparison]) -> SelfTestError | None:
+    """The error of gradients that are NaN or infinite by autograd too, which say nothing of the taps; None if all are
+    finite."""
+    # The size of a comparison over frozen weights is that of the taps' gradient: another one of the name is autograd's.
+    finite = {name for one in wrong if math.isfinite(one.size) for name in one.names}
+    names = [name for one in wrong for name in one.names if name not in finite]
+    if not names:
+        return None
+    here: list[tuple[str, Any]] = [(name, local(p)) for name, p in model.named_parameters()]
+    broken = [name for name, p in here if not bool(p.isfinite().all())]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        why = (
+            f"the model holds NaN or infinity in {', '.join(broken[:3])}{more}, as after a training that diverged: "
+            "give one whose weights are finite"
+        )
+    else:
+        dtype = str(here[0][1].dtype).removeprefix("torch.")
+        why = (
+            f"the weights that are here are finite, so that a pass in {dtype} overflows: give the model in "
+            "bfloat16 or float32 (dtype=); verify=False leaves out this test"
+        )
+    return SelfTestError(
+        f"the gradient that autograd formed on a few tokens is not finite, of {names[0]} for example; {why}"
     )
 
 
