@@ -12,7 +12,7 @@ from cropi.data.forms import parse_columns
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, article, as_keywords, shown
-from cropi.files import path_of
+from cropi.files import check_ending, path_of
 from cropi.model.policy import Policy
 from cropi.option_fields import keywords_of, names_of, split
 from cropi.options import Influence, Loading, Selecting, Sketching
@@ -101,8 +101,7 @@ def score(
     choice, least, rest = _choice(rest)
     sketching, compare = split(rest, Sketching, Influence, also=(*names_of(Loading), *OF_CHOICE), by=score)
     job = make_job(sketching, (), None, behaviour_model=beta, notes={"model": policy.name})
-    if noise:
-        replace(job, noise=True)  # what does not go with it shows here
+    replace(job, noise=noise)  # what does not go with it shows here
     setup = Setup(job, compare, Selecting(fraction=1.0))  # nothing is chosen here, so no pool is too small
     train, valid = _opened(policy, sketching, train, source), _opened(policy, sketching, valid, source)
     folder = None if out is None else Path(out)
@@ -289,7 +288,7 @@ def write_report(
 
     Raises:
         CropiError: ``chosen`` is not a :class:`cropi.Selection`, ``train`` lacks a chosen prompt, bad records, or
-            a page that cannot be written.
+            a page that cannot be written, or whose path ends as another format does.
 
     >>> import numpy as np, tempfile
     >>> from cropi.store.rows import RowInfo
@@ -307,6 +306,7 @@ def write_report(
     from cropi.trainers.dumps import auto
 
     path = path_of(path, "path", "a file that ends in .html")
+    check_ending("path", path, (".html",))
     scores = chosen.scores
     groups: Iterable[PromptGroup] = ()
     if train is not None:

@@ -335,6 +335,16 @@ TOLD = {
 LINES = (".jsonl", ".ndjson", ".json", ".txt")
 
 
+def check_ending(name: str, path: str | Path, own: Sequence[str]) -> None:
+    """Check that a file that is written does not end as another format does: other readers would take it for that one.
+
+    Raises:
+        CropiError: names the option or argument, the path and the ending.
+    """
+    if (ending := Path(path).suffix.lower()) in TOLD and ending not in own:
+        raise CropiError(f"{name}: {path}: what is written is no {ending}; give a path that ends in {own[0]}")
+
+
 def check_outputs(
     outputs: Mapping[str, str | None],
     inputs: Mapping[str, Sequence[str | None]],
@@ -359,11 +369,8 @@ def check_outputs(
             check_home(path)
             if (other := taken.setdefault(os.path.realpath(path), f"{name} writes")) != f"{name} writes":
                 raise CropiError(f"{name}: {path} is the file that {other}; give another path")
-            own = (endings or {}).get(name)
-            if own and (ending := Path(path).suffix.lower()) in TOLD and ending not in own:
-                raise CropiError(
-                    f"{name}: {path}: what is written is no {ending}; give a path that ends in {own[0]}"
-                )
+            if own := (endings or {}).get(name):
+                check_ending(name, path, own)
             # Not MANIFEST of cropi.store, which imports torch.
             if is_file(Path(path).with_name("manifest.json")) and re.match(
                 r"manifest\.json|shard-\d+\.safetensors", Path(path).name

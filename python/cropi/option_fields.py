@@ -27,6 +27,7 @@ def option(
     flag: str | None = None,
     shown: str | None = None,
     many: bool = False,
+    table: str | None = None,
 ) -> Any:
     """A field of an options class.
 
@@ -41,6 +42,8 @@ def option(
         flag: the flag, where it is not the name with dashes.
         shown: how ``--help`` words the default, where ``str(default)`` does not say it.
         many: any number of values.
+        table: of NAME=VALUE words, what separates them in one text, or nothing where they are a list: Python may give a
+            dictionary in their place, as a config file a table.
     """
     about = {
         "help": help,
@@ -50,6 +53,7 @@ def option(
         "flag": flag,
         "shown": shown,
         "many": many,
+        "table": table,
     }
     if many:
         return field(default=tuple(default), metadata=about)
@@ -60,15 +64,41 @@ class Options:
     """What all option classes share: every value is checked when an instance is made."""
 
     def __post_init__(self) -> None:
+        for about in fields(self):  # type: ignore[arg-type]
+            mark, value = about.metadata.get("table"), getattr(self, about.name)
+            if mark is not None and isinstance(value, Mapping):
+                object.__setattr__(self, about.name, _words(about.name, value, mark))
+        # First, because "must be a string" does not say which ones there are: of dtype=torch.float16, for example.
+        for about in fields(self):  # type: ignore[arg-type]
+            _check_choice(about, getattr(self, about.name))
         check_fields(self)
         for about in fields(self):  # type: ignore[arg-type]
             _check(about, getattr(self, about.name))
 
 
+def _words(option: str, table: Mapping[Any, Any], mark: str) -> Any:
+    """A dictionary as the command line has it, so that a store does not tell one from the other."""
+    words = []
+    for name, value in table.items():
+        text = "" if value is None else str(value)
+        if mark and any(mark in part or "=" in str(name) for part in (str(name), text)):
+            raise CropiError(
+                f"{option}: {f'{name}={text}'!r} holds {mark!r} or '=', which separate names here"
+            )
+        words.append(f"{name}={text}")
+    return mark.join(words) if mark else words
+
+
+def _check_choice(about: Field[Any], value: Any) -> None:
+    choices = about.metadata.get("choices")
+    if not choices or (value is None and about.default is None):
+        return
+    if not isinstance(value, str) or value not in choices:
+        raise CropiError(f"{about.name} must be one of {', '.join(choices)}, got {value!r:.200}")
+
+
 def _check(about: Field[Any], value: Any) -> None:
-    name, kind, choices = about.name, about.metadata.get("kind"), about.metadata.get("choices")
-    if choices and value not in choices and not (value is None and about.default is None):
-        raise CropiError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    name, kind = about.name, about.metadata.get("kind")
     if value is None or kind is None:
         return
     if kind == "count" and value < 1:

@@ -15,6 +15,8 @@ from support.made_data import write_lines
 from cropi.cli import main
 from cropi.data.readers import HashedIds, read
 from cropi.errors import CropiError, RecordError
+from cropi.options import Sketching
+from cropi.rollouts.options import Prompting
 
 
 def made(source: Any, **options: Any) -> list[dict[str, Any]]:
@@ -163,6 +165,13 @@ def test_columns_are_named_and_misnamed() -> None:
     ):
         with pytest.raises(CropiError, match=words):
             made(rows, columns=columns)
+
+
+def test_columns_as_a_dictionary_are_the_same_option_as_its_text() -> None:
+    """So that a store of one goes on with the other."""
+    named = {"prompt": "q", "task": None}
+    for options in (Sketching, Prompting):
+        assert options(columns=named).columns == options(columns="prompt=q,task=").columns == "prompt=q,task="
 
 
 @pytest.mark.parametrize("kind", ["memory", "lines", "table"])

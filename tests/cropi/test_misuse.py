@@ -124,6 +124,13 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: cropi.score(model(), TRAIN, VALID, estimator="reinforce", behaviour_model=make_model(), **QUIET),
         "the estimator 'reinforce' has no ratio",
     ),
+    "score: dtype of torch": (
+        lambda: cropi.score("m", TRAIN, VALID, dtype=torch.float16), "auto, float32, .*, got torch.float16",
+    ),
+    "score: noise": (lambda: cropi.score(model(), TRAIN, VALID, noise="no"), "noise must be True or False, got 'no'"),  # type: ignore[arg-type]
+    "score: columns": (
+        lambda: cropi.score(model(), TRAIN, VALID, columns={"prompt": "a,b"}), "columns: 'prompt=a,b' holds ','",
+    ),
     "score: progress": (lambda: cropi.score(model(), TRAIN, VALID, progress="no"), "progress must be True or False"),
     "score: device": (lambda: cropi.score(model(), TRAIN, VALID, device="cpu"), "device='cpu' is for a model that"),
     "score: too long": (
@@ -171,12 +178,16 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "select: text": (lambda: cropi.select(scores(), "0.5"), "fraction must be a finite number, got '0.5'"),  # type: ignore[arg-type]
     "select: percent": (lambda: cropi.select(scores(), 20), r"fraction must be in \(0, 1\], got 20; 20 % is 0.2"),
     "select: method": (lambda: cropi.select(scores(), 1.0, method="best"), "method must be one of rrf"),
+    "select: no method": (lambda: cropi.select(scores(), 1.0, method=None), "method must be one of rrf.*, got None"),
     "select: nothing": (lambda: cropi.select(scores(), 0.01), "fraction 0.01 of a pool of 4 prompts chooses none"),
     "neighbours: paths": (lambda: cropi.neighbours("a", "b"), "train is a str"),  # type: ignore[arg-type]
     "neighbours: none": (lambda: cropi.neighbours(store(), []), "valid is empty"),
     "neighbours: k": (lambda: cropi.neighbours(store(), store(), 2.5), "k must be an integer"),  # type: ignore[arg-type]
     "neighbours: ids": (lambda: cropi.neighbours(store(), store(), ids="p1"), r"for one, write \['p1'\]"),
     "write_report: scores": (lambda: cropi.write_report(scores()), "chosen is a Scores: give a Selection"),  # type: ignore[arg-type]
+    "write_report: a pdf": (
+        lambda: cropi.write_report(scores().select(0.5), "page.pdf"), "page.pdf: what is written is no .pdf; .*html",
+    ),
     "write_report: records": (
         lambda: cropi.write_report(scores().select(0.5), train=VALID[:1]), "selected prompts are not in",
     ),
@@ -198,6 +209,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "Policy: order": (lambda: cropi.Policy(model(), model()), "the order is Policy"),
     "Scores: table": (lambda: cropi.Scores([], ["v"], [[1.0]], {}), "table is a list"),  # type: ignore[arg-type]
+    "Scores: save as csv": (lambda: scores().save("table.csv"), "table.csv: what is written is no .csv; .*parquet"),
     "Scores: rows": (lambda: cropi.Scores(3, ["v"], T.numpy(), {}), "rows is of type int"),  # type: ignore[arg-type]
     "Scores: set": (lambda: scores().top("math", 5), "set is 'math': give one of 'valid'"),
     "Scores: n for the set": (lambda: scores().top(3), "set is 3: give one of 'valid'; n=3 is how many"),  # type: ignore[arg-type]

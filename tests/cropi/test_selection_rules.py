@@ -96,6 +96,8 @@ def test_quotas_are_kept_and_the_rest_goes_by_rank() -> None:
     half = select(scores, count=8, quota=["a=0.5"])
     assert Counter(scores.rows[i].task for i in half.chosen) == {"a": 4, "c": 4}
     two = select(scores, count=8, quota=["a=1", "b=3"])
+    assert select(scores, count=8, quota={"a": 0.5}).ids == half.ids  # in Python, as a config's table
+    assert select(scores, count=8, quota={"a": 1, "b": np.int64(3)}).ids == two.ids
     assert Counter(scores.rows[i].task for i in two.chosen) == {"a": 1, "b": 3, "c": 4}
     assert {"07", "13", "12", "11"} < set(two.ids)  # the best of each
     none = select(scores, count=8, quota=["c=0"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cropi.checked import fits
 from cropi.errors import CropiError, article, optional
-from cropi.files import is_file, path_of
+from cropi.files import check_ending, is_file, path_of
 from cropi.ranking.table_rows import values_of
 from cropi.store.rows import RowInfo
 
@@ -117,11 +117,13 @@ class Scores:
         """Write the table as parquet, for :meth:`open`, `cropi select` and other readers.
 
         Raises:
-            CropiError: the file cannot be written.
+            CropiError: the path ends as another format does, or the file cannot be written.
         """
         from cropi.ranking.table import write_scores
 
-        write_scores(path_of(path, "path", "a file that ends in .parquet"), self)
+        path = path_of(path, "path", "a file that ends in .parquet")
+        check_ending("path", path, (".parquet",))
+        write_scores(path, self)
 
     @classmethod
     def summed(cls, several: Sequence[Scores], weights: Sequence[float] | None = None) -> Scores:
