@@ -419,11 +419,12 @@ def test_skip_bad_goes_on_and_says_what_was_left_out(
 # Runs the command in forked children, so that everything is imported once. The first child is killed when a shard is
 # there, the second one gets Ctrl-C after one more; each prints its exit status.
 STOPPER = """
-import os, signal, sys, time
+import gc, os, signal, sys, time
 import torch, transformers
 import cropi.sketching.run, cropi.model.load
 from cropi.cli import main
 out, words = sys.argv[1], sys.argv[2:]
+gc.freeze()  # a child that collects garbage would go through all modules
 
 def shards():
     return len([n for n in os.listdir(out) if n.endswith(".sha256")]) if os.path.isdir(out) else 0

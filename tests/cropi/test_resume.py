@@ -66,7 +66,7 @@ def test_a_resumed_store_has_the_same_bits(
 # The process that runs the tests may ignore signals (nohup, a shell's background job), which its children inherit. The
 # jobs are forks, since to import what they need takes longer than they do.
 STOPPED = """
-import os, signal, sys, time
+import gc, os, signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {path!r}
@@ -85,13 +85,14 @@ def slow(*args, **kwargs):
 GradientSketcher.policy_gradient = slow
 torch.set_num_threads(1)
 policy = Policy(make_model(), make_tokenizer())
+gc.freeze()  # a child that collects garbage would go through all modules
 for out in sys.argv[2:]:
     child = os.fork()
     if child == 0:
         print(os.getpid(), flush=True)
         job = SketchJob([sys.argv[1]], out, SketchSpec(dim=1024), tokens_per_batch=60)
         print("interrupted", sketch(policy, job, progress=False).interrupted, flush=True)
-        sys.exit()
+        os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     print("ended", flush=True)
 """

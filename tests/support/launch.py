@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -55,7 +56,8 @@ def on_ranks(worker: Path, *words: str, ranks: int = 2, seconds: float = 900) ->
 def fork_ranks(folder: Path, worker: str) -> None:
     """Every rank with files of its own for what it prints; ``RANK.failed`` are the errors of one that failed."""
     runpy.run_path(worker, run_name="imported")
-    importlib.import_module("transformers.modeling_utils")  # else as the first model is made
+    importlib.import_module("transformers.models.llama.modeling_llama")  # else as the first model is made
+    gc.freeze()  # a rank that collects garbage would go through all modules
     children = {}
     for rank in range(int(os.environ["WORLD_SIZE"])):
         child = os.fork()
@@ -66,7 +68,9 @@ def fork_ranks(folder: Path, worker: str) -> None:
         for to, end in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{rank}.{end}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), to)
         runpy.run_path(worker, run_name="__main__")
-        return
+        sys.stdout.flush()
+        # To take apart all that was imported is half a second a rank.
+        os._exit(0)
     while children:
         child, status = os.wait()
         rank = children.pop(child)
