@@ -12,9 +12,11 @@ from inspect import signature
 from typing import Any, TypeVar
 
 from cropi.checked import check_fields
-from cropi.errors import CropiError, article, did_you_mean
+from cropi.errors import CropiError, article, did_you_mean, shown
 
 T = TypeVar("T")
+# Options of NAME=VALUE words, and what separates their parts: in names, and in values.
+MARKS = {"groups": ("=", ","), "quota": ("", ""), "columns": ("=,", ",")}
 
 
 def option(
@@ -27,7 +29,7 @@ def option(
     flag: str | None = None,
     shown: str | None = None,
     many: bool = False,
-    table: str | None = None,
+    table: bool = False,
 ) -> Any:
     """A field of an options class.
 
@@ -42,8 +44,8 @@ def option(
         flag: the flag, where it is not the name with dashes.
         shown: how ``--help`` words the default, where ``str(default)`` does not say it.
         many: any number of values.
-        table: of NAME=VALUE words, what separates them in one text, or nothing where they are a list: Python may give a
-            dictionary in their place, as a config file a table.
+        table: Python may give a dictionary in the place of its NAME=VALUE words, as a config file a table; its name is
+            one of :data:`MARKS`.
     """
     about = {
         "help": help,
@@ -65,9 +67,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for about in fields(self):  # type: ignore[arg-type]
-            mark, value = about.metadata.get("table"), getattr(self, about.name)
-            if mark is not None and isinstance(value, Mapping):
-                object.__setattr__(self, about.name, _words(about.name, value, mark))
+            name, value = about.name, getattr(self, about.name)
+            if about.metadata.get("table") and isinstance(value, Mapping):
+                table = {str(key): ["" if held is None else str(held)] for key, held in value.items()}
+                object.__setattr__(self, name, words_of(name, table))
         # First, because "must be a string" does not say which ones there are: of dtype=torch.float16, for example.
         for about in fields(self):  # type: ignore[arg-type]
             _check_choice(about, getattr(self, about.name))
@@ -76,17 +79,20 @@ class Options:
             _check(about, getattr(self, about.name))
 
 
-def _words(option: str, table: Mapping[Any, Any], mark: str) -> Any:
-    """A dictionary as the command line has it, so that a store does not tell one from the other."""
-    words = []
-    for name, value in table.items():
-        text = "" if value is None else str(value)
-        if mark and any(mark in part or "=" in str(name) for part in (str(name), text)):
-            raise CropiError(
-                f"{option}: {f'{name}={text}'!r} holds {mark!r} or '=', which separate names here"
-            )
-        words.append(f"{name}={text}")
-    return mark.join(words) if mark else words
+def words_of(option: str, table: Mapping[str, Sequence[str]]) -> Any:
+    """A table of NAME=VALUE,... as the words of an option of :data:`MARKS`, so that a store does not tell one from the
+    other; columns are one word.
+
+    Raises:
+        CropiError: a name or a value holds what would separate it.
+    """
+    words, (in_names, in_values) = [], MARKS[option]
+    for name, parts in table.items():
+        for text, marks in ((name, in_names), *((part, in_values) for part in parts)):
+            if odd := [mark for mark in marks if mark in text]:
+                raise CropiError(f"{option}: {shown(text)} holds {odd[0]!r}, which separates names here")
+        words.append(f"{name}={','.join(parts)}")
+    return ",".join(words) if option == "columns" else words
 
 
 def _check_choice(about: Field[Any], value: Any) -> None:

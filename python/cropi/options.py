@@ -169,7 +169,7 @@ class Tokens(Options):
 
     columns: str | None = option(
         None, "names of the columns, where they are other ones: prompt=question,response=answer,reward=score",
-        metavar="NAME=COLUMN,...", shown="the names of the record", table=",",
+        metavar="NAME=COLUMN,...", shown="the names of the record", table=True,
     )  # fmt: skip
     chat_template: str = option(
         "auto",
@@ -374,7 +374,7 @@ class Choosing(Options):
         metavar="NAME=NUMBER",
         shown="none",
         many=True,
-        table="",
+        table=True,
     )
     min_score: float | None = option(
         None, "choose no prompt whose highest score is below this", kind="number", shown="no bound"

@@ -335,6 +335,9 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     fails("quota: 'sum1' is to give 29 prompts, but", "--count", 30, "--quota", "sum1=29")
     fails("fraction 0.03 of groups of at most 20 prompts chooses none", "--per", "task", "--fraction", 0.03)
     fails("quota: there is no file 'other.jsonl'", "--per", "file", "--quota", "other.jsonl=0.5")
+    plain = write_lines(tmp_path / "plain.jsonl", [{**record, "task": None} for record in make_records(40)])
+    for options in (("--per", "task"), ("--quota", "sum1=0.5"), ("--per", "task", "--limit", 30)):
+        fails("but no prompt names its task", *options, train=plain)
     fails("noise is drawn where scores are resampled, and draws is 0", "--noise", "--draws", 0)
     fails("minus: there is no validation set 'yy'; did you mean 'y'", "--minus", "yy")
     fails("minus: 'good' is the only validation set", "--minus", "good", valid=good)

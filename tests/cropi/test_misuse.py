@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "score: noise": (lambda: cropi.score(model(), TRAIN, VALID, noise="no"), "noise must be True or False, got 'no'"),  # type: ignore[arg-type]
     "score: columns": (
-        lambda: cropi.score(model(), TRAIN, VALID, columns={"prompt": "a,b"}), "columns: 'prompt=a,b' holds ','",
+        lambda: cropi.score(model(), TRAIN, VALID, columns={"prompt": "a,b"}), "columns: 'a,b' holds ','",
     ),
     "score: progress": (lambda: cropi.score(model(), TRAIN, VALID, progress="no"), "progress must be True or False"),
     "score: device": (lambda: cropi.score(model(), TRAIN, VALID, device="cpu"), "device='cpu' is for a model that"),

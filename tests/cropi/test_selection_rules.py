@@ -160,17 +160,19 @@ def test_apportionment_adds_up_and_is_off_by_less_than_one(seed: int) -> None:
     assert sum(held.values()) == min(n, sum(most.values())) and all(held[k] <= most[k] for k in held)
 
 
-def test_a_store_without_file_names_says_so() -> None:
-    with pytest.raises(CropiError, match="does not name the file it came from"):
+def test_a_store_without_the_names_of_groups_says_so() -> None:
+    with pytest.raises(CropiError, match="the row of '00' does not name the file it came from"):
         select(table_of(range(10)), per="file")
+    for given in ({"per": "task"}, {"quota": ["a=3"]}):
+        with pytest.raises(CropiError, match="no prompt names its task; name the column .*task=NAME"):
+            select(table_of(range(10)), fraction=0.5, **given)  # type: ignore[arg-type]
 
 
 def test_classic_fusion_takes_whole_lists_and_sixty() -> None:
     table = np.array([[9.0, 0.0], [8.0, 8.0], [0.0, 9.0], [1.0, 1.0]])
-    ids = list("abcd")
     # Ranks: a 1, 4; b 2, 2; c 4, 1; d 3, 3. Equal values go by id.
     expected = [1 / 61 + 1 / 64, 2 / 62, 1 / 64 + 1 / 61, 2 / 63]
-    np.testing.assert_allclose(fuse_ranks(table, ids, None, 60.0), expected, rtol=1e-15)
+    np.testing.assert_allclose(fuse_ranks(table, list("abcd"), None, 60.0), expected, rtol=1e-15)
     scores = table_of(table)
     assert select(scores, count=1).ids == ["00"]  # CROPI's: first of one list
     assert select(scores, count=3, method="rrf_classic").ids == ["01", "00", "02"]  # 2/62 > 1/61 + 1/64
@@ -451,7 +453,7 @@ def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_pool_without_a_usable_prompt_gives_nothing() -> None:
-    nothing = table_of(np.full(4, np.nan))
+    nothing = table_of(np.full(4, np.nan), tasks="abab")
     for options in ({}, {"method": "random"}, {"draw": "soft"}, {"method": "learnability"}, {"per": "task"}):
         assert select(nothing, fraction=0.5, **options).ids == []  # type: ignore[arg-type]
     with pytest.raises(CropiError, match="the highest is -inf"):

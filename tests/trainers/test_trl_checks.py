@@ -91,8 +91,12 @@ def test_choices_that_cannot_be_made_are_errors_before_the_first_stage() -> None
     for told, options in (
         ("quota: there is no task 'sum'; .*there are '3', 'sums'$", {"quota": ["sum=0.5"]}),
         (
-            "quota: there is no task 'sums'; there are ''$",
+            "but no prompt names its task; name the column",
             {"quota": ["sums=1"], "recording": Recording(columns=())},
+        ),
+        (
+            "but no prompt names its task; name the column",
+            {"per": "task", "recording": Recording(columns=())},
         ),
         ("add up to 1.2", {"quota": ["sums=0.6", "3=0.6"]}),
         ("is not NAME=NUMBER", {"quota": ["sums"]}),

@@ -15,15 +15,12 @@ from typing import Any
 from cropi.cli.parser import Parser
 from cropi.errors import CropiError, did_you_mean, optional, printable, shown
 from cropi.files import check_name, meant, reading
+from cropi.option_fields import MARKS, words_of
 
 # Options that make no sense inside a config file.
 UNUSABLE = ("config", "help", "dry_run", "json", "quiet", "verbose", "debug")
 # What says nothing about the result.
 NOT_KEPT = (*UNUSABLE, "progress")
-# Options whose values are NAME=VALUE, which a file may give as a table.
-NAMED = ("groups", "quota", "columns")
-# What separates their parts: in names, and in values.
-MARKS = {"groups": ("=", ","), "quota": ("", ""), "columns": ("=,", ",")}
 CONFIG = "config.yaml"
 MOST_VALUES = 10_000
 LARGEST = 2**20  # bytes
@@ -36,9 +33,9 @@ FILES = ("FILE", "FOLDER", "PATH")
 def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:
     """Set the options that the file ``args.config`` gives and the command line does not.
 
-    Keys are the long option names, with ``-`` or ``_``; tables group them freely (``[sketch]`` / ``dim =
-    4096``), but those of :data:`NAMED`, which are values (``[groups]`` / ``mlp = ["*mlp*"]``), and those named in
-    ``tables``, which become attributes of ``args`` as they are.
+    Keys are the long option names, with ``-`` or ``_``; tables group them freely (``[sketch]`` / ``dim = 4096``), but
+    those of :data:`~cropi.option_fields.MARKS`, which are values (``[groups]`` / ``mlp = ["*mlp*"]``), and those named
+    in ``tables``, which become attributes of ``args`` as they are.
 
     Raises:
         CropiError: no such file, not TOML or YAML, or a key that is not an option, which is named with the nearest one.
@@ -247,7 +244,7 @@ def _flat(path: Path, values: Any) -> dict[str, Any]:
         if not isinstance(key, str):  # YAML reads `no:` and `1:` as a truth value and a number
             raise CropiError(f"{path}: the key {shown(key)} is not a string; put it into quotes")
         own = key.replace("-", "_")
-        if isinstance(value, dict) and own in NAMED:
+        if isinstance(value, dict) and own in MARKS:
             value = _pairs(path, own, value)
         for name, inner in _flat(path, value).items() if isinstance(value, dict) else [(own, value)]:
             if name in flat:
@@ -257,24 +254,20 @@ def _flat(path: Path, values: Any) -> dict[str, Any]:
 
 
 def _pairs(path: Path, option: str, table: dict[Any, Any]) -> Any:
-    """A table as the words of an option of :data:`NAMED`.
+    """A table as the words of an option of :data:`~cropi.option_fields.MARKS`.
 
     Raises:
         CropiError: a name or a value that is no text and no number, or holds what would separate it.
     """
-    words = []
+    texts: dict[str, list[str]] = {}
     for name, value in table.items():
         if not isinstance(name, str):
             raise CropiError(
                 f"{path}: the key {shown(name)} in {option!r} is not a string; put it into quotes"
             )
-        parts = [
-            _word(path, f"{option}.{name}", one) for one in (value if isinstance(value, list) else [value])
-        ]
-        for text, marks in ((name, MARKS[option][0]), *((part, MARKS[option][1]) for part in parts)):
-            if odd := [mark for mark in marks if mark in text]:
-                raise CropiError(
-                    f"{path}: {option}: {shown(text)} holds {odd[0]!r}, which separates names here"
-                )
-        words.append(f"{name}={','.join(parts)}")
-    return ",".join(words) if option == "columns" else words
+        values = value if isinstance(value, list) else [value]
+        texts[name] = [_word(path, f"{option}.{name}", one) for one in values]
+    try:
+        return words_of(option, texts)
+    except CropiError as error:
+        raise CropiError(f"{path}: {error}") from None

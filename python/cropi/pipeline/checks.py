@@ -21,6 +21,7 @@ from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.rule import grouped_by
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
+from cropi.ranking.shares import check_named
 from cropi.ranking.uncertainty import one_alone
 from cropi.ranking.values import check_rewards
 from cropi.sketching.job import SketchJob, make_job
@@ -153,10 +154,12 @@ def check(
         _warn_repeated(whole_sets)
         _warn_shared(mine.groups, pool, list(whole_sets.values()), known)
     most = job.limit or pool.prompts
-    whole = {"task": pool.by_task, "file": pool.by_file} if most >= pool.prompts else {}
+    groups = {"task": pool.by_task, "file": pool.by_file}.get(by := grouped_by(setup.selecting))
+    if groups is not None:
+        check_named(groups, by)
     check_selecting(
         setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
-        groups=whole.get(grouped_by(setup.selecting)), least=setup.least, draws=given.draws,
+        groups=groups if most >= pool.prompts else None, least=setup.least, draws=given.draws,
         alone=(alone := one_alone(sizes, given.max_valid)),
     )  # fmt: skip
     for part in (*parts, mine):

@@ -15,7 +15,7 @@ import numpy as np
 
 from cropi.errors import CropiError
 from cropi.options import Selecting
-from cropi.ranking.shares import apportion, how_many, left_by, part_of, read_quotas, with_quotas
+from cropi.ranking.shares import apportion, check_named, how_many, left_by, part_of, read_quotas, with_quotas
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import (
     FROM_SCORES,
@@ -33,21 +33,14 @@ _OF_SCORES = (*FROM_SCORES, "p_selected")
 
 
 def groups_of(rows: Sequence[RowInfo], places: np.ndarray, per: str) -> list[str]:
-    """The names of the groups that some prompts belong to: of their tasks or files.
+    """The names of the groups that some prompts belong to: of their tasks or files; "" for none.
 
     Raises:
-        CropiError: a row does not name its file.
+        CropiError: as :func:`cropi.ranking.shares.check_named`.
     """
-    names = values_of(rows, per, places)
-    if per == "task":
-        return [name or "" for name in names]
-    if None in names:
-        row = rows[int(places[names.index(None)])]
-        raise CropiError(
-            f"per: the row of {row.id!r:.100} does not name the file it came from (it came from "
-            "memory); make the store again from files, or choose per task"
-        )
-    return [str(name) for name in names]
+    names = [name or "" for name in values_of(rows, per, places)]
+    check_named(set(names), per, lambda: f"the row of {rows[int(places[names.index('')])].id!r:.100}")
+    return names
 
 
 def _places_by(names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -29,9 +29,9 @@ from cropi.files import is_folder
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
-from cropi.ranking.rule import Rule, shared_out
+from cropi.ranking.rule import Rule, grouped_by, shared_out
 from cropi.ranking.scores import Scores
-from cropi.ranking.shares import how_many, read_quotas
+from cropi.ranking.shares import check_named, how_many, read_quotas
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import SCORE_AGAIN, check_rewards, order_of, students_quantile
 
@@ -288,6 +288,7 @@ def check_selecting(
     if groups is not None:
         some = {name: good for name, (_, good) in groups.items() if good}
         sizes = {name: every for name, (every, _) in groups.items()} if given.pool == "all" else some
+        check_named(groups, grouped_by(given))
         shared_out(given, sizes, some, least)
     for name, used in (
         ("method p_selected", given.method == "p_selected"), ("draw p_selected", given.draw == "p_selected"),

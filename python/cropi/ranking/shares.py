@@ -9,7 +9,7 @@ its own number of prompts. Quotas name groups and what part of the selection, or
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from cropi.errors import CropiError, did_you_mean
 
@@ -102,6 +102,32 @@ def read_quotas(quotas: Sequence[str]) -> dict[str, float]:
     if (total := sum(value for value in read.values() if isinstance(value, float))) > 1 + 1e-9:
         raise CropiError(f"quota: the shares add up to {total:g}, more than the whole selection")
     return read
+
+
+def check_named(groups: Collection[str], per: str, first: Callable[[], str] = lambda: "a prompt") -> None:
+    """Check that prompts name the groups that shares are fixed for: every one its file, and one of them its task.
+
+    Where no prompt names a task, the whole pool would be one group, which is what was not asked for.
+
+    Args:
+        groups: their names; "" stands for prompts that name none.
+        per: "task" or "file".
+        first: words for the first prompt that names none.
+
+    Raises:
+        CropiError: they do not.
+    """
+    if per == "file" and "" in groups:
+        raise CropiError(
+            f"per: {first()} does not name the file it came from (it came from memory); make the store again from "
+            "files, or choose per task"
+        )
+    if per == "task" and set(groups) == {""}:
+        raise CropiError(
+            "shares were to be fixed for every task (per task, or a quota), but no prompt names its task; name the "
+            "column that holds it where records are read (--columns task=NAME), or choose from the whole pool or per "
+            "file"
+        )
 
 
 def check_groups(quotas: Mapping[str, float], known: Collection[str], per: str) -> None:

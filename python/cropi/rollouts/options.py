@@ -43,7 +43,7 @@ class Prompting(Options):
 
     columns: str | None = option(
         None, "names of the columns, where they are other ones: prompt=question,answer=reward_model.ground_truth",
-        metavar="NAME=COLUMN,...", shown="prompt, answer, id", table=",",
+        metavar="NAME=COLUMN,...", shown="prompt, answer, id", table=True,
     )  # fmt: skip
     system: str | None = option(
         None, "a system message in front of prompts that have none", metavar="TEXT", shown="none"

@@ -15,7 +15,15 @@ from cropi.data.prompt_ids import column_values
 from cropi.data.scan import Scan
 from cropi.errors import CropiError
 from cropi.files import check_room
-from cropi.ranking.shares import check_groups, check_rest, how_many, left_by, numbers_of, read_quotas
+from cropi.ranking.shares import (
+    check_groups,
+    check_named,
+    check_rest,
+    how_many,
+    left_by,
+    numbers_of,
+    read_quotas,
+)
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.sampler import check_enough
 from cropi.trainers.trl.scoring import _evaluating
@@ -184,16 +192,17 @@ def _check_choice(trainer: Any, options: Curriculum) -> None:
             f"count {options.count} is more than the {most} prompts that the first stage records, and later stages "
             "choose among these; lower it, make stage_steps larger, or give trajectories as train"
         )
-    if not options.quota:
-        return
     quotas = read_quotas(options.quota)
     batch = int(trainer.args.generation_batch_size // trainer.num_generations)
     n = options.count or how_many(options.fraction, most, batch)
     counts, taken = numbers_of(n, quotas)
-    if options.per == "file":
+    if options.per == "file" or (options.per == "pool" and not quotas):
         return
     _, [values] = column_values(dataset, "task") if "task" in options.recording.columns else ([], [None])
     tasks = Counter("" if value is None else str(text_value(value, "task")) for value in values or [None])
+    check_named(tasks, "task")
+    if not quotas:
+        return
     check_groups(quotas, tasks, "task")
     # A fraction of the prompts with a gradient is of a number that is not known yet, and so are shares of it.
     known = options.count is not None or options.pool == "all"
