@@ -18,6 +18,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def _interpreter_reason(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Triton's interpreter holds bfloat16 as integers of 16 bits: it multiplies, adds and compares those, without an
+    error. An emulator that stands in for it has no such variable set."""
+    wrong = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    if wrong and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return (
+            "Triton's interpreter (TRITON_INTERPRET is set) computes bfloat16 wrongly, without an error: give float32 or "
+            "float16, or unset TRITON_INTERPRET and use a GPU"
+        )
+    return None
+
+
 @functools.cache
 def _device_reason(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
@@ -44,7 +56,7 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
             )
     device = tensors[0].device if tensors else torch.device("cuda")
     if device.type == "cpu" and interpreting():
-        return None
+        return _interpreter_reason(tensors)
     if device.type != "cuda":
         return f"the tensor is on {device}, not on a CUDA device"
     if torch.version.cuda is None:

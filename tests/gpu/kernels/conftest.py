@@ -1,7 +1,7 @@
 """Triton kernels on CPU tensors, in one of two ways. A process can have but one, so test_gpu_kernels.py starts one
 for each:
 
-- `TRITON_INTERPRET=1`: Triton's interpreter, in float32 and float16 (it computes bfloat16 wrongly without an error):
+- `TRITON_INTERPRET=1`: Triton's interpreter, in float32 and float16 (of bfloat16 it makes garbage; the ops refuse it):
   for what the emulator lacks, and for a look into a kernel;
 - `KERNELS_FOR=80` or `90`: compiled as for such a GPU, and the PTX run by tools/ptx_emulator. Bfloat16 too; memory
   outside of the operands, races in shared memory and copies that are read too early are errors.

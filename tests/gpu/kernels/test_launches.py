@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_calls import HEAD, NORM, OFFSETS, OPS, ROWS, A
+from support.op_calls import HEAD, NORM, OFFSETS, OPS, ROWS, A, OpCall
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
@@ -235,6 +235,16 @@ def test_the_list_is_whole(gpu: list[str]) -> None:
     # emulator those of the second.
     in_gluon = {"turns_kernel", "slab_turns_kernel"}
     assert named == {kernel for _, _, kernel, _ in all_launches()} - {"self.kernel"} - in_gluon
+
+
+@pytest.mark.parametrize("op", [*KERNELS, "project"])
+def test_the_interpreter_computes_no_bfloat16(op: str, gpu: list[str]) -> None:
+    """It takes the 16 bits for an integer and says nothing: products of sketches and log-probs were garbage."""
+    call = OPS.get(op, OpCall({"x": A}, lambda b, x: project(x, THINNED, backend=b)))
+    narrow = {name: x.bfloat16() for name, x in call.operands.items() if name not in ("out", "scale")}
+    with pytest.raises(RuntimeError, match="computes bfloat16 wrongly.* give float32 or float16, or unset"):
+        call("triton", **narrow)
+    assert not gpu
 
 
 # ------------------------------------------------------------------------------------------------- source
