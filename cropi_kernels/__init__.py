@@ -27,6 +27,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import named
+from ._library import without_derivative
 from ._version import __version__
 from .dispatch import explain
 from .names import canonical_name
@@ -66,13 +67,16 @@ if TYPE_CHECKING:
         token_logprobs,
     )
 
-# A wrong type raises an error that names the argument. Inside of the package the functions are called as they are.
+# A wrong type raises an error that names the argument, and so does a derivative that an op would lose. Inside of the
+# package the functions are called as they are.
 for _function in (
-    bias_grad, canonical_name, fold_inputs, fold_outputs, linear_logprob, logprob_and_grad, norm_grad, plan_matrix,
-    plan_vector, project_csr, project_csr_sparse, quantize_rows, reduce_sketch, rms_norm, rms_norm_backward,
-    row_products, sketch_embedding, sketch_grouped, sketch_linear, sketch_vector, swiglu, swiglu_backward,
+    bias_grad, fold_inputs, fold_outputs, logprob_and_grad, norm_grad, project_csr, project_csr_sparse, quantize_rows,
+    rms_norm, rms_norm_backward, row_products, sketch_embedding, sketch_grouped, sketch_linear, sketch_vector, swiglu,
+    swiglu_backward,
 ):  # fmt: skip
-    globals()[_function.__name__] = named(_function)
+    globals()[_function.__name__] = without_derivative(named(_function))
+for _other in (canonical_name, linear_logprob, plan_matrix, plan_vector, reduce_sketch):
+    globals()[_other.__name__] = named(_other)
 
 __all__ = [
     "BatchSketch",

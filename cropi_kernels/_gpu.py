@@ -24,8 +24,8 @@ def _interpreter_reason(tensors: tuple[torch.Tensor, ...]) -> str | None:
     wrong = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
     if wrong and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return (
-            "Triton's interpreter (TRITON_INTERPRET is set) computes bfloat16 wrongly, without an error: give float32 or "
-            "float16, or unset TRITON_INTERPRET and use a GPU"
+            "Triton's interpreter (TRITON_INTERPRET is set) computes bfloat16 wrongly, without an error: give float32 "
+            "or float16, or unset TRITON_INTERPRET and use a GPU"
         )
     return None
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import autograd, library
@@ -19,6 +20,7 @@ from torch.autograd import forward_ad
 
 from . import _fork, _native, memory
 
+F = TypeVar("F", bound=Callable[..., Any])
 NAMESPACE = "cropi"
 LIB = library.Library(NAMESPACE, "DEF")  # kept alive here: its ops vanish with it
 
@@ -72,19 +74,63 @@ def no_autocast(*args: Any) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def without_derivative(function: F) -> F:
+    """``function``, whose results are constants to autograd. Where they would lose a tangent, or a derivative of
+    `torch.func`, it is an error by name; `backward()` finds by itself that there is nothing to differentiate."""
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _transformed():
+            return function(*args, **kwargs)
+        operands: dict[str, Any] = {}
+        for name, value in (*zip(names, args), *kwargs.items()):
+            fields = value._asdict() if hasattr(value, "_asdict") else {}
+            operands |= {f"{name}.{field}": x for field, x in fields.items()} or {name: value}
+        operands = {name: x for name, x in operands.items() if isinstance(x, torch.Tensor)}
+        _refuse(function.__name__, "differentiate the same in plain torch", operands)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            functorch: Any = torch._C._functorch
+            for name in (name for name, x in operands.items() if functorch.is_batchedtensor(x)):
+                raise RuntimeError(
+                    f"{function.__name__} does not run under torch.func.vmap, which hides the numbers of {name}: call "
+                    "it once for all rows, without vmap"
+                ) from error
+            raise
+
+    return call  # type: ignore[return-value]
+
+
 def refuse_transforms(op: str, **operands: torch.Tensor | None) -> None:
     """PyTorch drops the tangent of an operator's operand without a word: `torch.func.jvp` would give zeros. In the
     reverse modes of `torch.func` it ends in a text about its own classes."""
+    if _transformed():
+        _refuse(op, "", {name: x for name, x in operands.items() if x is not None})
+
+
+def _transformed() -> bool:
+    """Whether derivatives in forward mode are on, or a transform of `torch.func`."""
+    functorch: Any = torch._C._functorch
+    on: bool = forward_ad._current_level >= 0
+    return on or (not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is not None)
+
+
+def _refuse(op: str, instead: str, operands: dict[str, torch.Tensor]) -> None:
+    """``instead``: what may be done where the op has no derivative at all."""
     for name, x in operands.items():
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+        if forward_ad.unpack_dual(x).tangent is not None:
+            remedy = instead or "differentiate in reverse, by backward() or torch.autograd.grad"
             raise RuntimeError(
                 f"{op} has no derivative in forward mode, and {name} has a tangent (of torch.func.jvp or jacfwd, say): "
-                f"differentiate in reverse, by backward() or torch.autograd.grad, or give {name}.detach()"
+                f"{remedy}, or give {name}.detach()"
             )
-        if x is not None and not torch.compiler.is_compiling() and _differentiated(x):
+        if not torch.compiler.is_compiling() and _differentiated(x):
+            remedy = instead or "use backward() or torch.autograd.grad outside of torch.func"
             raise RuntimeError(
-                f"{op} has no derivative under torch.func (grad, vjp, jacrev), and {name} is differentiated there: use "
-                f"backward() or torch.autograd.grad outside of torch.func, or give {name}.detach()"
+                f"{op} has no derivative under torch.func (grad, vjp, jacrev), and {name} is differentiated there: "
+                f"{remedy}, or give {name}.detach()"
             )
 
 

@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import cropi_kernels
 from cropi_kernels import (
+    CsrRows,
     MatrixPlan,
     ProjectionSpec,
     SketchSpec,
@@ -39,9 +40,13 @@ from cropi_kernels import (
     dispatch,
     fold_inputs,
     linear_logprob,
+    logprob_and_grad,
     norm_grad,
     project,
+    project_csr,
     project_transpose,
+    quantize_rows,
+    row_products,
     sketch_embedding,
     sketch_linear,
     sketch_vector,
@@ -325,6 +330,50 @@ def test_what_has_a_gradient_refuses_transforms(named: str, run: Callable[[Any],
         return kept + loss(x.detach()) + x.sum()
 
     assert torch.equal(torch.func.grad(detached)(A), torch.ones_like(A)), "the remedy that the error names"
+
+
+WITHOUT_DERIVATIVE = {
+    op: (lambda x, op=op: OPS[op](**{next(iter(OPS[op].operands)): x}), next(iter(OPS[op].operands.values())))
+    for op in OPS
+    if op != "linear_logprob"
+} | {
+    "logprob_and_grad": (lambda x: logprob_and_grad(x, HEAD, ROWS, lambda logp, i, j: logp), A),
+    "project_csr": (lambda x: project_csr(CsrRows(OFFSETS, ROWS, x, 60), ProjectionSpec(40)), A[0, :9]),
+    "quantize_rows": (lambda x: quantize_rows(x, torch.int8), A),
+    "row_products": (lambda x: row_products(x, A), A),
+}
+
+
+@pytest.mark.parametrize("op", WITHOUT_DERIVATIVE)
+def test_what_has_no_gradient_loses_no_derivative(op: str) -> None:
+    """Its results were constants without a word: torch.func.jvp and grad gave zeros."""
+    run, x = WITHOUT_DERIVATIVE[op]
+    what = "x.values" if op == "project_csr" else r"\w+"
+    with pytest.raises(
+        RuntimeError, match=f"^{op} has no derivative in forward mode, and {what} has a tangent"
+    ):
+        torch.func.jvp(run, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        run(x.clone())  # which has no tangent
+        with pytest.raises(
+            RuntimeError, match=f"^{op} has no derivative in forward mode, and {what} has a tangent"
+        ):
+            run(torch.autograd.forward_ad.make_dual(x, x))
+
+    def loss(x: Any) -> Any:
+        run(x)
+        return x.sum()
+
+    with pytest.raises(
+        RuntimeError, match=f"^{op} has no derivative under torch.func .*, and {what} is differ"
+    ):
+        torch.func.grad(loss)(x)
+    if op in ("logprob_and_grad", "sketch_linear"):
+        with pytest.raises(RuntimeError, match=f"^{op} does not run under torch.func.vmap.* call it once"):
+            torch.func.vmap(lambda row: run(row.expand(x.shape)))(x)
+    if op == "bias_grad":
+        with pytest.raises(RuntimeError, match="^bias_grad has no derivative in forward mode"):
+            torch.compile(lambda: torch.func.jvp(run, (x,), (x,)), backend="eager")()
 
 
 def test_project_under_vmap_names_what_needs_the_numbers() -> None:
