@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -51,6 +52,52 @@ def test_lists_of_equal_numbers_are_read_some_rows_at_a_time(
     )
     assert sum(1 for _ in tables.rows_of_table_file(path, "parquet")) == rows
     assert sizes == [7] * 9 + [1]
+
+
+def put(table: Any, path: Path, form: str) -> None:
+    if form == "parquet":
+        return pyarrow.parquet.write_table(table, path)
+    with pyarrow.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    return None
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow file"])
+def test_dictionaries_count_as_the_texts_that_stand_in_rows(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long text in all rows took its length times 4,096 at once, and many texts made batches of single rows."""
+    path, sizes, places = tmp_path / "t", list[int](), pyarrow.array(range(1000), pyarrow.int32())
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2**16)
+    monkeypatch.setattr(
+        tables, "rows_of_batch", lambda batch: sizes.append(batch.num_rows) or [{}] * batch.num_rows
+    )
+    one = pyarrow.array(np.zeros(1000, np.int32))
+    for texts, of, want in ((["x" * 8188], one, 8), ([f"{i:0>252}" for i in range(1000)], places, 250)):
+        held = pyarrow.DictionaryArray.from_arrays(of, texts)
+        lists = pyarrow.ListArray.from_arrays(pyarrow.array(range(1001), pyarrow.int32()), held)
+        for column in (held, lists):
+            put(pyarrow.table({"prompt": column}), path, form)
+            sizes.clear()
+            assert sum(1 for _ in tables.rows_of_table_file(path, form)) == 1000
+            assert 0.7 * want <= max(sizes) <= 1.1 * want
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow file"])
+def test_some_rows_of_views_of_texts(form: str, tmp_path: Path) -> None:
+    """As Polars writes into Arrow files. Rows are taken by number where a choice is written."""
+    path, view = tmp_path / f"t.{form.split()[0]}", pyarrow.string_view()
+    kind = pyarrow.schema({
+        "id": view, "prompt": view, "responses": pyarrow.large_list(view), "rewards": pyarrow.list_(pyarrow.float64())
+    })  # fmt: skip
+    rows = [
+        {"id": f"p{i}", "prompt": "of more than 12 bytes", "responses": ["a", "b"], "rewards": [0.0, 1.0]}
+        for i in range(9)
+    ]
+    put(pyarrow.Table.from_pylist(rows, kind), path, form)
+    assert [(group.id, group.prompt) for group in read(path).take(["p3", "p7"])] == [
+        ("p3", rows[3]["prompt"]), ("p7", rows[7]["prompt"]),
+    ]  # fmt: skip
 
 
 def test_changed_bytes_end_in_words(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parquet files, opened in one way everywhere, and columns of dictionaries as plain ones."""
+"""Parquet files, opened in one way everywhere, and columns of dictionaries and views as plain ones."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ def opened(path: Path) -> Any:
 
 
 def bytes_of_row(file: Any, name: object) -> float:
-    """About how many bytes a row of an open file takes in memory.
+    """About how many bytes a row of an open file takes in memory, of plain columns.
 
     The footer says what the pages take, where equal numbers (a mask, log-probs of 0) and equal texts take next to
-    nothing; so the first rows are asked, too.
+    nothing; so the first rows are asked, too. What it says of a column is not asked: where that is damaged, pyarrow
+    ends the process.
     """
     meta = file.metadata
     groups = range(meta.num_row_groups)
     told = sum(meta.row_group(group).total_byte_size for group in groups) / max(meta.num_rows, 1)
     first = next(batches_of(file, name, FIRST, groups), None)
-    return float(max(told, first.nbytes / max(first.num_rows, 1) if first is not None else 0, 1))
+    return max(told, plain_bytes_of_row(first) if first is not None else 0.0, 1.0)
 
 
 def batches_of(file: Any, name: object, rows: int, groups: Sequence[int]) -> Iterator[Any]:
@@ -91,8 +92,31 @@ def table_of(path: Path) -> Any:
         ) from error
 
 
+def plain_bytes_of_row(batch: Any) -> float:
+    """About how many bytes a row of a batch takes where all columns are plain, 1 at least.
+
+    A dictionary is as large for some rows as for all, and a text in it may stand in every row.
+    """
+    return max(sum(map(_plain_bytes, batch.columns)) / max(batch.num_rows, 1), 1.0)
+
+
+def _plain_bytes(column: Any) -> int:
+    types, kind = optional("pyarrow").types, column.type
+    if types.is_dictionary(kind):
+        held = column.dictionary
+        if not (types.is_string(held.type) or types.is_large_string(held.type) or types.is_binary(held.type)):
+            return 8 * len(column)
+        compute = optional("pyarrow.compute")
+        lengths = compute.binary_length(held).cast("int64").take(column.indices)
+        return 4 * len(column) + (compute.sum(lengths).as_py() or 0)
+    if plain_type(kind) == kind or kind in _views():
+        return int(column.nbytes)
+    inner = column.flatten()
+    return sum(map(_plain_bytes, inner)) if isinstance(inner, list) else _plain_bytes(inner)
+
+
 def plain(batch: Any) -> Any:
-    """A record batch with plain columns in place of those that are dictionaries, or hold some."""
+    """A record batch with plain columns in place of those that are dictionaries or views of texts, or hold some."""
     pyarrow = optional("pyarrow")
     kinds = [plain_type(kind) for kind in batch.schema.types]
     if kinds == batch.schema.types:
@@ -102,14 +126,21 @@ def plain(batch: Any) -> Any:
 
 
 def plain_type(kind: Any) -> Any:
-    """A type without dictionaries."""
+    """A type without dictionaries, and without views, of which pyarrow takes no rows by number."""
     pyarrow = optional("pyarrow")
     types = pyarrow.types
     if types.is_dictionary(kind):
         return kind.value_type
+    if kind in (views := _views()):
+        return views[kind]
     if types.is_struct(kind):
         return pyarrow.struct([field.with_type(plain_type(field.type)) for field in kind])
     for of, make in ((types.is_list, pyarrow.list_), (types.is_large_list, pyarrow.large_list)):
         if of(kind):
             return make(kind.value_field.with_type(plain_type(kind.value_type)))
     return kind
+
+
+def _views() -> dict[Any, Any]:
+    pyarrow = optional("pyarrow")
+    return {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}

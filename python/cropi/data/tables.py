@@ -13,7 +13,7 @@ import numpy as np
 
 from cropi.data.columns import table_groups
 from cropi.data.formats import ARROW_FILE, PARQUET
-from cropi.data.parquet import batches_of, bytes_of_row, opened, plain
+from cropi.data.parquet import batches_of, bytes_of_row, opened, plain, plain_bytes_of_row
 from cropi.data.values import without_empty
 from cropi.errors import CropiError, RecordError, optional, printable
 from cropi.files import is_file, is_there, open_to_read, reading
@@ -221,7 +221,7 @@ def _arrow(path: Path, form: str) -> Iterator[tuple[int, Any]]:
 
 def _parts(batch: Any, first: int) -> Iterator[tuple[int, Any]]:
     """Parts of a batch that are as small as a batch should be, and the number of the first row of each."""
-    rows = max(1, min(int(BATCH_BYTES / max(batch.nbytes / max(batch.num_rows, 1), 1)), MOST_ROWS))
+    rows = max(1, min(int(BATCH_BYTES / plain_bytes_of_row(batch)), MOST_ROWS))
     for start in range(0, batch.num_rows, rows):
         yield first + start, plain(batch.slice(start, rows))
 
