@@ -37,7 +37,7 @@ class NothingToFollow(CropiError):
 
 
 class TooFewLeft(NothingToFollow):
-    """Too few training prompts have a gradient, of those whose rewards differ: every token is clipped, say."""
+    """Too few training prompts can be chosen, of those whose rewards differ: every token is clipped, say."""
 
 
 def usable_sets(groups: PromptGroups, minus: str | None = None) -> tuple[PromptGroups | None, dict[str, str]]:

@@ -184,6 +184,10 @@ class Selection:
         return f"<p>{html.escape(repr(self))}</p><table>{head}{rows}</table>"
 
 
+class NoneSoHigh(CropiError):
+    """All scores are below ``min_score``."""
+
+
 def select(
     scores: Scores,
     selecting: Selecting | None = None,
@@ -227,7 +231,7 @@ def select(
     good = np.ones(len(usable), bool) if given.min_score is None else table.max(axis=1) >= given.min_score
     if given.min_score is not None and not good.any():
         highest = table.max(initial=-math.inf)
-        raise CropiError(
+        raise NoneSoHigh(
             f"min_score {given.min_score}: no prompt has so high a score, the highest is {highest:.4f}; lower it"
         )
     store = _store(scores, sketches) if given.needs_sketches else None

@@ -135,10 +135,14 @@ def choose_prompts(
         _clean(folder, but=() if anew is None else (TRAINING,))
     # Rewards differ, and gradients are zero all the same (every token is clipped): a training does not end there.
     if len(chosen) < least and (checked.usable >= least or options.on_nothing == "keep"):
-        raise TooFewLeft(
-            f"{len(chosen)} of the {checked.usable} prompts whose rewards differ have a gradient, and one generation "
-            f"batch takes {least}"
-        )
+        able = int(chosen.scores.usable.sum())
+        few = f"{able} of the {checked.usable} prompts whose rewards differ have a gradient"
+        if able >= least:
+            few = (
+                f"of {able} prompts with a gradient {len(chosen)} can be chosen (min_score, dedup or a quota leaves "
+                "the others out)"
+            )
+        raise TooFewLeft(f"{few}, and one generation batch takes {least}")
     size = checked.usable if options.pool == "usable" else checked.prompts
     wanted = options.count or math.floor(size * options.fraction + 1e-9)
     if ranks.first and len(chosen) > wanted:
