@@ -434,6 +434,7 @@ def test_compiles_whole() -> None:
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"softcap": 1e-46}, "softcap=1e-46"),
         ({"softcap": 1e39}, r"softcap=1e\+39"),
+        ({"softcap": 3e38}, r"softcap=3e\+38.* to 1e\+30 \(a larger one caps nothing\), or None"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"backend": "tpu"}, "backend='tpu'"),
         ({"backend": ""}, "backend='': choose one of"),

@@ -89,14 +89,17 @@ def check_temperature(temperature: object) -> None:
 
 def check_softcap(softcap: object) -> None:
     """Of logits that are capped."""
-    if not _divides(softcap):
+    if not _divides(softcap) or float(softcap) > _MOST_CAP:  # type: ignore[arg-type]
         raise ValueError(
-            f"softcap={softcap!r}: give a finite number above 0, {_BOUNDS}, or None for no soft-cap"
+            f"softcap={softcap!r}: give a finite number above 0, from {_FLOAT32.tiny:.4g} to {_MOST_CAP:.4g} (a larger "
+            "one caps nothing), or None for no soft-cap"
         )
 
 
 # Kernels take both in float32: there a smaller number may be 0, which stands for no cap, and a larger one is infinite.
 _FLOAT32 = torch.finfo(torch.float32)
+# Logits beside a larger one are subnormal, which a CPU may take for 0 (torch.set_flush_denormal): all would be equal.
+_MOST_CAP = 1e30
 _BOUNDS = f"from {_FLOAT32.tiny:.4g} to {_FLOAT32.max:.4g}"
 
 
