@@ -4,7 +4,6 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -64,7 +63,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
         for (; size_ < helpers; ++size_) std::thread([this] { serve(); }).detach();
-      } catch (const std::system_error&) {  // no more threads to be had: those that run, and this one, do all tasks
+      } catch (const std::exception&) {  // no more threads or memory for one: those that run, and this one, do all tasks
       }
       job_ = job;
       seats_ = helpers;
@@ -122,10 +121,10 @@ Pool* the_pool() {
 
 void run_on_new_threads(Job* job, int helpers) {
   std::vector<std::thread> threads;
-  threads.reserve(size_t(helpers));
   try {
+    threads.reserve(size_t(helpers));
     for (int i = 0; i < helpers; ++i) threads.emplace_back([job] { job->work(); });
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {  // of memory too: a thread that runs and is not waited for would end the process
   }
   job->work();
   for (auto& thread : threads) thread.join();
