@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kMostTableBytes = 64 << 20;
 constexpr int64_t kChunk = 256;             // values whose draws are made together where there is no table
 constexpr int64_t kDrawsOfTask = 1 << 9;    // of the table
-constexpr int64_t kDenseColumns = 1 << 18;  // of dense rows, whose draws are made at a time
+constexpr int64_t kDenseColumns = 1 << 18;  // of dense rows, whose draws are made at a time: at most
+constexpr int64_t kDenseTableBytes = 16 << 20;
 
 // p / width by a multiplication, exact for all 32-bit p (Lemire, Kaser and Kurz 2019); 64-bit columns divide.
 struct Divider {
@@ -294,8 +295,11 @@ void dense_row(const ProjectCsrArgs& args, const Geometry& g, const Table& table
 
 void dense_rows(const ProjectCsrArgs& args) {
   const Geometry g(args);
-  for (int64_t first = 0; first < args.cols; first += kDenseColumns) {
-    const int64_t n = min64(kDenseColumns, args.cols - first);
+  // Narrow tiles of many nonzeros have a draw for nearly every number. By the spec alone: it decides how sums are rounded.
+  int64_t step = kDenseColumns;
+  while (16 * Table::draws(args, step) * args.nnz > kDenseTableBytes) step /= 2;
+  for (int64_t first = 0; first < args.cols; first += step) {
+    const int64_t n = min64(step, args.cols - first);
     const Table table(args, g, args.offset + uint64_t(first), n);
     run_tasks(args.rows, args.n_threads, [&](int64_t r) {
       Scratch sums(2 * args.dim);

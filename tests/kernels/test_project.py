@@ -107,6 +107,25 @@ def test_reference_backend_agrees_and_sums_in_float64(spec: ProjectionSpec) -> N
     torch.testing.assert_close(sx, x @ matrix, rtol=1e-11, atol=1e-9)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory under /proc")
+def test_draws_of_narrow_tiles_take_little_memory() -> None:
+    """The buckets of 64 nonzeros with one bucket each were drawn for 2^18 columns of float64 rows at a time: 134 MB."""
+    spec, x = ProjectionSpec(64, kind="sjlt", nnz=64), rows(1, 1 << 16, torch.float64)
+
+    def peak() -> int:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0])
+
+    project(x[:, :1], spec, backend="cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
+    y = project(x, spec, backend="cpu")
+    assert peak() - before < 25_000  # the table of all columns: 34 MB
+    right = x[:, :20_000] @ torch.from_numpy(reference.matrix(spec, 0, 20_000))
+    right += project(x[:, 20_000:], spec, 20_000, backend="reference")
+    torch.testing.assert_close(y, right, rtol=1e-11, atol=1e-9)
+
+
 def test_sparse_kinds_give_equal_bits_on_every_instruction_set() -> None:
     native, x = _native.native(), rows(2, 70_001)
     before, got = native.current_level(), {}

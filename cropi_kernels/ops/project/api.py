@@ -41,7 +41,8 @@ def project(
 
     Args:
         x: float32, bfloat16 or float16 [B, P]; rows may be strided. Beyond input and output the memory stays under
-            64 MB for dim up to 2^17, whatever B and P are; strided columns are copied piece by piece.
+            64 MB for dim up to 2^17, whatever B and P are (of ``"reference"``: some hundred MB and B rows of 2^20
+            columns); strided columns are copied piece by piece.
         spec: what S is.
         offset: coordinate of the first column; ``offset + P`` may reach 2^62.
         out: contiguous float32 [B, dim] to add to, for streams of chunks; returned.

@@ -32,6 +32,7 @@ from ...philox import (
 from .spec import KEEP_ALL, ProjectionSpec
 
 _BLOCK = 1 << 22  # entries of an explicit block
+_DRAWN = 1 << 20  # nonzeros whose buckets and signs are held at a time: 24 bytes each
 
 
 def _draw(spec: ProjectionSpec, counter: NDArray[np.uint64], purpose: int, third: object = 0) -> U32:
@@ -107,7 +108,7 @@ def matrix(spec: ProjectionSpec, offset: int, n: int) -> NDArray[np.float64]:
 
 def _blocks(spec: ProjectionSpec, offset: int, n: int) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
     """Columns and their coordinates, as many at a time as an explicit block may have."""
-    step = _BLOCK if spec.sparse else max(1, _BLOCK // spec.dim)
+    step = max(1, _DRAWN // spec.nnz if spec.sparse else _BLOCK // spec.dim)
     for start in range(0, n, step):
         stop = min(start + step, n)
         yield slice(start, stop), np.arange(start, stop, dtype=np.uint64) + np.uint64(offset)
