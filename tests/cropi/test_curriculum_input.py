@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import date
 from functools import partial
@@ -16,6 +17,7 @@ from support.made_data import make_records, write_lines
 
 from cropi.curriculum import Plan, run
 from cropi.errors import CropiError
+from cropi.options import Influence
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -264,6 +266,10 @@ def test_a_failing_disk_is_told_from_a_failing_reward(
         ({"influence": {"metric": "dot"}}, "influence must be"),
         ({"dtype": "float23"}, "dtype must be one of auto, float32"),
         ({"export": {"format": "csv"}}, "export.format must be one of jsonl"),
+        (
+            {"export": {"format": "weights"}, "influence": Influence(draws=0)},
+            "export.format is weights, which needs resampled scores, and influence.draws is 0; give at least 2",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -277,6 +283,18 @@ def test_a_plan_from_python_is_checked_before_any_work(
     with pytest.raises(CropiError, match=words):
         run(Plan(**(given | changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_one_validation_prompt_are_refused_before_the_sketches(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (made / "valid.jsonl").read_text().splitlines()
+    usable = next(line for line in lines if len(set(json.loads(line)["rewards"])) > 1)
+    (tmp_path / "one.jsonl").write_text(usable + "\n")
+    export = {"format": "weights", "dataset": str(made / "train.jsonl")}
+    given = config(made, tmp_path / "run", valid=[str(tmp_path / "one.jsonl")], export=export)
+    words = "export.format is weights, which needs resampled scores, and the validation set 'x' has 1 prompt"
+    assert words in refused(given, capsys)
 
 
 def test_a_disk_without_room_for_the_sketches(

@@ -94,6 +94,20 @@ def test_a_dataset_of_other_prompts_is_refused_before_the_choice(
     assert not (tmp_path / "selected.jsonl").exists()
 
 
+def test_weights_of_another_choice_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were refused after the choice was written and said to be selected."""
+    records = make_records(6)
+    write_lines(tmp_path / "train.jsonl", records)
+    command = scored(tmp_path, [record["id"] for record in records])
+    form = ["--export", tmp_path / "out", "--format", "weights", "--dataset", tmp_path / "train.jsonl"]
+    assert cropi(*command, *form, "--count", 3) == 2
+    said = capsys.readouterr()
+    assert "p_selected in the scores is of choices of 2 prompts, and this selection has 3" in said.err
+    assert "selected" not in said.out and not (tmp_path / "selected.jsonl").exists()
+
+
 @pytest.mark.parametrize("wanted", ("indices", "weights", "jsonl"))
 def test_a_dataset_needs_the_chosen_prompts_alone(
     wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -102,6 +102,12 @@ def check_rows(args: argparse.Namespace, groups: PromptGroups | None, some: Sequ
         )
 
 
+def check_weights(args: argparse.Namespace, selection: Selection) -> None:
+    """Whether the scores hold what ``--format weights`` writes of this selection, before any file of it is written."""
+    if args.export and options.export_format(args) == "weights":
+        selection.weights  # noqa: B018  (raises where they do not)
+
+
 def write(args: argparse.Namespace, selection: Selection, groups: PromptGroups | None) -> None:
     """Write the wanted forms of a selection, and print where they are."""
     from contextlib import nullcontext

@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     # Only now: a dataset need not have those that are not chosen.
     known = known_of(chosen.ids, () if groups is None else groups) if args.dataset else []
     exporting.check_rows(args, groups, known)
+    exporting.check_weights(args, chosen)
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
     show(chosen, written, groups)

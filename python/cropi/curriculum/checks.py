@@ -64,6 +64,11 @@ def check_plan(plan: Plan, opened: Callable[[Sequence[str]], PromptGroups]) -> N
             raise CropiError(
                 f"export.format is weights, and each choice is {no_score(plan.select.method)}; give another"
             )
+        if form == "weights" and plan.influence.draws < 2:
+            raise CropiError(
+                "export.format is weights, which needs resampled scores, and influence.draws is "
+                f"{plan.influence.draws}; give at least 2, or another format"
+            )
         # Selected prompts are looked up and written after hours of sketching: that must go well then.
         groups = () if plan.rollouts else opened(plan.train)
         some = list(islice(groups, 200)) if dataset else []

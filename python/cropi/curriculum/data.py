@@ -125,6 +125,8 @@ def check(plan: Plan, files: Files, source: Source, stage: int, policy: Policy) 
         option="sets",
         before=f"stage {stage}: ",
     )
+    if checked.alone and (plan.export or {}).get("format") == "weights":
+        raise CropiError(f"export.format is weights, which needs resampled scores, and {checked.alone}")
     check_stage(plan, checked.train.scan, {str(part.set): part.scan for part in checked.valid}, stage)
     return replace(checked, valid=[replace(part, name=f"valid-{part.set}") for part in checked.valid])
 
