@@ -23,6 +23,10 @@ def check_operand(name: str, x: torch.Tensor, cols: int, what: str) -> None:
 
 def check_floating(name: str, x: torch.Tensor) -> None:
     if x.dtype not in FLOATING:
+        if not isinstance(x, torch.Tensor):  # an array, whose dtypes have the same names
+            raise TypeError(
+                f"{name} is of type {type(x).__name__}: give a torch.Tensor (torch.as_tensor({name}))"
+            )
         raise ValueError(f"{name} is {x.dtype}: give float32, bfloat16 or float16 ({name}.float())")
     if x.layout != torch.strided and not x.is_nested:
         raise ValueError(f"{name} has the sparse layout {x.layout}: give a dense tensor ({name}.to_dense())")

@@ -136,9 +136,12 @@ def test_of_a_baseline_nothing_is_drawn(stores: tuple[SketchStore, SketchStore],
         with pytest.raises(CropiError, match=f"weights: this is {words}.*: take the chosen prompts"):
             _ = given.weights
     with pytest.raises(
-        CropiError, match=f"p_selected: the scores have none .the scores were made for {words}"
+        CropiError,
+        match=f"p_selected: the scores have none .the scores were made for {words}.*a method that is no",
     ):
         back.select(method="p_selected")
+    with pytest.raises(CropiError, match="changes it.; score again by a method that is no baseline, or take"):
+        _ = back.select(0.2).weights
     with pytest.raises(
         CropiError, match="draw p_selected is for methods that rank by scores, and method is random"
     ):
@@ -241,7 +244,8 @@ assert not heavy, heavy
 @pytest.mark.long
 def test_selecting_and_reporting_import_no_torch(scores: Scores, tmp_path: Path) -> None:
     """Its import alone takes more memory than the scores of a million prompts."""
-    write_scores(tmp_path / "scores.parquet", scores)
+    named = replace(scores, rows=[replace(row, task="t") for row in scores.rows])
+    write_scores(tmp_path / "scores.parquet", named)
     start = f"select --scores {tmp_path}/scores.parquet --out {tmp_path}/selected.jsonl --fraction 0.2"
     lines = [
         f"{start} --confidence 0.9", f"{start} --method p_selected --per task", f"info {tmp_path}/scores.parquet",

@@ -365,6 +365,8 @@ def test_other_errors() -> None:
         choose(x.to("meta"), spec, None)
     with pytest.raises(ValueError, match="out is torch.float32"):
         project(x, spec, out=torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="out is of type ndarray"):
+        project(x, spec, out=np.zeros((2, 64), np.float32))  # type: ignore[arg-type]
     for wrong in ("fast", ""):
         with pytest.raises(ValueError, match=f"backend='{wrong}': choose one of"):
             project(x, spec, backend=wrong)

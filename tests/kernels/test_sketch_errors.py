@@ -130,6 +130,7 @@ CASES: list[tuple[Callable[[], object], str, str]] = [
     (lambda: reduce_sketch(OUT, 3000), "dim=3000", "power of two"),
     (lambda: reduce_sketch(OUT, 65536), "dim=65536", "32768"),
     (lambda: reduce_sketch(OUT.bool(), 1024), "sketch is torch.bool", "sketch.float()"),
+    (lambda: reduce_sketch(OUT.numpy(), 1024), "sketch is of type ndarray", "torch.as_tensor(sketch)"),  # type: ignore[arg-type]
     (lambda: reduce_sketch(torch.ones(3, 100), 64), "100 numbers", "power of two"),
     (lambda: reduce_sketch(torch.tensor(1.0), 1), "0 numbers", "power of two"),
 ]

@@ -15,7 +15,7 @@ from cropi.errors import CropiError
 from cropi.files import path_of
 from cropi.options import BASELINES
 from cropi.ranking.uncertainty import no_score
-from cropi.ranking.values import SCORE_AGAIN
+from cropi.ranking.values import again_for_chances
 
 if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
@@ -48,8 +48,9 @@ def weights_of(selection: Selection) -> dict[str, float]:
         raise CropiError(f"weights: this is {no_score(selection.method)}: take the chosen prompts")
     if scores.p_selected is None:
         why = scores.meta.get("uncertainty_missing", "they were made without --draws")
+        again = again_for_chances(scores.meta)
         raise CropiError(
-            f"weights: the scores hold no p_selected ({why}); {SCORE_AGAIN}, or take the chosen prompts"
+            f"weights: the scores hold no p_selected ({why}); {again}, or take the chosen prompts"
         )
     weights = {
         row.id: float(p) for row, p in zip(scores.rows, scores.p_selected) if not math.isnan(p) and p > 0

@@ -33,7 +33,7 @@ from cropi.ranking.rule import Rule, grouped_by, shared_out
 from cropi.ranking.scores import Scores
 from cropi.ranking.shares import check_named, how_many, read_quotas
 from cropi.ranking.table_rows import values_of
-from cropi.ranking.values import SCORE_AGAIN, check_rewards, order_of, students_quantile
+from cropi.ranking.values import SCORE_AGAIN, again_for_chances, check_rewards, order_of, students_quantile
 
 # How messages name what :meth:`Selection.save` and others take.
 OF_ROWS = {"--dataset": "rows=", "--trajectories": "rows=", "--id-key": "id_key=", "--format": "format="}
@@ -363,7 +363,7 @@ def _p_selected(scores: Scores, n: int) -> np.ndarray:
     if scores.p_selected is None:
         raise CropiError(
             f"p_selected: the scores have none ({scores.meta.get('uncertainty_missing', 'none was made')}); "
-            f"{SCORE_AGAIN}"
+            f"{again_for_chances(scores.meta)}"
         )
     # The chances add up to the number of prompts in a choice.
     if (held := round(float(np.nansum(scores.p_selected)))) != n:

@@ -18,6 +18,13 @@ STRIDE = 64
 SCORE_AGAIN = "score again with --draws 200 (draws=200) and two validation prompts a set at least"
 
 
+def again_for_chances(meta: Mapping[str, Any]) -> str:
+    """What messages say where the scores of a table's ``meta`` hold no ``p_selected``."""
+    if meta.get("uncertainty"):
+        return "score again by a method that is no baseline"
+    return SCORE_AGAIN
+
+
 def fuse_ranks(
     table: np.ndarray, ids: Sequence[str] | np.ndarray, n: int | None = None, constant: float = 0.0
 ) -> np.ndarray:
