@@ -129,9 +129,9 @@ def test_a_dataset_needs_the_chosen_prompts_alone(
     assert not (tmp_path / "selected.jsonl").exists()
 
 
-def test_ids_need_no_dataset_with_ids(tmp_path: Path) -> None:
+def test_ids_need_no_dataset_with_ids_and_no_records(tmp_path: Path) -> None:
     write_lines(tmp_path / "data.jsonl", [{"question": "q"}])
-    write_lines(tmp_path / "train.jsonl", make_records(6))
+    write_lines(tmp_path / "train.jsonl", make_records(5))
     names = [record["id"] for record in make_records(6)]
     form = ["--export", tmp_path / "out.txt", "--dataset", tmp_path / "data.jsonl"]
     assert cropi(*scored(tmp_path, names), *form) == 0

@@ -100,8 +100,9 @@ def run(args: argparse.Namespace) -> int:
     errors = given.confidence is not None or args.plot is not None
     scores = read_scores(args.scores, only=("task", "pass_rate", given.per), errors=errors)
     chosen = select(scores, given, sketches=_sketches(args))
-    # Only now: a dataset need not have those that are not chosen.
-    known = known_of(chosen.ids, () if groups is None else groups) if args.dataset else []
+    # Only now: a dataset need not have those that are not chosen. Ids are written as they are, without their records.
+    found = args.dataset and (args.push_to_hub or options.export_format(args) != "ids")
+    known = known_of(chosen.ids, () if groups is None else groups) if found else []
     exporting.check_rows(args, groups, known)
     exporting.check_weights(args, chosen)
     write_selection(args.out, chosen.scores, chosen)
