@@ -115,20 +115,29 @@ def test_healthy_models_pass(name: str, dtype: torch.dtype) -> None:
     assert "parameters right" in str(found)
 
 
-@pytest.mark.parametrize(
-    ("value", "dtype"), [("nan", torch.float32), ("inf", torch.float32), ("6e4", torch.float16)]
-)
-def test_a_model_that_is_not_finite_is_told_from_a_tap_that_is_wrong(value: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("where", ["nan", "inf", "6e4", "a buffer", "a hook", "float8"])
+def test_a_model_that_is_not_finite_is_told_from_a_tap_that_is_wrong(where: str) -> None:
     """Its gradient is NaN by autograd too: what is named is the weight, and not every module of the model."""
-    model: Any = zoo.make("llama", dtype)
-    with torch.no_grad():
-        layer(model).mlp.down_proj.weight.fill_(float(value))
-        layer(model).mlp.up_proj.weight.mul_(1e3 if value == "6e4" else 1.0)
-    words = (
-        "are finite, so that a pass in float16 overflows: give the model in bfloat16 or float32"
-        if value == "6e4"
-        else r"holds NaN or infinity in model.layers.0.mlp.down_proj.weight, .* give one whose weights are finite"
+    model: Any = zoo.make("llama", torch.float16 if where == "6e4" else torch.float32)
+    mlp = layer(model).mlp
+    weight = (
+        r"holds NaN or infinity in model.layers.0.mlp.down_proj.weight, .* give one whose weights are finite"
     )
+    words = {
+        "6e4": "are finite, so that a pass in float16 overflows: give the model in bfloat16 or float32",
+        "a buffer": "the model's buffer model.rotary_emb.inv_freq holds NaN",
+        "a hook": "are finite, so that numbers overflow, or a hook, a mask or the model's own code makes NaN",
+    }.get(where, weight)
+    with torch.no_grad():
+        if where == "a buffer":
+            model.model.rotary_emb.inv_freq.fill_(torch.nan)
+        elif where == "a hook":
+            mlp.register_forward_hook(lambda module, given, made: made * torch.nan)
+        else:
+            mlp.down_proj.weight.fill_(float("nan" if where == "float8" else where))
+            mlp.up_proj.weight.mul_(1e3 if where == "6e4" else 1.0)
+    if where == "float8":  # as quantised models hold them: torch has no isfinite of eight bits
+        mlp.scale = torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
     with GradientSketcher(model, SPEC) as sketcher, pytest.raises(SelfTestError, match=words):
         sketcher.check_model()
 

@@ -389,22 +389,35 @@ def _not_finite(model: nn.Module, wrong: list[Comparison]) -> SelfTestError | No
     if not names:
         return None
     here: list[tuple[str, Any]] = [(name, local(p)) for name, p in model.named_parameters()]
-    broken = [name for name, p in here if not bool(p.isfinite().all())]
+    broken = [name for name, p in here if not bool(_wide(p).isfinite().all())]
+    # Masks hold infinity on purpose.
+    odd = [name for name, b in model.named_buffers() if bool(_wide(local(b)).isnan().any())]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         why = (
             f"the model holds NaN or infinity in {', '.join(broken[:3])}{more}, as after a training that diverged: "
             "give one whose weights are finite"
         )
-    else:
-        dtype = str(here[0][1].dtype).removeprefix("torch.")
+    elif odd:
+        why = f"the model's buffer {odd[0]} holds NaN, as one that was not filled after to_empty(): load the model anew"
+    elif any(p.dtype == torch.float16 for _, p in here):
         why = (
-            f"the weights that are here are finite, so that a pass in {dtype} overflows: give the model in "
+            "the weights that are here are finite, so that a pass in float16 overflows: give the model in "
             "bfloat16 or float32 (dtype=); verify=False leaves out this test"
+        )
+    else:
+        why = (
+            "the weights that are here are finite, so that numbers overflow, or a hook, a mask or the model's own code "
+            "makes NaN: torch.autograd.set_detect_anomaly(True) says where; verify=False leaves out this test"
         )
     return SelfTestError(
         f"the gradient that autograd formed on a few tokens is not finite, of {names[0]} for example; {why}"
     )
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """A tensor whose numbers can be asked whether they are finite: of eight bits they cannot."""
+    return x.float() if x.is_floating_point() and x.itemsize == 1 else x
 
 
 def _error(wrong: list[Comparison], remedy: str, instead: str = "") -> SelfTestError:
