@@ -15,7 +15,8 @@ from cropi_kernels.plan import plan_vector
 from cropi_kernels.sketcher.batch.segments import Segments
 from cropi_kernels.sketcher.model import hooks
 from cropi_kernels.sketcher.sums import engine
-from cropi_kernels.sketcher.sums.engine import CpuEngine, Norm, Operators, Site, engine_for
+from cropi_kernels.sketcher.sums.accumulator import engine_for
+from cropi_kernels.sketcher.sums.engine import CpuEngine, Norm, Operators, Site
 from cropi_kernels.sketcher.sums.matrix import matrix_sketch
 
 SPEC = SketchSpec(width=16, vocab_width=64)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,8 @@ from ..batch.segments import Segments
 from ..model.ranks import Ranks
 from .backward_passes import BackwardPasses
 from .clock import Clock
-from .engine import Operators, engine_for
+from .engine import CpuEngine, Operators
+from .gpu_engine import GpuEngine
 from .groups import Groups
 
 
@@ -43,6 +45,17 @@ def finished(outs: Sequence[torch.Tensor], spec: SketchSpec) -> torch.Tensor:
         outs = [reduce_sketch(out, spec.dim, seed=spec.seed, version=spec.version) for out in outs]
     sketches = outs[0] if len(outs) == 1 else torch.cat(list(outs), dim=1)
     return sketches.masked_fill_(~sketches.isfinite().all(dim=1, keepdim=True), float("nan"))
+
+
+def engine_for(
+    segments: Segments, out: torch.Tensor, needed: Mapping[type[Operators], int] = MappingProxyType({})
+) -> Operators:
+    """The engine of one batch; ``needed``: what earlier batches of each engine `needed`."""
+    if CpuEngine.serves(out):
+        return CpuEngine(segments, out, needed.get(CpuEngine, 0))
+    if GpuEngine.serves(out):
+        return GpuEngine(segments, out, needed.get(GpuEngine, 0))
+    return Operators(segments, out)
 
 
 class Accumulator:

@@ -12,8 +12,6 @@ every call holds for the whole batch here, and is asked once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 
@@ -268,16 +266,3 @@ class CpuEngine(Operators):
             if plan is not None:
                 scatter = _native.vector_plan(plan)
                 self._kernels.sketch_vector(address, self._ranges[0], n, n, *scatter, *self._out)
-
-
-def engine_for(
-    segments: Segments, out: torch.Tensor, needed: Mapping[type[Operators], int] = MappingProxyType({})
-) -> Operators:
-    """The engine of one batch; ``needed``: what earlier batches of each engine `needed`."""
-    from .gpu_engine import GpuEngine
-
-    if CpuEngine.serves(out):
-        return CpuEngine(segments, out, needed.get(CpuEngine, 0))
-    if GpuEngine.serves(out):
-        return GpuEngine(segments, out, needed.get(GpuEngine, 0))
-    return Operators(segments, out)
