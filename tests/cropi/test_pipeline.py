@@ -192,7 +192,7 @@ def test_options_are_one_with_the_modules_that_use_them() -> None:
     from cropi.gradient.layout import LAYOUTS
     from cropi.gradient.tokenize import TOO_LONG
     from cropi.model.adapting import QUANTIZE
-    from cropi.model.load import DTYPES
+    from cropi.model.placing import DTYPES
     from cropi.ranking.influence import METRICS
     from cropi.store.codec import DTYPES as STORED
     from cropi_kernels import SketchSpec

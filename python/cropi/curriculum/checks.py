@@ -18,7 +18,7 @@ from cropi.data.readers import PromptGroups
 from cropi.data.scan import Scan, check_covered, scan
 from cropi.errors import CropiError, did_you_mean, optional
 from cropi.files import beyond_paths, check_room
-from cropi.model.load import DTYPES, check_device
+from cropi.model.placing import DTYPES, check_device
 from cropi.model.sources import base_of, locate
 from cropi.options import BASELINES
 from cropi.ranking.selection import check_selecting

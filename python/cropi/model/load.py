@@ -19,11 +19,11 @@ import torch
 
 from cropi.errors import CropiError, optional
 from cropi.files import entries, failure_of, is_file, is_folder, meant, reason
+from cropi.model.adapting import quantization, unpacking, with_adapter
 from cropi.model.gguf_reader import quick_reading
+from cropi.model.placing import checked_device, checked_dtype, placed_dtype
 from cropi.model.sources import base_of, holds_tokenizer, is_local, locate
 from cropi.progress import in_log
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,7 @@ def load_model(
         ValueError: not a causal language model, weights or EOS missing, unknown dtype or device, an adapter of another
             model, a variant that this kind of name has not.
     """
-    from cropi.model.adapting import quantization, unpacking, with_adapter
-    from cropi.model.placing import placed_dtype
-
-    name, dtype, device = os.fspath(name), _checked_dtype(dtype), _checked_device(device)
+    name, dtype, device = os.fspath(name), checked_dtype(dtype), checked_device(device)
     variant = _with_own_adapter(name, variant or Variant())
     optional("transformers")
     spread = _spread(name, variant)
@@ -398,53 +395,3 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any], eos: bool) 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    if dtype == "auto":
-        return dtype
-    named = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if named is None or named not in DTYPES.values():
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return named
-
-
-def _checked_device(device: torch.device | str) -> torch.device:
-    from cropi.model.placing import placed_device
-
-    check_device("device", str(device))
-    return placed_device(device)
-
-
-def check_device(option: str, device: str) -> None:
-    """Check that torch can use a device; "auto" can always be.
-
-    Args:
-        option: what named it, for messages.
-        device: its name.
-
-    Raises:
-        CropiError: no such device, none that there are kernels for, or this torch does not see it.
-    """
-    if device == "auto":
-        return
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise CropiError(f"{option} {device!r} is not a torch device: {error}") from error
-    if place.type not in ("cpu", "cuda"):
-        raise CropiError(f"{option} {device!r}: there are kernels for cpu and cuda only")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        why = (
-            "sees no CUDA device"
-            if torch.version.cuda
-            else "was built for CPUs alone and sees no CUDA device"
-        )
-        raise CropiError(
-            f"{option} {device!r}: this torch ({torch.__version__}) {why}; `cropi env` shows what is installed; use "
-            "'cpu', or 'auto' for a GPU where there is one"
-        )
-    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
-        raise CropiError(
-            f"{option} {device!r}: this torch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}"
-        )

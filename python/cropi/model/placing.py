@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cropi.model.load import DTYPES
+from cropi.errors import CropiError
 
 if TYPE_CHECKING:
     from cropi.model.policy import Policy
 
 AUTO = "auto"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_TOKENS = 1024
 # A step of tokens a batch; more than the most of them fill no GPU better.
 STEP, MOST_TOKENS = 1024, 32768
@@ -30,6 +31,60 @@ def placed_device(device: Any) -> torch.device:
     if str(device) != AUTO:
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(option: str, device: str) -> None:
+    """Check that torch can use a device; "auto" can always be.
+
+    Args:
+        option: what named it, for messages.
+        device: its name.
+
+    Raises:
+        CropiError: no such device, none that there are kernels for, or this torch does not see it.
+    """
+    if device == "auto":
+        return
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise CropiError(f"{option} {device!r} is not a torch device: {error}") from error
+    if place.type not in ("cpu", "cuda"):
+        raise CropiError(f"{option} {device!r}: there are kernels for cpu and cuda only")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        why = (
+            "sees no CUDA device"
+            if torch.version.cuda
+            else "was built for CPUs alone and sees no CUDA device"
+        )
+        raise CropiError(
+            f"{option} {device!r}: this torch ({torch.__version__}) {why}; `cropi env` shows what is installed; use "
+            "'cpu', or 'auto' for a GPU where there is one"
+        )
+    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
+        raise CropiError(
+            f"{option} {device!r}: this torch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}"
+        )
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """:func:`placed_device` of one that :func:`check_device` finds no fault with."""
+    check_device("device", str(device))
+    return placed_device(device)
+
+
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A dtype by its name; "auto" as it is.
+
+    Raises:
+        ValueError: no dtype of weights.
+    """
+    if dtype == AUTO:
+        return dtype
+    named = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if named is None or named not in DTYPES.values():
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return named
 
 
 def placed_dtype(dtype: Any, device: torch.device, config: Any) -> torch.dtype:

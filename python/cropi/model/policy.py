@@ -23,13 +23,12 @@ from cropi.model.fingerprint import (
 )
 from cropi.model.load import (
     Variant,
-    check_device,
     load_config,
     load_generation_config,
     load_model,
     load_tokenizer,
 )
-from cropi.model.placing import placed_device, placed_dtype
+from cropi.model.placing import check_device, placed_device, placed_dtype
 from cropi.model.settings import model_settings, saved_buffers
 from cropi.model.sources import base_of, has_tokenizer, is_local
 from cropi_kernels import GradientSketcher, LiveSketcher, SketchSpec

@@ -23,7 +23,8 @@ from cropi.data.records import PromptGroup
 from cropi.data.rows_out import columns_of
 from cropi.errors import CropiError, did_you_mean, optional, shown
 from cropi.files import failure_of, reason
-from cropi.model.load import DTYPES, check_device, load_model
+from cropi.model.load import load_model
+from cropi.model.placing import DTYPES, check_device
 from cropi.rollouts.rewards import named_function
 from cropi.sealed import sealed
 from cropi.trainers.trl.as_scored import prompts_as_scored
