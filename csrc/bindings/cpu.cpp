@@ -57,7 +57,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                             uintptr_t offsets, uintptr_t out, int64_t out_stride, int64_t n_slabs, int threads) {
     call(kernels().sketch_linear,
          SketchLinearArgs{matrix(d), matrix(a), slab_plan(plan), n_segments, ptr<const int64_t>(offsets),
-                          ptr<float>(out), out_stride, n_slabs, threads, 1, 0, 0});
+                          ptr<float>(out), out_stride, n_slabs, threads});
   });
 
   m.def("sketch_grouped", [](const py::tuple& d, const py::tuple& a, const py::tuple& plan, int64_t n_segments,

@@ -13,7 +13,7 @@ void fold_row(const T* in, const FoldArgs& args, float* acc) {
   std::memset(acc, 0, size_t(width) * 4);
   for (int64_t block = 0, c = 0; c < cols; ++block, c += width) {
     const int64_t offset = args.offset[block];
-    const int64_t n = cols - c < width ? cols - c : width;
+    const int64_t n = min64(cols - c, width);
     int64_t j = 0;
     for (; j + 8 <= n; j += 8) {  // groups of 8 stay together: the XOR is a multiple of 8
       float x[8];
@@ -30,13 +30,13 @@ void fold_row(const T* in, const FoldArgs& args, float* acc) {
 void fold_columns(const FoldArgs& args) {
   with_dtype(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t n_tasks = (args.in.rows + kRowsPerTask - 1) / kRowsPerTask;
+    const int64_t n_tasks = ceil_div(args.in.rows, kRowsPerTask);
     run_tasks(n_tasks, args.n_threads, [&](int64_t task) {
       Scratch acc(args.width);
       const int64_t begin = task * kRowsPerTask;
-      const int64_t end = begin + kRowsPerTask < args.in.rows ? begin + kRowsPerTask : args.in.rows;
+      const int64_t end = min64(begin + kRowsPerTask, args.in.rows);
       for (int64_t t = begin; t < end; ++t) {
-        fold_row(static_cast<const T*>(args.in.data) + t * args.in.row_stride, args, acc.data());
+        fold_row(row_of<T>(args.in, t), args, acc.data());
         T* out = static_cast<T*>(args.out) + t * args.width;
         for (int64_t j = 0; j < args.width; ++j) from_float(acc.data()[j], out + j);
       }

@@ -21,14 +21,7 @@ constexpr int64_t kDepth = 192;        // summed in registers at a time: stays i
 constexpr int64_t kParts = 16;         // partial sums of dhidden, fixed so that the order follows nothing
 static_assert(kWords % kRows == 0, "a block of words is made of whole tiles");
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-template <class T>
-const T* row_of(const MatrixView& m, int64_t r) {
-  return static_cast<const T*>(m.data) + r * m.row_stride;
-}
 
 // to[i] = in[i * stride] as A, for n elements.
 template <class A, class T>
@@ -56,7 +49,7 @@ class Buffer {
 template <class Tile, class T>
 void pack_tokens(const MatrixView& hidden, int64_t tile, int64_t depth, typename Tile::A* packed) {
   using A = typename Tile::A;
-  const int64_t first = tile * kCols, tokens = smaller(kCols, hidden.rows - first);
+  const int64_t first = tile * kCols, tokens = min64(kCols, hidden.rows - first);
   A* to = packed + tile * depth * kCols;
   if (tokens < kCols || depth > hidden.cols) std::memset(static_cast<void*>(to), 0, size_t(depth * kCols) * sizeof(A));
   for (int64_t i = 0; i < tokens; ++i) {
@@ -75,12 +68,12 @@ void logits_block(const HeadLogitsArgs& args, int64_t first, int64_t n, const ty
     std::memset(sums, 0, size_t(kWords * kCols) * 4);
     for (int64_t k = 0; k < depth; k += kDepth)
       for (int64_t w = 0; w < kWords; w += kRows)
-        Tile::multiply_add(smaller(kDepth, depth - k), words + w * stride + k, stride, packed + t0 * depth + k * kCols,
+        Tile::multiply_add(min64(kDepth, depth - k), words + w * stride + k, stride, packed + t0 * depth + k * kCols,
                            sums + w * kCols, kCols);
     if (args.bias)
       for (int64_t w = 0; w < n; ++w)
         for (int64_t i = 0; i < kCols; ++i) sums[w * kCols + i] += args.bias[first + w];
-    for (int64_t i = 0; i < smaller(kCols, tokens - t0); ++i) {
+    for (int64_t i = 0; i < min64(kCols, tokens - t0); ++i) {
       float* to = args.out + (t0 + i) * args.out_stride + first;
       for (int64_t w = 0; w < n; ++w) to[w] = sums[w * kCols + i];
     }
@@ -91,12 +84,12 @@ template <class Tile, class T>
 void logits_task(const HeadLogitsArgs& args, int64_t task, int64_t depth, const typename Tile::A* packed) {
   using A = typename Tile::A;
   const int64_t begin = task * kBlocksPerTask * kWords;
-  const int64_t end = smaller(args.head.rows, begin + kBlocksPerTask * kWords);
+  const int64_t end = min64(args.head.rows, begin + kBlocksPerTask * kWords);
   const bool usable = std::is_same_v<A, T> && depth == args.head.cols && args.head.row_stride % Tile::kPack == 0;
   Scratch sums(kWords * kCols);
   Buffer<A> copy(usable && (end - begin) % kWords == 0 ? 0 : kWords * depth);
   for (int64_t first = begin; first < end; first += kWords) {
-    const int64_t n = smaller(kWords, end - first);
+    const int64_t n = min64(kWords, end - first);
     if constexpr (std::is_same_v<A, T>) {
       if (usable && n == kWords) {
         const A* words = row_of<T>(args.head, first);
@@ -136,7 +129,7 @@ void pack_words(const MatrixView& head, int64_t first, int64_t n, typename Tile:
   for (int64_t k = 0; k < round_up(n, kPack); k += kPack)
     for (int64_t c = 0; c < features; c += kCols) {
       typename Tile::A* to = packed + c * kDepth + k * kCols;
-      const int64_t columns = smaller(kCols, features - c);
+      const int64_t columns = min64(kCols, features - c);
       if (columns == kCols && k + kPack <= n) {
         const T* in = row_of<T>(head, first + k) + c;
         for (int64_t j = 0; j < kCols; ++j)
@@ -144,7 +137,7 @@ void pack_words(const MatrixView& head, int64_t first, int64_t n, typename Tile:
         continue;
       }
       std::memset(static_cast<void*>(to), 0, kCols * kPack * sizeof(*to));
-      for (int64_t i = 0; i < smaller(kPack, n - k); ++i)
+      for (int64_t i = 0; i < min64(kPack, n - k); ++i)
         for (int64_t j = 0; j < columns; ++j) convert(row_of<T>(head, first + k + i) + c + j, 1, to + j * kPack + i);
     }
 }
@@ -159,7 +152,7 @@ void add_words(const TimesHeadArgs& args, int64_t begin, int64_t end, int64_t wi
   Buffer<A> packed(width * kDepth), edge((rows - whole) * kDepth);
   std::memset(static_cast<void*>(edge.data()), 0, size_t((rows - whole) * kDepth) * sizeof(A));
   for (int64_t first = begin; first < end; first += kDepth) {
-    const int64_t n = smaller(kDepth, end - first), depth = round_up(n, Tile::kPack);
+    const int64_t n = min64(kDepth, end - first), depth = round_up(n, Tile::kPack);
     pack_words<Tile, T>(args.head, first, n, packed.data());
     for (int64_t t = whole; t < tokens; ++t) {
       A* to = edge.data() + (t - whole) * kDepth;
@@ -181,7 +174,7 @@ void add_words(const TimesHeadArgs& args, int64_t begin, int64_t end, int64_t wi
 template <class T>
 void write_sums(const MatrixView& out, const float* parts, int64_t n_parts, int64_t part_size, int64_t width,
                 int64_t t) {
-  T* to = static_cast<T*>(const_cast<void*>(out.data)) + t * out.row_stride;
+  T* to = own_row_of<T>(out, t);
   for (int64_t d = 0; d < out.cols; ++d) {
     float sum = 0.0f;
     for (int64_t p = 0; p < n_parts; ++p) sum += parts[p * part_size + t * width + d];
@@ -200,7 +193,7 @@ void dhidden(const TimesHeadArgs& args) {
     run_tasks(n_parts, args.n_threads, [&](int64_t p) {
       float* sums = parts.data() + p * size;
       std::memset(sums, 0, size_t(size) * 4);
-      add_words<Tile, T>(args, p * words, smaller(vocab, (p + 1) * words), width, sums);
+      add_words<Tile, T>(args, p * words, min64(vocab, (p + 1) * words), width, sums);
     });
   });
   with_dtype(args.out.dtype, [&](auto* type) {

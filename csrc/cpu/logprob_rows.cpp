@@ -19,8 +19,6 @@ constexpr int64_t kBlock = 1024;           // 4 KiB of float32
 constexpr int64_t kWorkPerTask = 1 << 15;  // logits; smaller tasks would cost more to hand out than to do
 constexpr int64_t kWorkPerThread = 1 << 17;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 float largest_lane(Vec v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
@@ -117,7 +115,7 @@ template <class T, bool kEntropy>
 void forward_row(const LogprobRowsArgs& args, int64_t r) {
   alignas(64) float staged[kBlock];
   const int64_t n = args.logits.cols, target = args.target[r];
-  const T* z = static_cast<const T*>(args.logits.data) + r * args.logits.row_stride;
+  const T* z = row_of<T>(args.logits, r);
   const double scale = 1.0 / args.temperature;
   float z_target = -INFINITY;
   if (target >= 0) {
@@ -128,7 +126,7 @@ void forward_row(const LogprobRowsArgs& args, int64_t r) {
   Row row;
   row.top = z_target;  // NaN here makes the whole row NaN
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = smaller(kBlock, n - begin);
+    const int64_t size = min64(kBlock, n - begin);
     const bool holds_target = target >= begin && target < begin + size;
     const float* block = staged;
     bool in_place = false;
@@ -188,7 +186,7 @@ template <class T>
 void backward_row(const LogprobBackwardArgs& args, int64_t r) {
   alignas(64) float staged[kBlock], slopes[kBlock];
   const int64_t n = args.logits.cols, target = args.target[r];
-  T* z = static_cast<T*>(const_cast<void*>(args.logits.data)) + r * args.logits.row_stride;
+  T* z = own_row_of<T>(args.logits, r);
   const double g = args.grad[r];
   if (g == 0.0 || target < 0) {  // also where the logits are NaN: the row does not count
     std::memset(static_cast<void*>(z), 0, size_t(n) * sizeof(T));
@@ -199,7 +197,7 @@ void backward_row(const LogprobBackwardArgs& args, int64_t r) {
   const float own = float(g * scale * -expm1(double(args.logprob[r])));  // 1 - p without a cancellation
   const bool capped = args.softcap != 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = smaller(kBlock, n - begin);
+    const int64_t size = min64(kBlock, n - begin);
     const bool holds_target = target >= begin && target < begin + size;
     if constexpr (std::is_same_v<T, float>) {
       if (!capped) {
@@ -217,12 +215,9 @@ void backward_row(const LogprobBackwardArgs& args, int64_t r) {
 
 template <class F>
 void for_each_row(const MatrixView& logits, int n_threads, F&& f) {
-  const int64_t per_task = logits.cols >= kWorkPerTask ? 1 : kWorkPerTask / (logits.cols > 0 ? logits.cols : 1);
+  const int64_t per_task = max64(1, kWorkPerTask / max64(1, logits.cols));
   const int64_t worth = logits.rows * logits.cols / kWorkPerThread + 1;  // starting a thread takes tens of microseconds
-  run_tasks((logits.rows + per_task - 1) / per_task, int(smaller(n_threads, worth)), [&](int64_t task) {
-    const int64_t end = smaller(logits.rows, (task + 1) * per_task);
-    for (int64_t r = task * per_task; r < end; ++r) f(r);
-  });
+  run_rows(logits.rows, per_task, int(min64(n_threads, worth)), f);
 }
 
 }  // namespace

@@ -40,11 +40,11 @@ void part_sums(const NormGradArgs& args, int64_t begin, int64_t end, float* weig
   if (weight) std::memset(weight, 0, size_t(n) * 4);
   if (bias) std::memset(bias, 0, size_t(n) * 4);
   for (int64_t t = begin; t < end; ++t) {
-    const TY* dy = static_cast<const TY*>(args.dy.data) + t * args.dy.row_stride;
+    const TY* dy = row_of<TY>(args.dy, t);
     if (bias)
       for (int64_t i = 0; i < n; ++i) bias[i] += to_float(dy[i]);
     if (weight) {
-      const TX* x = static_cast<const TX*>(args.x.data) + t * args.x.row_stride;
+      const TX* x = row_of<TX>(args.x, t);
       float mean, scale;
       row_statistics(x, n, args.centered, args.eps, &mean, &scale);
       for (int64_t i = 0; i < n; ++i) weight[i] += to_float(dy[i]) * ((to_float(x[i]) - mean) * scale);

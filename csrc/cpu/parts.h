@@ -16,7 +16,7 @@ class Parts {
       : offsets_(offsets), n_segments_(n_segments), size_(size), memory_(2 * (n_segments + 1)) {
     int64_t* first = reinterpret_cast<int64_t*>(memory_.data());
     first[0] = 0;
-    for (int64_t s = 0; s < n_segments; ++s) first[s + 1] = first[s] + (offsets[s + 1] - offsets[s] + size - 1) / size;
+    for (int64_t s = 0; s < n_segments; ++s) first[s + 1] = first[s] + ceil_div(offsets[s + 1] - offsets[s], size);
   }
 
   // The parts of segment s are first(s) .. first(s + 1).
@@ -29,8 +29,8 @@ class Parts {
       const int64_t middle = s + (end - s) / 2;
       (first(middle) <= part ? s : end) = middle;
     }
-    const int64_t t0 = offsets_[s] + (part - first(s)) * size_, t1 = offsets_[s + 1];
-    return {t0, t0 + size_ < t1 ? t0 + size_ : t1};
+    const int64_t t0 = offsets_[s] + (part - first(s)) * size_;
+    return {t0, min64(t0 + size_, offsets_[s + 1])};
   }
 
  private:

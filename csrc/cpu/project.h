@@ -8,10 +8,6 @@ namespace cropi::CROPI_ISA {
 
 constexpr int64_t kGroup = 16;  // coordinates that share one 16-bit piece of a mask
 
-typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));
-
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline uint32_t bit_of(const uint32_t* bits, uint64_t i) { return bits[i / 32] >> (i % 32) & 1; }
 
 static inline Vec load_as_float(const float* p) { return load(p); }

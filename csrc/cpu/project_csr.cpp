@@ -61,7 +61,7 @@ struct Table {
         keep(args.keep < kKeepAll ? 4 * sign_draws : 1) {
     // Draws come by the vector: a buffer takes those that are too many.
     const auto tasks = [&](int64_t draws, auto&& fill) {
-      run_tasks((draws + kDrawsOfTask - 1) / kDrawsOfTask, args.n_threads, [&](int64_t task) {
+      run_tasks(ceil_div(draws, kDrawsOfTask), args.n_threads, [&](int64_t task) {
         uint32_t words[4 * (kDrawsOfTask + kDrawsAtOnce)];
         for (int64_t j = 0; j < args.nnz; ++j)
           fill(uint32_t(j), task * kDrawsOfTask, min64(kDrawsOfTask, draws - task * kDrawsOfTask), words);
@@ -191,10 +191,10 @@ void add_rows(const ProjectCsrArgs& args, Each&& each) {
   int64_t per_task = max64(1, min64(args.rows, (args.rows << 14) / (work + 1)));
   if (args.count != nullptr) {
     // A task of a sparse result clears `dim` sums once: its rows have an eighth as many values, or are a thread's share.
-    const int64_t enough = args.rows * (args.dim / 8) / (values + 1), share = (args.rows - 1) / args.n_threads + 1;
+    const int64_t enough = args.rows * (args.dim / 8) / (values + 1), share = ceil_div(args.rows, args.n_threads);
     per_task = max64(per_task, min64(enough, share));
   }
-  run_tasks((args.rows + per_task - 1) / per_task, args.n_threads, [&](int64_t task) {
+  run_tasks(ceil_div(args.rows, per_task), args.n_threads, [&](int64_t task) {
     const int64_t last = min64(args.rows, (task + 1) * per_task);
     if (args.count == nullptr) {
       for (int64_t r = task * per_task; r < last; ++r) {

@@ -165,7 +165,7 @@ template <class T>
 void load_piece(const ProjectArgs& args, const Range& range, const KeepMask& mask, int64_t row, int64_t rows,
                 uint64_t block, int64_t piece, float* x) {
   for (int64_t r = 0; r < rows; ++r) {
-    const T* from = static_cast<const T*>(args.x.data) + (row + r) * args.x.row_stride;
+    const T* from = row_of<T>(args.x, row + r);
     for (int64_t i = 0; i < kCoordinates; ++i) {
       const uint64_t p = block * 128 + uint64_t(piece + i);
       x[r * kCoordinates + i] = range.holds(p) && mask.kept(piece + i) ? to_float(from[p - range.begin]) : 0.0f;
@@ -176,7 +176,7 @@ void load_piece(const ProjectArgs& args, const Range& range, const KeepMask& mas
 template <class T>
 void forward(const ProjectArgs& args) {
   const Range range(args);
-  const int64_t column_blocks = (args.dim + kColumns - 1) / kColumns, width = column_blocks * kColumns;
+  const int64_t column_blocks = ceil_div(args.dim, kColumns), width = column_blocks * kColumns;
   const int64_t by_need = max64(1, 64 / column_blocks), by_memory = max64(1, kPartFloats / width);
   const int64_t parts = min64(min64(by_need, by_memory), max64(1, range.blocks / 16));
   const int64_t group = min64(kRows, args.x.rows), stride = width * group;
@@ -223,7 +223,7 @@ void project_dense(const ProjectArgs& args) {
 void project_dense_adjoint(const ProjectArgs& args) {
   if (args.x.rows == 0 || args.x.cols == 0) return;
   const Range range(args);
-  const int64_t column_blocks = (args.dim + kColumns - 1) / kColumns, group = min64(kRows, args.x.rows);
+  const int64_t column_blocks = ceil_div(args.dim, kColumns), group = min64(kRows, args.x.rows);
   run_tasks(range.blocks, args.n_threads, [&](int64_t b) {
     const uint64_t at = range.first + uint64_t(b);
     Scratch block(kCoordinates * kColumns), x(group * kCoordinates), y(group * kColumns);
@@ -243,7 +243,7 @@ void project_dense_adjoint(const ProjectArgs& args) {
           multiply_adjoint(y.data(), block.data(), rows, x.data());
         }
         for (int64_t r = 0; r < rows; ++r) {
-          float* to = static_cast<float*>(const_cast<void*>(args.x.data)) + (row + r) * args.x.row_stride;
+          float* to = own_row_of<float>(args.x, row + r);
           for (int64_t i = 0; i < kCoordinates; ++i) {
             const uint64_t p = at * 128 + uint64_t(piece + i);
             if (range.holds(p))

@@ -109,7 +109,7 @@ void add_tiles(const T* x, int64_t width, const TilePlace* place, float* out, co
 template <class T, bool kKeep>
 void add_block(const ProjectArgs& args, const Shape& s, const Draws& draws, int64_t row, uint64_t begin, uint64_t end,
                float* out) {
-  const T* x = static_cast<const T*>(args.x.data) + row * args.x.row_stride;
+  const T* x = row_of<T>(args.x, row);
   const uint64_t width = uint64_t(s.width);
   for (int64_t j = 0; j < args.nnz; ++j) {
     float* to = out + j * s.width;

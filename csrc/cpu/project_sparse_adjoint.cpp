@@ -50,7 +50,7 @@ void project_sparse_adjoint(const ProjectArgs& args) {
     Draws draws(args, s);
     draws.make(args, s, blocks.start(b), end);
     for (int64_t row = 0; row < args.x.rows; ++row) {
-      float* x = static_cast<float*>(const_cast<void*>(args.x.data)) + row * args.x.row_stride;
+      float* x = own_row_of<float>(args.x, row);
       const float* y = args.y + row * args.y_stride;
       for (uint64_t begin = blocks.start(b), stop; begin < end; begin = stop) {
         stop = begin / kPiece * kPiece + kPiece;

@@ -15,7 +15,7 @@ template <class F>
 double sum_of(int64_t n, F&& term) {
   double total = 0.0;
   for (int64_t block = 0; block < n; block += 256) {
-    const int64_t end = block + 256 < n ? block + 256 : n;
+    const int64_t end = min64(block + 256, n);
     float lanes[16] = {};
     int64_t i = block;
     for (; i + 16 <= end; i += 16)
@@ -29,7 +29,7 @@ double sum_of(int64_t n, F&& term) {
 template <class T>
 void forward_row(const RmsNormArgs& args, int64_t t) {
   const int64_t n = args.x.cols;
-  const T* x = static_cast<const T*>(args.x.data) + t * args.x.row_stride;
+  const T* x = row_of<T>(args.x, t);
   const T* weight = static_cast<const T*>(args.weight);
   T* y = static_cast<T*>(args.y) + t * n;
   const double square = sum_of(n, [&](int64_t i) { return to_float(x[i]) * to_float(x[i]); });
@@ -42,8 +42,7 @@ void forward_row(const RmsNormArgs& args, int64_t t) {
 template <class T>
 void backward_row(const RmsNormBackwardArgs& args, int64_t t, float* sums) {
   const int64_t n = args.x.cols;
-  const T* x = static_cast<const T*>(args.x.data) + t * args.x.row_stride;
-  const T* dy = static_cast<const T*>(args.dy.data) + t * args.dy.row_stride;
+  const T *x = row_of<T>(args.x, t), *dy = row_of<T>(args.dy, t);
   const T* weight = static_cast<const T*>(args.weight);
   T* dx = static_cast<T*>(args.dx) + t * n;
   const float scale = args.scale[t];
@@ -82,10 +81,7 @@ void backward(const RmsNormBackwardArgs& args) {
 void rms_norm(const RmsNormArgs& args) {
   with_dtype(args.x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t rows = args.x.rows;
-    run_tasks((rows + kRowsPerTask - 1) / kRowsPerTask, args.n_threads, [&](int64_t task) {
-      for (int64_t t = task * kRowsPerTask; t < rows && t < (task + 1) * kRowsPerTask; ++t) forward_row<T>(args, t);
-    });
+    run_rows(args.x.rows, kRowsPerTask, args.n_threads, [&](int64_t t) { forward_row<T>(args, t); });
   });
 }
 

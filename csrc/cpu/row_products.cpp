@@ -65,7 +65,7 @@ void fetch(RowKind kind, const uint8_t* row, int64_t first, int64_t n) {
 void scale_entries(const float* scale, int64_t block, int64_t first, int64_t n, float* x) {
   for (int64_t i = 0; i < n;) {
     const float s = scale[(first + i) / block];
-    const int64_t rest = block - (first + i) % block, end = i + rest < n ? i + rest : n;
+    const int64_t rest = block - (first + i) % block, end = min64(i + rest, n);
     for (; i < end; ++i) x[i] *= s;
   }
 }
@@ -121,14 +121,14 @@ void row_products(const RowProductsArgs& args) {
   // longer, as each lies on a page of its own. No row's sums depend on the rows beside it, so that threads may.
   const bool large = args.n_directions >= kMany && args.n_rows >= 128 * int64_t(args.n_threads);
   const int64_t task_rows = large ? 128 : 32;
-  const int64_t width = args.n_directions + 1, n_groups = (args.n_rows + task_rows - 1) / task_rows;
+  const int64_t width = args.n_directions + 1, n_groups = ceil_div(args.n_rows, task_rows);
   run_tasks(n_groups, args.n_threads, [&](int64_t g) {
-    const int64_t begin = g * task_rows, rows = args.n_rows - begin < task_rows ? args.n_rows - begin : task_rows;
+    const int64_t begin = g * task_rows, rows = min64(args.n_rows - begin, task_rows);
     Scratch directions((args.n_directions + 1) * kChunk), tile(kTile * kChunk), held(2 * task_rows * width);
     double* sums = reinterpret_cast<double*>(held.data());
     for (int64_t i = 0; i < task_rows * width; ++i) sums[i] = 0.0;
     for (int64_t first = 0; first < args.dim; first += kChunk) {
-      const int64_t n = args.dim - first < kChunk ? args.dim - first : kChunk, padded = (n + kStep - 1) / kStep * kStep;
+      const int64_t n = min64(args.dim - first, kChunk), padded = ceil_div(n, kStep) * kStep;
       for (int64_t v = 0; v < args.n_directions; ++v) {
         float* d = directions.data() + v * kChunk;
         std::memcpy(d, args.directions + v * args.dim + first, size_t(n) * 4);
@@ -137,7 +137,7 @@ void row_products(const RowProductsArgs& args) {
       for (int64_t t = 0; t < rows; t += kTile) {
         const bool last = t + kTile >= rows;
         const int64_t next = last ? 0 : t + kTile, from = last ? first + n : first;
-        const int64_t ahead = from + kChunk < args.dim ? kChunk : args.dim - from;
+        const int64_t ahead = min64(kChunk, args.dim - from);
         for (int64_t r = 0; r < kTile; ++r) {  // rows beyond the last: zeros, so that every row takes the same way
           float* x = tile.data() + r * kChunk;
           const int64_t count = t + r < rows ? n : 0;

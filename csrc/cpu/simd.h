@@ -23,8 +23,13 @@ constexpr int kLanes = 4;  // SSE2 and NEON
 // `aligned(4)` and `may_alias` make plain loads and stores through these types legal at any float address.
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float VecU __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec8U __attribute__((vector_size(32), aligned(4), may_alias));
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
@@ -72,10 +77,30 @@ static inline void with_dtype(DType dtype, F&& f) {
   }
 }
 
+template <class T>
+static inline const T* row_of(const MatrixView& m, int64_t r) {
+  return static_cast<const T*>(m.data) + r * m.row_stride;
+}
+
+// Of a matrix that the kernel writes.
+template <class T>
+static inline T* own_row_of(const MatrixView& m, int64_t r) {
+  return static_cast<T*>(const_cast<void*>(m.data)) + r * m.row_stride;
+}
+
 template <class F>
 static inline void run_tasks(int64_t n_tasks, int n_threads, F&& f) {
   using Fn = std::remove_reference_t<F>;
   parallel_for(n_tasks, n_threads, [](void* ctx, int64_t task) { (*static_cast<Fn*>(ctx))(task); }, &f);
+}
+
+// Calls f(r) for every row, some rows a task.
+template <class F>
+static inline void run_rows(int64_t rows, int64_t per_task, int n_threads, F&& f) {
+  run_tasks(ceil_div(rows, per_task), n_threads, [&](int64_t task) {
+    const int64_t end = min64(rows, (task + 1) * per_task);
+    for (int64_t r = task * per_task; r < end; ++r) f(r);
+  });
 }
 
 // 64-byte aligned scratch memory, uninitialised. malloc, not a standard container: an inline member of one,

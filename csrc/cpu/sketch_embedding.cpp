@@ -9,14 +9,14 @@ namespace {
 template <class T>
 void add_row(const SketchEmbeddingArgs& args, int64_t t, float* out) {
   const SlabPlan& plan = args.plan;
-  const T* x = static_cast<const T*>(args.x.data) + t * args.x.row_stride;
+  const T* x = row_of<T>(args.x, t);
   const int64_t row = args.row[t];
   const int64_t row_block = row / plan.slab_rows, in_block = row % plan.slab_rows;
   const int64_t slab_size = plan.slab_rows * plan.slab_cols;
   for (int64_t col_block = 0; col_block < plan.n_col_blocks; ++col_block) {
     const int64_t pair = row_block * plan.n_col_blocks + col_block;
     const int64_t c0 = col_block * plan.slab_cols;
-    const int64_t n = plan.cols - c0 < plan.slab_cols ? plan.cols - c0 : plan.slab_cols;
+    const int64_t n = min64(plan.cols - c0, plan.slab_cols);
     const int64_t col_xor = plan.pair_col[pair];
     const float sign = args.row_sign[t] * plan.pair_sign[pair];
     float* dst = out + plan.pair_slab[pair] * slab_size + (in_block ^ plan.pair_row[pair]) * plan.slab_cols;

@@ -21,7 +21,7 @@ constexpr int kTileRows = 4, kTileCols = 16;
 constexpr int kTileRows = 4, kTileCols = 8;
 #endif
 
-int64_t tiles_of(int64_t cols) { return (cols + kTileCols - 1) / kTileCols; }
+int64_t tiles_of(int64_t cols) { return ceil_div(cols, kTileCols); }
 
 // Tokens of one operand: token t starts at data + t * step. Float32 operands are read where they lie; others, and edges,
 // from a packed copy.
@@ -102,9 +102,9 @@ void pack_a(const SketchLinearArgs& args, int64_t begin, int64_t end, int64_t n_
   const int64_t cols = args.plan.cols, tiles = tiles_of(cols);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t c0 = tile * kTileCols;
-    const int64_t n = cols - c0 < kTileCols ? cols - c0 : kTileCols;
+    const int64_t n = min64(cols - c0, kTileCols);
     for (int64_t t = begin; t < end; ++t) {
-      const T* in = static_cast<const T*>(args.a.data) + t * args.a.row_stride + c0;
+      const T* in = row_of<T>(args.a, t) + c0;
       float* out = packed + (tile * n_tokens + (t - t0)) * kTileCols;
       if (args.plan.col_sign) {
         for (int64_t j = 0; j < n; ++j) out[j] = to_float(in[j]) * args.plan.col_sign[c0 + j];
@@ -119,10 +119,9 @@ void pack_a(const SketchLinearArgs& args, int64_t begin, int64_t end, int64_t n_
 // strip[t][kUnit] = kUnit columns of D from column c0, zero where there is none: c0 may be negative, too.
 template <class T>
 Tokens pack_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t c0, float* strip) {
-  const int64_t begin = c0 < 0 ? -c0 : 0;
-  const int64_t end = args.d.cols - c0 < kUnit ? args.d.cols - c0 : kUnit;
+  const int64_t begin = max64(-c0, 0), end = min64(args.d.cols - c0, kUnit);
   for (int64_t t = 0; t < n; ++t) {
-    const T* in = static_cast<const T*>(args.d.data) + (t0 + t) * args.d.row_stride + c0;
+    const T* in = row_of<T>(args.d, t0 + t) + c0;
     float* out = strip + t * kUnit;
     if (end - begin == kUnit) {
       for (int i = 0; i < kUnit; ++i) out[i] = to_float(in[i]);
@@ -136,8 +135,7 @@ Tokens pack_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t c0, f
 template <class T>
 Tokens columns_of_d(const SketchLinearArgs& args, int64_t t0, int64_t n, int64_t c0, float* strip) {
   if constexpr (std::is_same_v<T, float>) {
-    if (c0 >= 0 && c0 + kUnit <= args.d.cols)
-      return {static_cast<const float*>(args.d.data) + t0 * args.d.row_stride + c0, args.d.row_stride};
+    if (c0 >= 0 && c0 + kUnit <= args.d.cols) return {row_of<float>(args.d, t0) + c0, args.d.row_stride};
   }
   return pack_d<T>(args, t0, n, c0, strip);
 }
@@ -157,11 +155,10 @@ void accumulate_unit(const SketchLinearArgs& args, int64_t first_row, int64_t un
   const SlabPlan& plan = args.plan;
   const int64_t end_row = first_row + args.d.cols;
   const int64_t first_block = first_row / plan.slab_rows, last_block = (end_row - 1) / plan.slab_rows;
-  const int64_t tiles_per_block = tiles_of(plan.slab_cols < plan.cols ? plan.slab_cols : plan.cols);
+  const int64_t tiles_per_block = tiles_of(min64(plan.slab_cols, plan.cols));
   for (int64_t col_block = 0; col_block < plan.n_col_blocks; ++col_block) {
     const int64_t first_tile = col_block * tiles_per_block;
-    const int64_t tiles_left = tiles_of(plan.cols) - first_tile;
-    const int64_t tiles = tiles_left < tiles_per_block ? tiles_left : tiles_per_block;
+    const int64_t tiles = min64(tiles_of(plan.cols) - first_tile, tiles_per_block);
     for (int64_t row_block = first_block; row_block <= last_block; ++row_block) {
       const int64_t pair = row_block * plan.n_col_blocks + col_block;
       if (plan.pair_slab[pair] != slab) continue;
@@ -195,9 +192,8 @@ void accumulate_unit(const SketchLinearArgs& args, int64_t first_row, int64_t un
 // First token after t where a flush falls: every kTokens tokens, counted from the range's own first token, so
 // that neighbours in the batch cannot change a segment's sums.
 int64_t chunk_end(const SketchLinearArgs& args, int64_t range, int64_t t) {
-  const int64_t begin = args.offsets[range], end = args.offsets[range + 1];
-  const int64_t next = begin + ((t - begin) / kTokens + 1) * kTokens;
-  return next < end ? next : end;
+  const int64_t begin = args.offsets[range];
+  return min64(begin + ((t - begin) / kTokens + 1) * kTokens, args.offsets[range + 1]);
 }
 
 // All units of all ranges, tokens [t0, t1), which hold whole chunks; a's first token is t0. A task adds the groups of its
@@ -219,8 +215,8 @@ void accumulate(const SketchLinearArgs& args, int64_t t0, int64_t t1, const ATil
     float* out = args.out + s * args.out_stride + slab * args.plan.slab_rows * args.plan.slab_cols;
     for (int64_t group = first_group; group <= last_group; ++group) {
       const int64_t range = group * segments + s, first_row = args.first_row + group * args.row_step;
-      const int64_t begin = args.offsets[range] > t0 ? args.offsets[range] : t0;
-      const int64_t end = args.offsets[range + 1] < t1 ? args.offsets[range + 1] : t1;
+      const int64_t begin = max64(args.offsets[range], t0);
+      const int64_t end = min64(args.offsets[range + 1], t1);
       for (int64_t t = begin, stop; t < end; t = stop) {
         stop = chunk_end(args, range, t);
         accumulate_unit<T>(args, first_row, unit, slab, t, stop - t, a, t - t0, strip, out);
@@ -236,15 +232,14 @@ void run(const SketchLinearArgs& args) {
   const int64_t first = args.offsets[0], last = args.offsets[args.n_groups * args.n_segments];
   if constexpr (std::is_same_v<TA, float>) {
     if (!plan.col_sign && plan.cols % kTileCols == 0) {  // folded inputs: small, whole tiles, signs already in
-      const float* a = static_cast<const float*>(args.a.data) + first * args.a.row_stride;
+      const float* a = row_of<float>(args.a, first);
       accumulate<TD>(args, first, last, {{a, args.a.row_stride}, kTileCols});
       return;
     }
   }
   // Tokens per phase: the packed copy of A stays near 8 MiB whatever the batch. A phase is made of whole chunks.
-  const int64_t fit = (int64_t(8) << 20) / (tiles * kTileCols * 4);
-  const int64_t budget = fit < kTokens ? kTokens : fit;
-  Scratch packed(tiles * kTileCols * (last - first < budget ? last - first : budget));
+  const int64_t budget = max64(kTokens, (int64_t(8) << 20) / (tiles * kTileCols * 4));
+  Scratch packed(tiles * kTileCols * min64(last - first, budget));
   int64_t range = 0;
   for (int64_t t0 = first, t1 = first; t0 < last; t0 = t1) {
     while (t1 < last) {
@@ -254,8 +249,8 @@ void run(const SketchLinearArgs& args) {
       t1 = end;
     }
     const int64_t n_packed = t1 - t0;
-    run_tasks((n_packed + 63) / 64, args.n_threads, [&](int64_t task) {
-      const int64_t begin = t0 + task * 64, end = begin + 64 < t1 ? begin + 64 : t1;
+    run_tasks(ceil_div(n_packed, 64), args.n_threads, [&](int64_t task) {
+      const int64_t begin = t0 + task * 64, end = min64(begin + 64, t1);
       pack_a<TA>(args, begin, end, n_packed, t0, packed.data());
     });
     accumulate<TD>(args, t0, t1, {{packed.data(), kTileCols}, n_packed * kTileCols});

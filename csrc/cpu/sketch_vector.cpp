@@ -26,8 +26,7 @@ void sketch_vector(const SketchVectorArgs& args) {
     float* out = args.out + s * args.out_stride;
     const int64_t* of = args.blocks;
     for (int64_t first = 0; first < args.size; first += args.block, of += 2) {
-      const int64_t left = args.size - first;
-      add_block(gradient + first, args.sign + first, left < args.block ? left : args.block, of[1], out + of[0]);
+      add_block(gradient + first, args.sign + first, min64(args.size - first, args.block), of[1], out + of[0]);
     }
   }
 }

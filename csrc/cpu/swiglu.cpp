@@ -40,11 +40,6 @@ void store_some(T* out, Vec v, int64_t n) {
 }
 
 template <class T>
-const T* row_of(const MatrixView& m, int64_t t) {
-  return static_cast<const T*>(m.data) + t * m.row_stride;
-}
-
-template <class T>
 void forward_row(const SwigluArgs& args, int64_t t) {
   const int64_t n = args.gate.cols;
   const T *gate = row_of<T>(args.gate, t), *up = row_of<T>(args.up, t);
@@ -68,26 +63,19 @@ void backward_row(const SwigluBackwardArgs& args, int64_t t) {
   }
 }
 
-template <class F>
-void each_row(int64_t rows, int n_threads, F&& run) {
-  run_tasks((rows + kRowsPerTask - 1) / kRowsPerTask, n_threads, [&](int64_t task) {
-    for (int64_t t = task * kRowsPerTask; t < rows && t < (task + 1) * kRowsPerTask; ++t) run(t);
-  });
-}
-
 }  // namespace
 
 void swiglu(const SwigluArgs& args) {
   with_dtype(args.gate.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    each_row(args.gate.rows, args.n_threads, [&](int64_t t) { forward_row<T>(args, t); });
+    run_rows(args.gate.rows, kRowsPerTask, args.n_threads, [&](int64_t t) { forward_row<T>(args, t); });
   });
 }
 
 void swiglu_backward(const SwigluBackwardArgs& args) {
   with_dtype(args.gate.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    each_row(args.gate.rows, args.n_threads, [&](int64_t t) { backward_row<T>(args, t); });
+    run_rows(args.gate.rows, kRowsPerTask, args.n_threads, [&](int64_t t) { backward_row<T>(args, t); });
   });
 }
 

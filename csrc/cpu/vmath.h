@@ -10,8 +10,6 @@
 
 namespace cropi::CROPI_ISA {
 
-typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
-
 static inline Vec splat(float x) { return x - Vec{}; }  // x - 0 keeps -0 and NaN
 
 // a where a > b, else b: a NaN in b stays, a NaN in a is dropped.
@@ -39,7 +37,7 @@ static inline Vec vexp(Vec x) {
   q = q * r + 0.166665211f;
   q = q * r + 0.499999940f;
   q = (q * r) * r + r;
-  const VecI exponent = (reinterpret_cast<VecI>(shifted) - 0x4B400000 + 127) << 23;
+  const VecI32 exponent = (reinterpret_cast<VecI32>(shifted) - 0x4B400000 + 127) << 23;
   const Vec power = reinterpret_cast<Vec>(exponent);
   return q * power + power;
 }
