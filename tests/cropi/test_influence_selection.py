@@ -19,7 +19,8 @@ from cropi.cli.select import best_and_worst, prompt_texts
 from cropi.errors import CropiError
 from cropi.options import Influence
 from cropi.ranking import selection_files
-from cropi.ranking.influence import influence, left_out, score_rows, validation_means
+from cropi.ranking.influence import influence, score_rows
+from cropi.ranking.members import left_out, validation_means
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select

@@ -13,7 +13,8 @@ from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.gradient.estimators import make_estimator
 from cropi.model.policy import Policy
-from cropi.ranking.influence import influence, validation_means
+from cropi.ranking.influence import influence
+from cropi.ranking.members import validation_means
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
 from cropi.sketching.job import SketchJob

@@ -23,7 +23,8 @@ from cropi.gradient.estimators import group_advantages, make_estimator
 from cropi.gradient.noise import noise_of, noisy
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
-from cropi.ranking.influence import choose_members, influence
+from cropi.ranking.influence import influence
+from cropi.ranking.members import choose_members
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.response_noise import _noise_of, response_noise
 from cropi.ranking.table import read_scores

@@ -19,7 +19,7 @@ from cropi.gradient.equal import equal_responses, sum_of_equals
 from cropi.gradient.estimators import ESTIMATORS
 from cropi.gradient.zero import Suspicion, is_zero, rounding
 from cropi.model.policy import Policy
-from cropi.ranking.influence import validation_means
+from cropi.ranking.members import validation_means
 from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store.rows import RowInfo

@@ -20,7 +20,8 @@ from cropi.pipeline.checks import Checked, Setup, check
 from cropi.pipeline.lost import TooFewLeft, on_first, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
-from cropi.ranking.influence import NUMBERED, influence
+from cropi.ranking.given import NUMBERED
+from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import copies
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import NoneSoHigh, Selection, select

@@ -17,7 +17,7 @@ from cropi.data.scan import by_set, listed, scan
 from cropi.data.share import without
 from cropi.errors import CropiError, warn
 from cropi.options import Comparing, Influence
-from cropi.ranking.influence import any_means, validation_means, without_direction
+from cropi.ranking.members import any_means, validation_means, without_direction
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.rows import OK
 from cropi.store.store import SketchStore

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from cropi.errors import CropiError, article
-from cropi.ranking.influence import NUMBERED
 from cropi.ranking.origin import origin_of
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import FAILED, SKIPPED, RowInfo
 from cropi.store.store import SketchStore
 
+# Of a store's notes: ids are numbers of rows, and say nothing about which prompts they are.
+NUMBERED = "numbered"
 WANTED = (
     "a SketchStore (cropi.sketch, SketchStore.open), the batch of cropi.score_batch or LiveSketcher, or sketches "
     "[n, dim] as a tensor or an array"

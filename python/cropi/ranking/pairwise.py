@@ -10,7 +10,7 @@ the stores alone, and no model. The training store is streamed.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cropi.checked import fits
 from cropi.data.rows_out import write_jsonl
 from cropi.errors import CropiError
 from cropi.ranking.given import given_stores
-from cropi.ranking.influence import SAME_LENGTH, check_stores, choose_members, none_usable
+from cropi.ranking.members import SAME_LENGTH, check_stores, none_usable, validation
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.sealed import summed
@@ -68,32 +68,6 @@ class Pairwise:
         """The weight of each member in its set's mean, float64: ``1 / V``, or ``1 / (V |g_i|)`` if normalised."""
         lengths = np.sqrt(np.diagonal(self.gram))[members] if mean == "normalised" else np.ones(len(members))
         return 1.0 / lengths / len(members)
-
-
-def validation(
-    stores: Sequence[SketchStore],
-    max_valid: int | None = None,
-    seed: int = 0,
-    ids: Collection[str] | None = None,
-) -> tuple[list[RowInfo], torch.Tensor]:
-    """The usable validation prompts that count, of these those in ``ids``, and their sketches float32 ``[V, dim]``."""
-    order = sorted(
-        (name, prompt, number)
-        for name, held in choose_members(stores, max_valid, seed).items()
-        for number, prompt in held
-        if ids is None or prompt in ids
-    )
-    place = {(number, prompt): i for i, (_, prompt, number) in enumerate(order)}
-    found: list[RowInfo | None] = [None] * len(order)
-    table = torch.empty(len(order), stores[0].dim, dtype=torch.float32, device="cpu")
-    for number, store in enumerate(stores):
-        for rows, sketches in store.shards():
-            here = [(i, at) for i, row in enumerate(rows) if (at := place.get((number, row.id))) is not None]
-            for i, at in here:
-                found[at] = rows[i]
-            table[[at for _, at in here]] = sketches[[i for i, _ in here]]
-    there = [i for i, row in enumerate(found) if row is not None]
-    return [row for row in found if row is not None], table if len(there) == len(found) else table[there]
 
 
 def copies(pairs: Pairwise) -> tuple[dict[str, tuple[int, int]], tuple[str, str]] | None:

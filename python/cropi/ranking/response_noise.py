@@ -25,7 +25,7 @@ from cropi.errors import CropiError, shown
 from cropi.form import nested
 from cropi.gradient.zero import ZERO_GRADIENT
 from cropi.options import Influence
-from cropi.ranking.influence import check_stores, choose_members, validation_means
+from cropi.ranking.members import check_stores, choose_members, validation_means
 from cropi.ranking.products import in_order
 from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.differences import ALIKE, Difference, first_difference
