@@ -36,14 +36,14 @@ def _slots(n_segments, n_tokens, CHUNK: tl.constexpr, ALWAYS: tl.constexpr):
 
 
 @triton.jit
-def _offset(offsets, s, valid, n_tokens):
+def offset_of(offsets, s, valid, n_tokens):
     """Offsets on a device are not checked: what they say may be wrong, but no access leaves the tokens."""
     return tl.minimum(tl.maximum(tl.load(offsets + s, mask=valid, other=0), 0), n_tokens)
 
 
 @triton.jit
 def _count_chunks(offsets, s, valid, n_tokens, CHUNK: tl.constexpr):
-    begin, end = _offset(offsets, s, valid, n_tokens), _offset(offsets, s + 1, valid, n_tokens)
+    begin, end = offset_of(offsets, s, valid, n_tokens), offset_of(offsets, s + 1, valid, n_tokens)
     return (tl.maximum(end - begin, 0) + CHUNK - 1) // CHUNK
 
 
@@ -66,8 +66,8 @@ def _locate(
         slot += tl.sum(tl.where(before & ((n > 1) | ALWAYS), n, 0), 0)
         total += tl.sum(n, 0)
     found = segment < n_segments
-    begin = _offset(offsets, segment, found, n_tokens)
-    end = _offset(offsets, segment + 1, found, n_tokens)
+    begin = offset_of(offsets, segment, found, n_tokens)
+    end = offset_of(offsets, segment + 1, found, n_tokens)
     t0 = begin + (item - first) * CHUNK
     t1 = tl.minimum(t0 + CHUNK, end)
     slot = tl.minimum(slot + item - first, _slots(n_segments, n_tokens, CHUNK, ALWAYS) - 1)
@@ -106,14 +106,14 @@ def _turn(
     for s0 in range(0, n_segments, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
         valid = s < n_segments
-        begin, end = _offset(offsets, s, valid, n_tokens), _offset(offsets, s + 1, valid, n_tokens)
+        begin, end = offset_of(offsets, s, valid, n_tokens), offset_of(offsets, s + 1, valid, n_tokens)
         length = tl.maximum(end - begin, 0)
         n, r = length // CHUNK, length % CHUNK
         whole += tl.sum(n, 0)
         others += tl.sum((r > 0).to(tl.int64), 0)
         before += tl.sum(tl.where(s < segment, n, 0), 0)
         longer += tl.sum(((r > rest) | ((r == rest) & (s < segment))).to(tl.int64), 0)
-    own = (t0 - _offset(offsets, segment, segment < n_segments, n_tokens)) // CHUNK
+    own = (t0 - offset_of(offsets, segment, segment < n_segments, n_tokens)) // CHUNK
     turn = tl.where(rest == 0, before + own, whole + longer)
     return tl.where((segment < n_segments) & (whole + others <= n_items), turn, item)
 

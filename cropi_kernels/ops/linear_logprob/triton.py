@@ -26,7 +26,7 @@ FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 4096
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     """``exp(x) - 1`` for x <= 0: a series where the subtraction would cancel."""
     series = 1.0 + x / 7.0 * (1.0 + x / 8.0)
     series = 1.0 + x / 5.0 * (1.0 + x / 6.0 * series)
@@ -47,7 +47,7 @@ def _log1p(x):
 def _cap(z, softcap):
     """(softcap * tanh(z / softcap), its derivative 1 - tanh^2), both without a cancellation."""
     u = z / softcap
-    e = _expm1(-2.0 * tl.abs(u))  # in (-1, 0]
+    e = expm1(-2.0 * tl.abs(u))  # in (-1, 0]
     t = -e / (2.0 + e)
     slope = 4.0 * (1.0 + e) / ((2.0 + e) * (2.0 + e))
     return tl.where(u < 0, -t, t) * softcap, slope
@@ -146,7 +146,7 @@ def backward_kernel(
     counts = (g != 0) & (y >= 0)  # a row that does not count is 0, also where its logits are NaN
     highest = tl.load(top + row)
     log_total = tl.load(log_sum + row)
-    one_minus_p = -_expm1(tl.load(logp + row))
+    one_minus_p = -expm1(tl.load(logp + row))
     for start in range(0, vocabulary, BLOCK):
         v = start + tl.arange(0, BLOCK)
         inside = v < vocabulary

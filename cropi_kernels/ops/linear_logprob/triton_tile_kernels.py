@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton import _expm1, finish_rows
+from .triton import expm1, finish_rows
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 FAR: tl.constexpr = tl.constexpr(2.0**60)  # of a row's sum in a tile
@@ -301,7 +301,7 @@ def rescale_kernel(
     g, y = tl.load(grad + row), tl.load(target + row)
     counts = (g != 0) & (y >= 0)  # a row that does not count is 0, also where its logits are NaN
     highest, log_total = tl.load(top + row), tl.load(log_sum + row)
-    minus_rest = _expm1(tl.load(logp + row))
+    minus_rest = expm1(tl.load(logp + row))
     of_row = -g * scale * tl.exp(-log_total)
     if WHOLE:
         of_target = -minus_rest * scale * g

@@ -21,8 +21,9 @@ from ... import _triton
 from ..._launch import Launch
 from ...plan import MatrixPlan
 from .._device_plan import cached, pair_words, slab_row_signs
-from .._triton_segments import _offset, cut, reduce_partials
-from ..sketch_linear.triton import SlabConfig, _pick, alike, fold_columns, fold_tables, slab_config
+from .._triton_pairs import pick
+from .._triton_segments import cut, offset_of, reduce_partials
+from ..sketch_linear.triton import SlabConfig, alike, fold_columns, fold_tables, slab_config
 
 GROUP_PAIRS = 24  # entries of a partial result, where no limit below asks for more
 # Results of one slab and segment that are added up, 128 KiB each; more where one would have more than MOST_ENTRIES.
@@ -121,8 +122,8 @@ def grouped_kernel(
     word_of = tl.load(words + begin + lane, mask=mine, other=0)
     group_of = tl.load(group + begin + lane, mask=mine, other=0).to(tl.int64)
     at_range = group_of * n_segments + segment
-    t0_of = _offset(offsets, at_range, mine, n_tokens)
-    length_of = tl.maximum(_offset(offsets, at_range + 1, mine, n_tokens) - t0_of, 0).to(tl.int32)
+    t0_of = offset_of(offsets, at_range, mine, n_tokens)
+    length_of = tl.maximum(offset_of(offsets, at_range + 1, mine, n_tokens) - t0_of, 0).to(tl.int32)
     length_of = tl.where(mine, length_of, 0)
     row_of = (first_row + group_of * row_step).to(tl.int32)
     steps_of = (length_of + BK - 1) // BK
@@ -130,11 +131,11 @@ def grouped_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(0, tl.sum(steps_of, 0)):
         p = tl.sum((end_of <= step).to(tl.int32), 0)
-        word = _pick(word_of, lane, p)
-        t = (step - _pick(end_of - steps_of, lane, p)) * BK
-        live = token < _pick(length_of, lane, p) - t
-        at = _pick(t0_of, lane, p) + t + token
-        base = _pick(row_of, lane, p)
+        word = pick(word_of, lane, p)
+        t = (step - pick(end_of - steps_of, lane, p)) * BK
+        live = token < pick(length_of, lane, p) - t
+        at = pick(t0_of, lane, p) + t + token
+        base = pick(row_of, lane, p)
         r = (word >> 48 & 0x7FFF).to(tl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
         c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
         r = tl.max_contiguous(tl.multiple_of(r, 8), 8)

@@ -35,6 +35,7 @@ from .._device_plan import (
     upload,
     what_d_is_of,
 )
+from .._triton_pairs import SIGN_BIT, WARP, pick_word, row_signs
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
 from .turns import HELD_FROM, HELD_STEPS, TURNS_FROM, TURNS_STEP, turns_launch, turns_options
 
@@ -171,31 +172,6 @@ WIDEST_TILE = 4 * (128 + 256) * 64 * 2  # bytes: four stages of both operands
 
 
 INTO = ("out", "slots", "sums")  # where results go, see `slab_kernel`
-SIGN_BIT: tl.constexpr = tl.constexpr(-(1 << 31))  # of a float32
-WARP: tl.constexpr = tl.constexpr(32)
-
-
-@triton.jit
-def _pick(values, lane, index):
-    """``values[index]`` of a vector that lives in registers: a few shuffles instead of a load in the loop."""
-    return tl.sum(tl.where(lane == index, values, 0), 0)
-
-
-@triton.jit
-def _pick_word(words, behind, lane, index, PAIRS: tl.constexpr):
-    """`_pick` of PAIRS words, ``behind`` those behind the first WARP: one vector of all would be spread over warps,
-    which would wait for each other."""
-    if PAIRS > WARP:
-        return _pick(words, lane, index) | _pick(behind, lane + WARP, index)
-    else:
-        return _pick(words, lane, index)
-
-
-@triton.jit
-def row_signs(row_sign, word, i, padded_rows, SLAB_ROWS: tl.constexpr):
-    """Of the rows that pair ``word`` adds to rows ``i`` of the slab, times the pair's own."""
-    row = (word >> 48 & 0x7FFF).to(tl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
-    return tl.load(row_sign + tl.where(word < 0, padded_rows, 0) + row).to(tl.float32)
 
 
 @triton.jit(
@@ -269,7 +245,7 @@ def slab_kernel(
         t = tl.zeros((), tl.int32)
         p = tl.zeros((), tl.int32)
         for _ in range(0, n_pairs * tl.cdiv(length, BK)):
-            word = _pick_word(words, behind, lane, p, PAIRS)
+            word = pick_word(words, behind, lane, p, PAIRS)
             block = (word >> 48 & 0x7FFF).to(tl.int32)
             row = i ^ (word & 0xFFFF).to(tl.int32)
             c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
@@ -304,7 +280,7 @@ def slab_kernel(
             done = t >= length
             # A product whose result is used under a condition alone may run on while the next tiles are fetched.
             if done:
-                after = _pick_word(words, behind, lane, p + 1, PAIRS)  # no pair: 0
+                after = pick_word(words, behind, lane, p + 1, PAIRS)  # no pair: 0
                 more = p + 1 < n_pairs
                 sign = row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
                 sign *= tl.where(more, row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)

@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._device_plan import what_d_is_of
 from .._gluon import load_by_threads
+from .._triton_pairs import SIGN_BIT, row_signs
 from .._triton_segments import chunk_of
-from .triton import SIGN_BIT, row_signs
 
 _chunk_of, _row_signs = gluon.jit(chunk_of.fn), gluon.jit(row_signs.fn)
 _what_d_is_of = gluon.constexpr_function(what_d_is_of)

@@ -49,6 +49,7 @@ def turns_launch(
     into: str,
 ) -> Launch:
     """`slab_kernel` by warps of different work."""
+    # Where it serves alone: not every release of Triton has Gluon.
     from .triton_turns import WARPS, slab_turns_kernel
 
     return Launch(
