@@ -48,8 +48,7 @@ class Listener:
         """``tap`` has added to the sketches what it had kept in forward, with the output's gradient ``dy``. Of a formed
         gradient ``dy``, ``coarse`` is the unit roundoff of what it was formed of; ``rows``: the segments to whose
         sketches it was added."""
-        took = projected(self.acc.out[rows])
-        self.acc.out[rows].zero_()
+        took = self._take(self.acc.out[rows], rows)
         if tap not in self.sums:
             self.sums[tap] = took.new_zeros(len(self.acc.out), took.shape[1])
         self.sums[tap][rows] += took
@@ -68,6 +67,12 @@ class Listener:
         self.size[tap] = self.size.get(tap, 0.0) + norm(d) * terms
         self.unit[tap] = max(self.unit.get(tap, 0.0), unit)
         self.calls[tap] = self.calls.get(tap, 0) + 1
+
+    def _take(self, added: torch.Tensor, rows: slice) -> torch.Tensor:
+        """What was ``added`` to the sketches of some segments, projected; the sketches are zero again."""
+        took = projected(added)
+        added.zero_()
+        return took
 
     @contextlib.contextmanager
     def batch(self, segments: Segments, device: torch.device) -> Iterator[None]:

@@ -20,7 +20,7 @@ from ..attach.attachment import Attachment
 from ..batch.segments import Segments
 from ..sums.accumulator import Accumulator
 from .formed_sums import FormedSums, TapGroups
-from .listener import Listener, Source
+from .listener import Listener
 from .selftest import Comparison, SelfTestError, compare, named
 
 PROBLEM = (
@@ -39,16 +39,9 @@ class _Both(Listener):
         super().__init__(acc)
         self.total = torch.zeros_like(acc.out)
 
-    def added(
-        self,
-        tap: Source,
-        dy: torch.Tensor,
-        kept: torch.Tensor | None,
-        coarse: float = 0.0,
-        rows: slice = slice(None),
-    ) -> None:
-        self.total[rows] += self.acc.out[rows]
-        super().added(tap, dy, kept, coarse, rows)
+    def _take(self, added: torch.Tensor, rows: slice) -> torch.Tensor:
+        self.total[rows] += added
+        return super()._take(added, rows)
 
 
 class Schedule:

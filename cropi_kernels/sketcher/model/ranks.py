@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .replaced import parallel_of
+from .sharded import units
 from .spread import Share, is_spread, local, ranges_of
 
 PARTIAL_STYLE = "ReplicatedWithGradAllReduce"  # transformers': a norm of this rank's heads
@@ -213,8 +214,6 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     Raises:
         ValueError: its parameters are spread over more than one group.
     """
-    from .sharded import units
-
     inside = {id(p) for unit in units(model) for p in unit.parameters()}
     spread = {n: p for n, p in model.named_parameters() if is_spread(p) and id(p) not in inside}
     if not spread:

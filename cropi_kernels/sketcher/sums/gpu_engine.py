@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ... import dispatch
+from ..._gpu import DTYPES
 from ...ops._checks import check_offset_values
 from ...ops.norm_grad.ops import WIDEST
 from ...plan import VectorPlan
@@ -31,7 +32,6 @@ from .engine import Norm, Operators, Site
 from .matrix import MatrixSketch
 
 TAIL = 16 << 20  # numbers of vectors' sums that wait, 64 MB; a vector that has more of them waits alone
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ANYWHERE = Site("")  # of tensors whose rows may have any order
 
 
