@@ -36,8 +36,9 @@ from cropi.sealed import check_sums, read_sealed, sealed, summed, sums_path
 from cropi.store import SketchStore, export
 from cropi.store.manifest import GROUPS
 from cropi.store.rows import RowInfo
+from cropi.trainers.newest import merge_rollouts
 from cropi.trainers.trl.live import LiveRun
-from cropi.trainers.trl.rollout_log import RolloutLog, merge_rollouts
+from cropi.trainers.trl.rollout_log import RolloutLog
 from cropi.trainers.trl.stages import STATE, read_state
 from cropi_kernels import SketchSpec
 

@@ -29,7 +29,8 @@ from cropi.sketching.job import SketchJob
 from cropi.sketching.run import sketch
 from cropi.store import SketchStore, merge
 from cropi.store.rows import RowInfo
-from cropi.trainers.trl.rollout_log import RolloutLog, merge_rollouts
+from cropi.trainers.newest import merge_rollouts
+from cropi.trainers.trl.rollout_log import RolloutLog
 from cropi_kernels import SketchSpec
 from support import made_curriculum, made_dumps
 from support.made_data import make_model, make_records, make_tokenizer, write_lines

@@ -19,21 +19,15 @@ from cropi.data.readers import read as read_groups
 from cropi.data.writers import replace_records
 from cropi.errors import CropiError
 from cropi.ranking.table import read_scores
+from cropi.trainers import newest as newest_rollouts
 from cropi.trainers.dumps.auto import read_rollouts
 from cropi.trainers.dumps.fields import BadSample, finite, only_tokens, whole
 from cropi.trainers.dumps.folders import files_of
 from cropi.trainers.dumps.rows import named_reward
-from cropi.trainers.trl import rollout_log
+from cropi.trainers.newest import Newest, merge_rollouts
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.ranks import Ranks
-from cropi.trainers.trl.rollout_log import (
-    Newest,
-    RolloutLog,
-    cut_unfinished_line,
-    log_files,
-    merge_rollouts,
-    rewind,
-)
+from cropi.trainers.trl.rollout_log import RolloutLog, cut_unfinished_line, log_files, rewind
 from cropi.trainers.trl.scoring import choose_prompts
 from cropi_kernels import SketchSpec
 
@@ -156,8 +150,8 @@ def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
 
 
 def test_a_log_that_grows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logs, parsed, key = [tmp_path / f"r{rank}.jsonl" for rank in (0, 1)], [], rollout_log._key
-    monkeypatch.setattr(rollout_log, "_key", lambda line, path: parsed.append(line) or key(line, path))
+    logs, parsed, key = [tmp_path / f"r{rank}.jsonl" for rank in (0, 1)], [], newest_rollouts._key
+    monkeypatch.setattr(newest_rollouts, "_key", lambda line, path: parsed.append(line) or key(line, path))
     newest, rng, out = Newest(), random.Random(0), tmp_path / "merged.jsonl"
     lines = [json.dumps(record(rng.choice("abcdefgh"), n // 4, n=n)) + "\n" for n in range(120)]
     for n, line in enumerate(lines):

@@ -25,8 +25,8 @@ from cropi.model.policy import Policy  # noqa: E402
 from cropi.sketching.job import SketchJob  # noqa: E402
 from cropi.sketching.run import sketch  # noqa: E402
 from cropi.store.store import SketchStore  # noqa: E402
+from cropi.trainers.newest import merge_rollouts  # noqa: E402
 from cropi.trainers.trl import Live, Recording, collect  # noqa: E402
-from cropi.trainers.trl.rollout_log import merge_rollouts  # noqa: E402
 
 LOG = "cropi/rollouts/train-rank00000.jsonl"
 # float32 logits of size 10 divided by the temperature, a sum over 97 words, and six recorded decimals.

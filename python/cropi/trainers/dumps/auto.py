@@ -11,6 +11,7 @@ from typing import Any
 from cropi import options
 from cropi.amounts import counted
 from cropi.data.forms import parse_columns
+from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.sources import PathSource
 from cropi.errors import CropiError, printable, shown, warn
@@ -283,8 +284,6 @@ def groups_of(
         say(f"read as       {SOURCES[kind].words}")
     _check_used(kind, reading)
     if kind == RECORDS:
-        from cropi.data.readers import read
-
         made: list[Any] = paths
         if not reading.columns:
             # Files that are named one by one stand in the shell's order, and may be of several runs.

@@ -13,6 +13,7 @@ from cropi.errors import RecordError, printable
 from cropi.files import size_of
 from cropi.temporary import KeptFolder
 from cropi.trainers.dumps.rollout import write_groups
+from cropi.trainers.newest import Newest, merge_rollouts
 
 STEP_FILE = re.compile(r"\d+\.jsonl")
 # As :class:`cropi.trainers.trl.rollout_log.RolloutLog` names its files.
@@ -96,8 +97,6 @@ def newest_of_steps(
 def _newest_of_logs(
     files: Sequence[str | Path], skip_bad: bool, say: Callable[[str], None] | None
 ) -> tuple[Path, KeptFolder] | None:
-    from cropi.trainers.trl.rollout_log import Newest, merge_rollouts
-
     bad: list[RecordError] = []
 
     def on_bad(error: RecordError) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.errors import CropiError, shown
+from cropi.trainers.newest import merge_rollouts
 from cropi.trainers.trl.checks import check_evaluation
 from cropi.trainers.trl.mixins import RecorderHooks
-from cropi.trainers.trl.rollout_log import RolloutLog, log_files, merge_rollouts
+from cropi.trainers.trl.rollout_log import RolloutLog, log_files
 
 
 def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = None) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from cropi.errors import CropiError
+from cropi.trainers.newest import Newest, merge_rollouts
 from cropi.trainers.trl.options import Recording
 from cropi.trainers.trl.ranks import Ranks
 from cropi.trainers.trl.records import columns_of, group_record, id_of
-from cropi.trainers.trl.rollout_log import Newest, RolloutLog, log_files, merge_rollouts
+from cropi.trainers.trl.rollout_log import RolloutLog, log_files
 from cropi.trainers.trl.scoring import own_randomness
 from cropi.trainers.trl.versions import check_batch, check_trainer
 from cropi.trainers.values import plain_value, whole_text
