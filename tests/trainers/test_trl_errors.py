@@ -25,7 +25,8 @@ from cropi.sealed import sealed  # noqa: E402
 from cropi.trainers.trl import Curriculum, curriculum, versions  # noqa: E402
 from cropi.trainers.trl import recording as record  # noqa: E402
 from cropi.trainers.trl.rollout_log import rewind  # noqa: E402
-from cropi.trainers.trl.stages import STATE, Stages  # noqa: E402
+from cropi.trainers.trl.stage_state import STATE  # noqa: E402
+from cropi.trainers.trl.stages import Stages  # noqa: E402
 from cropi.trainers.versions import UntestedVersion  # noqa: E402
 
 

@@ -18,7 +18,8 @@ from cropi.trainers.trl.recorder import MADE, Recorder
 from cropi.trainers.trl.records import check_datasets
 from cropi.trainers.trl.sampler import StageSampler
 from cropi.trainers.trl.scoring import check_files
-from cropi.trainers.trl.stages import STATE, StageCallback, Stages
+from cropi.trainers.trl.stage_state import STATE
+from cropi.trainers.trl.stages import StageCallback, Stages
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as Base

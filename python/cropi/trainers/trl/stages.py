@@ -7,7 +7,6 @@ is read ahead across the boundary, and a resumed run counts its way to the right
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -20,18 +19,16 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from cropi.atomic import write_atomic
 from cropi.data.prompt_ids import PromptIds
 from cropi.data.readers import read
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
-from cropi.errors import CropiError, shown
-from cropi.files import entries, is_file, is_there, writing
+from cropi.errors import CropiError
+from cropi.files import is_there
 from cropi.model.policy import Policy
 from cropi.pipeline.lost import LEFT_OUT, NothingToFollow, TooFewLeft, usable_sets, without_minus
-from cropi.sealed import read_sealed, sealed
 from cropi.sketching.job import make_tokenize
-from cropi.store.differences import first_difference
+from cropi.trainers.newest import Newest
 from cropi.trainers.trl.as_scored import unlike_dataset
 from cropi.trainers.trl.checks import (
     balances_experts,
@@ -46,7 +43,7 @@ from cropi.trainers.trl.live import KEPT, LiveRun, features_of
 from cropi.trainers.trl.losses import REMEDY, check_own_loss, estimator_of_config
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.recorder import Recorder
-from cropi.trainers.trl.rollout_log import Newest, cut_unfinished_line, log_files, rewind
+from cropi.trainers.trl.rollout_log import log_files, rewind
 from cropi.trainers.trl.sampler import StagePlan, StageSampler, check_enough, pass_seed
 from cropi.trainers.trl.scoring import (
     Chosen,
@@ -57,30 +54,10 @@ from cropi.trainers.trl.scoring import (
     own_randomness,
     setup_of,
 )
+from cropi.trainers.trl.stage_state import add_note, forget_notes, saved_stages, state_to_go_on, write_state
 
-STATE = "cropi_state.json"
 KEPT_PROMPTS = "the prompts of the stage before are kept"
-_FORM = {
-    "stage": int, "selected": list[str] | None, "logs": {str: int}, "settings": dict, "seconds?": float | None,
-}  # fmt: skip
 logger = logging.getLogger(__name__)
-
-
-def read_state(file: Path) -> dict[str, Any]:
-    """What a checkpoint keeps of the stages.
-
-    Raises:
-        CropiError: it is damaged, or of a newer release.
-    """
-    remedy = "go on from another checkpoint"
-    return read_sealed(file, _FORM, remedy, version=("version", "version", 1))
-
-
-def _stage_of(line: str, notes: Path) -> int:
-    try:
-        return int(json.loads(line)["stage"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CropiError(f"{notes}: a line is not a note of a stage ({error}); remove it") from error
 
 
 class StageCallback(TrainerCallback):
@@ -360,9 +337,7 @@ class Stages(Recorder):
         """Sketches of earlier stages are needed by this one's successor, and where a checkpoint leads back to them."""
         options = self.options
         if self.ranks.first and not options.keep_sketches and (options.budget or options.passes):
-            saved = [path / STATE for path in entries(self.trainer.args.output_dir, "checkpoint-*")]
-            states = [read_state(path) for path in saved if is_there(path)]
-            forget_sketches(self.folder, {int(state["stage"]) for state in states}, stage)
+            forget_sketches(self.folder, saved_stages(self.trainer.args.output_dir), stage)
 
     def _draw(self, live: LiveRun) -> Chosen:
         """The next prompts by what the steps so far have shown.
@@ -423,11 +398,7 @@ class Stages(Recorder):
             return
         line = {"stage": stage, "step": self.step, "dataset": len(self.ids)}
         line |= chosen.figures if chosen else {"selected": len(self.ids)}
-        notes = self.folder / "stages.jsonl"
-        with writing(notes):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(notes, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        add_note(self.folder, line)
         logger.info("stage %d: %s", stage, line)
 
     # ----------------------------------------------------------------------------------------- resuming
@@ -453,7 +424,7 @@ class Stages(Recorder):
         }  # fmt: skip
         if self.live is not None:
             self.live.save(checkpoint)
-        write_atomic(checkpoint / STATE, json.dumps(sealed(state), ensure_ascii=False) + "\n")
+        write_state(checkpoint, state)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: its stage, its prompts, and the rollouts and notes of its steps.
@@ -461,20 +432,7 @@ class Stages(Recorder):
         Raises:
             CropiError: it was saved without a curriculum or with other settings, or prompts or rollouts are gone.
         """
-        if not is_file(checkpoint / STATE):
-            raise CropiError(
-                f"{checkpoint} holds no {STATE}: it was saved without a curriculum; load its weights as the model and "
-                "start a new run"
-            )
-        file = checkpoint / STATE
-        state = read_state(file)
-        differs = first_difference(state["settings"], json.loads(json.dumps(self.settings())))
-        if differs:
-            raise CropiError(
-                f"{checkpoint} was saved with {differs.field} = {shown(differs.left)}, but this run has "
-                f"{shown(differs.right)}: prompts would come in another order; use the same settings, or load the "
-                "checkpoint's weights as the model of a new run"
-            )
+        state = state_to_go_on(checkpoint, self.settings())
         ids = state["selected"]
         lost = [name for name in ids or () if name not in self.ids]
         if lost:
@@ -493,8 +451,4 @@ class Stages(Recorder):
     def _rewind(self, state: dict[str, Any]) -> None:
         """Remove rollouts and stages that came after the checkpoint."""
         rewind(self.log.folder, state["logs"])
-        notes = self.folder / "stages.jsonl"
-        if is_there(notes):
-            cut_unfinished_line(notes)
-            lines = notes.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomic(notes, "".join(line for line in lines if _stage_of(line, notes) <= state["stage"]))
+        forget_notes(self.folder, state["stage"])
