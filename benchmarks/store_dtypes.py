@@ -16,7 +16,6 @@ import torch
 
 from cropi.errors import CropiError
 from cropi.ranking.influence import score_rows
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.codec import DTYPES, decode, encode
 from cropi.store.store import SketchStore
 
@@ -26,9 +25,7 @@ def table(store: SketchStore) -> tuple[list[str], torch.Tensor]:
     if store.dtype != "float32":
         raise CropiError(f"the store {store.path} is {store.dtype}: give one of float32")
     parts = list(store.shards())
-    return [row.set or DEFAULT_SET for rows, _ in parts for row in rows], torch.cat(
-        [rows for _, rows in parts]
-    )
+    return [row.set_name for rows, _ in parts for row in rows], torch.cat([rows for _, rows in parts])
 
 
 def scores(train: torch.Tensor, valid: torch.Tensor, sets: list[str]) -> np.ndarray:

@@ -49,7 +49,7 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
     from cropi.data.saved import check_hub_name
     from cropi.errors import CropiError
     from cropi.options import BASELINES
-    from cropi.ranking.uncertainty import no_score
+    from cropi.ranking.values import no_score
 
     given = [f"--{name}" for name in OF_EXPORT if getattr(args, name.replace("-", "_"))]
     if given and not (args.export or args.push_to_hub):

@@ -23,7 +23,7 @@ from cropi.model.sources import base_of, locate
 from cropi.options import BASELINES
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.shares import how_many
-from cropi.ranking.uncertainty import no_score
+from cropi.ranking.values import no_score
 from cropi.store.codec import row_bytes
 from cropi.trainers.trl.in_process import check_options, prompts_a_batch
 from cropi_kernels import canonical_name

@@ -19,13 +19,13 @@ from cropi.options import Influence, Selecting, SelectionOptions
 from cropi.ranking.contrast import names_without
 from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.rule import grouped_by
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.shares import check_named
 from cropi.ranking.uncertainty import one_alone
 from cropi.ranking.values import check_rewards
 from cropi.sketching.job import SketchJob, make_job
 from cropi.sketching.run import check_tokens, scan_groups
+from cropi.store.rows import DEFAULT_SET
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from cropi.data.share import without
 from cropi.errors import CropiError, warn
 from cropi.options import Comparing, Influence
 from cropi.ranking.members import any_means, validation_means, without_direction
-from cropi.ranking.scores import DEFAULT_SET
-from cropi.store.rows import OK
+from cropi.store.rows import DEFAULT_SET, OK
 from cropi.store.store import SketchStore
 
 T = TypeVar("T")
@@ -89,7 +88,7 @@ def usable_stores(
     sets: dict[str, Counter[str]] = {}
     for store in stores:
         for row in store.rows():
-            sets.setdefault(row.set or DEFAULT_SET, Counter())["" if row.status == OK else row.reason] += 1
+            sets.setdefault(row.set_name, Counter())["" if row.status == OK else row.reason] += 1
     lost = {
         name: no_gradient(name, reasons) for name, reasons in sorted(sets.items()) if not reasons.pop("", 0)
     }
@@ -108,10 +107,7 @@ def usable_stores(
 
 def _stores_without(stores: Sequence[SketchStore], lost: Container[str]) -> list[SketchStore]:
     """The stores as if they held no prompt of some sets, but for those that then hold none."""
-    kept = [
-        store.without({row.id for row in store.rows() if (row.set or DEFAULT_SET) in lost})
-        for store in stores
-    ]
+    kept = [store.without({row.id for row in store.rows() if row.set_name in lost}) for store in stores]
     return [store for store in kept if len(store)]
 
 

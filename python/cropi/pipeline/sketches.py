@@ -15,7 +15,6 @@ from cropi.data.scan import Scan, check_covered
 from cropi.model.policy import Policy
 from cropi.pipeline.checks import Checked, Part, Setup, part_of, validation_sources
 from cropi.pipeline.lost import followed
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.sketching.interrupt import Interrupted
 from cropi.sketching.job import SketchJob, with_date
 from cropi.sketching.noise import sketch_noise
@@ -195,8 +194,8 @@ def sketch_validation(
             store = sketch_part(policy, part, job, None, progress=False).store
             assert store is not None
             for kept, sketches in store.shards():
-                names += [row.set or DEFAULT_SET for row in kept]
+                names += [row.set_name for row in kept]
                 rows.append(sketches.float())
-            lost += [(row.set or DEFAULT_SET, row.reason) for row in store.rows() if row.status != OK]
+            lost += [(row.set_name, row.reason) for row in store.rows() if row.status != OK]
     empty = torch.zeros(0, job.row_size, dtype=torch.float32, device="cpu")
     return names, torch.cat(rows) if rows else empty, lost

@@ -10,7 +10,6 @@ from cropi.options import Selecting
 from cropi.ranking.pairwise import Pairwise
 from cropi.ranking.resampled import MeanSet
 from cropi.ranking.rule import Rule
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.values import check_from_scores
 
 
@@ -61,5 +60,5 @@ def leave_one_out(
             kept = len(np.intersect1d(rule.choose(other), chosen)) / len(chosen)
             row = pairs.valid[member]
             moved = float(np.abs(other[:, v] - table[:, v]).max())
-            without.append(WithoutOne(row.id, row.set or DEFAULT_SET, kept, moved))
+            without.append(WithoutOne(row.id, row.set_name, kept, moved))
     return sorted(without, key=lambda one: (one.kept, -one.moved, one.set, one.id))

@@ -10,7 +10,6 @@ import torch
 from cropi.data.rewards import EQUAL_REWARDS, ONE_RESPONSE
 from cropi.errors import CropiError
 from cropi.options import Influence
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.differences import check_comparable, check_scaled, warn_unlike
 from cropi.store.manifest import NOISE
 from cropi.store.rows import OK, RowInfo
@@ -56,7 +55,7 @@ def choose_members(
     held: dict[tuple[str, str], int] = {}
     for number, store in enumerate(stores):
         for row in store.rows():
-            name = row.set or DEFAULT_SET
+            name = row.set_name
             if (before := held.setdefault((name, row.id), number)) != number:
                 raise CropiError(
                     f"{store.path} holds the prompt {row.id!r} of the validation set {name!r}, and so does "
@@ -148,7 +147,7 @@ def any_means(stores: Sequence[SketchStore], given: Influence) -> dict[str, torc
     for number, store in enumerate(stores):
         for kept, sketches in store.shards():
             for row, vector in zip(kept, sketches.double(), strict=True):
-                name = row.set or DEFAULT_SET
+                name = row.set_name
                 if (number, row.id) in chosen.get(name, ()):
                     sums[name] += vector / vector.norm() if given.mean == "normalised" else vector
     return {name: total / len(chosen[name]) for name, total in sums.items()}

@@ -24,7 +24,6 @@ from cropi.errors import CropiError
 from cropi.ranking.given import given_stores
 from cropi.ranking.members import SAME_LENGTH, check_stores, none_usable, validation
 from cropi.ranking.products import in_order
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.sealed import summed
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
@@ -51,11 +50,11 @@ class Pairwise:
     @property
     def sets(self) -> list[str]:
         """The names of the validation sets, sorted."""
-        return sorted({row.set or DEFAULT_SET for row in self.valid})
+        return sorted({row.set_name for row in self.valid})
 
     def members(self, name: str) -> np.ndarray:
         """The columns of one validation set, int64 ``[V_set]``."""
-        return np.flatnonzero([(row.set or DEFAULT_SET) == name for row in self.valid])
+        return np.flatnonzero([row.set_name == name for row in self.valid])
 
     @property
     def cosines(self) -> np.ndarray:
@@ -138,7 +137,7 @@ def nearest_scores(
 ) -> tuple[list[str], Callable[[np.ndarray, np.ndarray], np.ndarray]]:
     """The names of the validation sets, and a function of products ``[n, V]`` with the validation prompts and lengths
     ``[n]``: the highest cosine (or dot product) of each row with a prompt of each set, float64 ``[n, sets]``."""
-    names = np.array([row.set or DEFAULT_SET for row in rows], dtype=object)
+    names = np.array([row.set_name for row in rows], dtype=object)
     sets = sorted(set(names))
     members = [np.flatnonzero(names == name) for name in sets]
     norms = torch.linalg.vector_norm(sketches.double(), dim=1).numpy() if metric == "cosine" else 1.0
@@ -237,7 +236,7 @@ def write_neighbours(
 ) -> None:
     """Write what :func:`neighbours` gave as JSON lines, one a validation prompt: ``id``, ``set``, ``helpful`` and
     ``harmful``, lists of ``id`` and ``cosine``."""
-    sets = {row.id: row.set or DEFAULT_SET for store in valid for row in store.rows()}
+    sets = {row.id: row.set_name for store in valid for row in store.rows()}
     rows = [
         {"id": name, "set": sets[name], "helpful": list(map(asdict, near)), "harmful": list(map(asdict, far))}
         for name, (near, far) in found.items()

@@ -27,7 +27,6 @@ from cropi.gradient.zero import ZERO_GRADIENT
 from cropi.options import Influence
 from cropi.ranking.members import check_stores, choose_members, validation_means
 from cropi.ranking.products import in_order
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.store.differences import ALIKE, Difference, first_difference
 from cropi.store.manifest import MERGED, NOISE, NOTES
 from cropi.store.rows import OK
@@ -100,7 +99,7 @@ def _of_valid(
         drawn = _noise_of(parts)
         for rows, table in store.shards() if drawn else ():
             for row, gradient in zip(rows, table.double(), strict=True):
-                name = row.set or DEFAULT_SET
+                name = row.set_name
                 if row.id not in drawn or (number, row.id) not in members.get(name, ()):
                     continue
                 counts[name] += 1

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cropi.data.export import FORMATS, chosen_dataset, export
+from cropi.data.export import BY_PLACE, FORMATS, chosen_dataset, export, read_dataset
 from cropi.data.prompt_ids import column_values
+from cropi.data.readers import PromptGroups
 from cropi.data.rows_out import table_of, write_jsonl, write_parquet
 from cropi.data.saved import check_hub_name, dataset_of, push, save_folder
+from cropi.data.trainer_rows import FILES
 from cropi.errors import CropiError
 from cropi.files import path_of
 from cropi.options import BASELINES
-from cropi.ranking.uncertainty import no_score
-from cropi.ranking.values import again_for_chances
+from cropi.ranking.values import again_for_chances, no_score
 
 if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
@@ -118,10 +119,6 @@ def push_to_hub(selection: Selection, name: str, rows: Any, id_key: str | None, 
 
 def _parts(rows: Any, id_key: str | None, format: str = "") -> tuple[Any, Any]:
     """``(trajectories, dataset)``: rows are records where they are rolled out, and a trainer's own dataset if not."""
-    from cropi.data.export import BY_PLACE, read_dataset
-    from cropi.data.readers import PromptGroups
-    from cropi.data.trainer_rows import FILES
-
     if rows is None:
         return (), None
     if isinstance(rows, PromptGroups) or format in FILES:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from cropi.ranking.selection import Selection
     from cropi.store.store import SketchStore
 
-DEFAULT_SET = "valid"
-
 
 @dataclass(frozen=True)
 class Scores:

@@ -32,8 +32,8 @@ from cropi.ranking.contrast import names_without, without
 from cropi.ranking.redrawn import Moved, combined, redrawn
 from cropi.ranking.resampled import MeanSet, NearestSet, ResampledSet
 from cropi.ranking.rule import Rule
-from cropi.ranking.scores import DEFAULT_SET, Scores
-from cropi.ranking.values import FROM_SCORES, check_from_scores, students_quantile
+from cropi.ranking.scores import Scores
+from cropi.ranking.values import FROM_SCORES, check_from_scores, no_score, students_quantile
 from cropi.store.rows import OK
 
 if TYPE_CHECKING:  # what a table holds of it is read without torch
@@ -228,18 +228,7 @@ def uncertainty(
     """
     how, given = comparing or Influence(), selecting or Selecting()
     metric, minus, weight = how.metric, how.minus, how.minus_weight
-    check_from_scores(given.method)
-    if not how.draws:
-        raise CropiError("draws must be at least 2, got 0")
-    if noise is not None and how.aggregate == "nearest":
-        raise CropiError(
-            "noise is that of means of validation gradients: aggregate must be mean, got 'nearest'"
-        )
-    if alone := one_alone({name: len(pairs.members(name)) for name in pairs.sets}):
-        raise CropiError(alone)
-    usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
-    if not len(usable):
-        raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
+    usable = _usable(pairs, how, given, noise)
     rule = Rule(pairs.rows, usable, given, least)
     sets: list[ResampledSet] = [
         NearestSet(pairs, name, usable, metric)
@@ -279,6 +268,25 @@ def uncertainty(
         summary, scores, errors, p_selected, moved.overlap, moved.of_set, moved.halves, how.draws, given.fraction,
         math.nan if noise is None else 1.0 - noise.share, metric, minus,
     )  # fmt: skip
+
+
+def _usable(
+    pairs: Pairwise, how: Influence, given: Selecting, noise: ResponseNoise | None
+) -> NDArray[np.int64]:
+    """The training prompts with a score, of pairs and options by which uncertainty can be told."""
+    check_from_scores(given.method)
+    if not how.draws:
+        raise CropiError("draws must be at least 2, got 0")
+    if noise is not None and how.aggregate == "nearest":
+        raise CropiError(
+            "noise is that of means of validation gradients: aggregate must be mean, got 'nearest'"
+        )
+    if alone := one_alone({name: len(pairs.members(name)) for name in pairs.sets}):
+        raise CropiError(alone)
+    usable: NDArray[np.int64] = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
+    if not len(usable):
+        raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
+    return usable
 
 
 def _among(count: int, usable: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -321,7 +329,7 @@ def one_alone(members: Mapping[str, int], max_valid: int | None = None) -> str:
 
 def _members(valid: Sequence[SketchStore], max_valid: int | None) -> dict[str, int]:
     """How many prompts of every validation set count."""
-    counts = Counter(row.set or DEFAULT_SET for store in valid for row in store.rows() if row.status == OK)
+    counts = Counter(row.set_name for store in valid for row in store.rows() if row.status == OK)
     return {name: min(count, max_valid or count) for name, count in counts.items()}
 
 
@@ -373,11 +381,6 @@ def with_uncertainty(
         }
     drawn = made.p_selected if redraw else None
     return replace(scores, meta=meta, stderr=made.stderr, p_selected=drawn, pairs=None)
-
-
-def no_score(method: str) -> str:
-    """Why a choice by a baseline has no draws."""
-    return f"a choice by {method}, which looks at no score, so that no draw of validation prompts changes it"
 
 
 def of_choice(

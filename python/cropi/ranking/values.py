@@ -25,6 +25,11 @@ def again_for_chances(meta: Mapping[str, Any]) -> str:
     return SCORE_AGAIN
 
 
+def no_score(method: str) -> str:
+    """Why a choice by a baseline has no draws."""
+    return f"a choice by {method}, which looks at no score, so that no draw of validation prompts changes it"
+
+
 def fuse_ranks(
     table: np.ndarray, ids: Sequence[str] | np.ndarray, n: int | None = None, constant: float = 0.0
 ) -> np.ndarray:

@@ -22,6 +22,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "id": (str,), "status": (str,), "reason": (str,), "set": (str, type(None)), "task": (str, type(None)),
     "pass_rate": (float, int), "tokens": (int,), "norm": (float, int), "row": (int, type(None)), "extra": (dict,),
 }  # fmt: skip
+DEFAULT_SET = "valid"  # of validation prompts that name none
 SCORED_AT = "scored_at"  # of a row's ``extra`` (:mod:`cropi.store.earlier`)
 
 
@@ -44,6 +45,11 @@ class RowInfo:
     norm: float = 0.0
     row: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def set_name(self) -> str:
+        """The validation set that the prompt is in."""
+        return self.set or DEFAULT_SET
 
 
 def check_characters(row: RowInfo) -> None:
