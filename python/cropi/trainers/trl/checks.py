@@ -26,7 +26,7 @@ from cropi.ranking.shares import (
 )
 from cropi.trainers.trl.options import Curriculum
 from cropi.trainers.trl.sampler import check_enough
-from cropi.trainers.trl.scoring import _evaluating
+from cropi.trainers.trl.scoring import evaluating
 from cropi.trainers.values import text_value
 from cropi_kernels import GradientSketcher
 
@@ -226,7 +226,7 @@ def check_policy(model: Any, options: Curriculum) -> None:
     """
     try:
         with (
-            _evaluating(model),
+            evaluating(model),
             GradientSketcher(model, options.spec, exclude=tuple(options.exclude)) as taps,
         ):
             taps.check_model()

@@ -28,7 +28,7 @@ from cropi.trainers.trl.options import KEYWORDS, Curriculum
 from cropi.trainers.trl.ranks import Ranks
 from cropi.trainers.trl.recorder import MADE
 from cropi.trainers.trl.records import id_of
-from cropi.trainers.trl.scoring import _evaluating, setup_of
+from cropi.trainers.trl.scoring import evaluating, setup_of
 from cropi_kernels import LiveSketcher
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class LiveRun:
             CropiError: no trajectory covers a set; unless ``later``, one whose gradients are all zero or not finite.
         """
         job = setup_of(self.options, stage, seed).job
-        with _evaluating(model):
+        with evaluating(model):
             mine = pipeline.sketch_validation(
                 Policy(model, tokenizer), valid, job, ranks, sets=sets, before=f"stage {stage}: ", option="valid_sets",
             )  # fmt: skip

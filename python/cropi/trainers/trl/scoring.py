@@ -30,11 +30,11 @@ from cropi.pipeline import Setup
 from cropi.pipeline.lost import TooFewLeft
 from cropi.pipeline.rescoring import PLAN, Anew
 from cropi.ranking.rule import grouped_by
-from cropi.ranking.scores import DEFAULT_SET
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.selection_files import SELECTED
 from cropi.sketching.job import SketchJob
 from cropi.store.earlier import EARLIER
+from cropi.store.rows import DEFAULT_SET
 from cropi.trainers.trl.options import KEYWORDS, Curriculum
 from cropi.trainers.trl.ranks import Ranks
 
@@ -95,19 +95,13 @@ def choose_prompts(
         CropiError: a validation set that nothing usable covers, no training prompt that the dataset knows, or bad
             records. Raised on every rank, before anything is sketched.
     """
-    begun, anew = time.monotonic(), None
-    if options.budget is not None or options.passes is not None:
-        last = last_scored(folder.parent, stage)
-        anew = Anew(
-            Rescoring(**part_of(options, Rescoring)), folder, folder / f"{TRAINING}{EARLIER}", last,
-            [] if last is None else entries(last, f"{TRAINING}*"), others=others,
-            spent=lambda: time.monotonic() - begun, say=logger.info,
-        )  # fmt: skip
+    begun = time.monotonic()
+    anew = _anew(options, stage, folder, others, begun)
     policy = Policy(model, tokenizer)
     setup = replace(setup_of(options, stage, seed), least=least, later=later, before=f"stage {stage}: ")
     # A run that was killed right here may have left stores of another policy, or of another number of ranks.
     ranks.agree(lambda: _clean(folder) if ranks.first else None)
-    with _evaluating(model):
+    with evaluating(model):
         checked = ranks.agree(
             lambda: pipeline.check(
                 policy,
@@ -117,7 +111,7 @@ def choose_prompts(
                 known=known,
                 sets=options.valid_sets or (),
                 ranks=ranks,
-                before=f"stage {stage}: ",
+                before=setup.before,
                 option="valid_sets",
                 otherwise=OTHERWISE,
             )  # fmt: skip
@@ -135,26 +129,47 @@ def choose_prompts(
         _clean(folder, but=() if anew is None else (TRAINING,))
     # Rewards differ, and gradients are zero all the same (every token is clipped): a training does not end there.
     if len(chosen) < least and (checked.usable >= least or options.on_nothing == "keep"):
-        able = int(chosen.scores.usable.sum())
-        few = f"{able} of the {checked.usable} prompts whose rewards differ have a gradient"
-        if able >= least:
-            few = (
-                f"of {able} prompts with a gradient {len(chosen)} can be chosen (min_score, dedup or a quota leaves "
-                "the others out)"
-            )
-        raise TooFewLeft(f"{few}, and one generation batch takes {least}")
-    size = checked.usable if options.pool == "usable" else checked.prompts
-    wanted = options.count or math.floor(size * options.fraction + 1e-9)
-    if ranks.first and len(chosen) > wanted:
-        logger.warning(
-            "stage %d: fraction %g of %d prompts chooses fewer than one generation batch takes; %d are chosen",
-            stage, options.fraction, size, len(chosen),
-        )  # fmt: skip
+        raise _too_few(int(chosen.scores.usable.sum()), len(chosen), checked.usable, least)
+    if ranks.first:
+        size = checked.usable if options.pool == "usable" else checked.prompts
+        _warn_of_more(options, stage, size, len(chosen))
     figures = {
         "pool": checked.prompts, "usable": checked.usable, "unknown": checked.unknown, "selected": len(chosen),
         "seconds": time.monotonic() - begun, **({} if anew is None else {"anew": anew.scored, "left": anew.left}),
     }  # fmt: skip
     return Chosen(chosen.ids, figures)
+
+
+def _anew(options: Curriculum, stage: int, folder: Path, others: float, begun: float) -> Anew | None:
+    """Which prompts a stage that began at ``begun`` scores anew; None: all of them."""
+    if options.budget is None and options.passes is None:
+        return None
+    last = last_scored(folder.parent, stage)
+    return Anew(
+        Rescoring(**part_of(options, Rescoring)), folder, folder / f"{TRAINING}{EARLIER}", last,
+        [] if last is None else entries(last, f"{TRAINING}*"), others=others,
+        spent=lambda: time.monotonic() - begun, say=logger.info,
+    )  # fmt: skip
+
+
+def _too_few(able: int, chosen: int, usable: int, least: int) -> TooFewLeft:
+    """The error where a generation batch takes more prompts than are ``chosen`` of those that are ``able`` to be."""
+    few = f"{able} of the {usable} prompts whose rewards differ have a gradient"
+    if able >= least:
+        few = (
+            f"of {able} prompts with a gradient {chosen} can be chosen (min_score, dedup or a quota leaves the others "
+            "out)"
+        )
+    return TooFewLeft(f"{few}, and one generation batch takes {least}")
+
+
+def _warn_of_more(options: Curriculum, stage: int, size: int, chosen: int) -> None:
+    """Say where more prompts are chosen than the options ask for, of a pool of ``size``."""
+    if chosen > (options.count or math.floor(size * options.fraction + 1e-9)):
+        logger.warning(
+            "stage %d: fraction %g of %d prompts chooses fewer than one generation batch takes; %d are chosen",
+            stage, options.fraction, size, chosen,
+        )  # fmt: skip
 
 
 def setup_of(options: Curriculum, stage: int, seed: int) -> Setup:
@@ -276,7 +291,8 @@ def own_randomness(device: torch.device, seed: int | None = None) -> Iterator[No
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
+    """A model in ``eval`` mode inside; its mode and the random state are as they were afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
