@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ from cropi.ranking.exploring import Noise, Values, draw, known
 from cropi.ranking.failing import Failing
 from cropi.ranking.origin import Origin, differs, merged, origin_of
 from cropi.ranking.packed_rows import PackedRows
+from cropi.ranking.selector_arguments import check_settings, features_of, names_of
 from cropi.ranking.selector_state import check_state
 from cropi.ranking.validation_means import directions
 from cropi.store.unit import unit_rows
@@ -90,29 +89,13 @@ class Selector:
         self.spec = SketchSpec() if spec is None else spec
         if not isinstance(self.spec, SketchSpec):
             raise CropiError(f"spec is {article(type(spec).__name__)}: give a SketchSpec")
-        self.ids = _names(ids)
-        if not fits(dim, int) or dim < 1 or dim & (dim - 1) or dim > self.spec.dim:
-            default = " (the default)" if dim == 1024 else ""
-            raise CropiError(
-                f"dim must be a power of two up to the sketch's {self.spec.dim}, got {dim!r}{default}: give dim=N, how "
-                "many numbers of a sketch are kept"
-            )
-        for name, value, least in (("half_life", half_life, 1e-9), ("explore", explore, 0.0)):
-            if not fits(value, float) or value < least:
-                raise CropiError(f"{name} must be a number of at least {least:g}, got {value!r}")
-        if within is not None and (not fits(within, int) or within < 1):
-            raise CropiError(f"within must be None or a number of steps of at least 1, got {within!r}")
-        if not fits(seed, int) or not 0 <= seed < 1 << 63:
-            raise CropiError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+        self.ids = names_of(ids)
+        check_settings(self.spec, dim, half_life, explore, within, seed)
         # Plain numbers in the place of numpy's, which torch.load(weights_only=True) does not take of a state.
         self.within, self._refreshed = None if within is None else int(within), 0
-        self.dim, self.half_life, self.explore, self.seed = (
-            int(dim),
-            float(half_life),
-            float(explore),
-            int(seed),
-        )
-        self._features = None if features is None else _features(features, len(self.ids))
+        self.dim, self.seed = int(dim), int(seed)
+        self.half_life, self.explore = float(half_life), float(explore)
+        self._features = None if features is None else features_of(features, len(self.ids))
         self._place = {name: i for i, name in enumerate(self.ids)}
         n = len(self.ids)
         self._rows = PackedRows(n if within is None else 0, self.dim, bits, self.seed)
@@ -467,32 +450,3 @@ def _gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _features(given: Any, n: int) -> npt.NDArray[np.float32]:
-    try:
-        rows = np.asarray(given, dtype=np.float32)
-    except (TypeError, ValueError):  # text, lists of several lengths
-        rows = np.zeros(0, dtype=np.float32)
-    if rows.ndim != 2 or len(rows) != n or not bool(np.isfinite(rows).all()) or not rows.any():
-        raise CropiError(f"features must be {n} rows of finite numbers, one for each id, got {given!r:.200}")
-    # A sum without rounding: the state's digest of features is one in whichever order the pool stands.
-    size = math.sqrt(math.fsum(np.square(rows, dtype=np.float64).sum(axis=1)) / n)
-    made: npt.NDArray[np.float32] = rows / np.float32(size)
-    return made
-
-
-def _names(ids: Any) -> list[Any]:
-    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__") or not len(ids):
-        raise CropiError(f"ids is {ids!r:.100}: give a list of at least one prompt's id")
-    names = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    for i, name in enumerate(names):
-        if not is_id(name):
-            raise CropiError(
-                f"ids holds {name!r:.100} in place {i}: every prompt needs an id, a string or an integer"
-            )
-    # Plain ones in the place of numpy's, which a checkpoint would not give back.
-    names = [str(name) if isinstance(name, str) else int(name) for name in names]
-    if len(set(names)) < len(names):
-        raise CropiError(f"ids holds {Counter(names).most_common(1)[0][0]!r} twice: ids must be different")
-    return names
