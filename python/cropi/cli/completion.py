@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from cropi.cli.parser import FILES
 from cropi.errors import optional
 
 SHELLS = ("bash", "zsh")
-# What stands for a file or a folder in help texts.
-FILES = ("FILE", "FOLDER", "PATH")
 
 EXAMPLE = "cropi completion bash"
 

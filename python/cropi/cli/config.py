@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi.cli.parser import Parser
+from cropi.cli.parser import FILES, Parser
 from cropi.errors import CropiError, did_you_mean, optional, printable, shown
 from cropi.files import check_name, meant, reading
 from cropi.option_fields import MARKS, words_of
@@ -26,8 +26,6 @@ MOST_VALUES = 10_000
 LARGEST = 2**20  # bytes
 DEEPEST = 64  # as of records
 WIDEST = 128  # bits of an integer
-# What `metavar` calls the values that name files.
-FILES = ("FILE", "FOLDER", "PATH")
 
 
 def apply_config(args: argparse.Namespace, tables: Sequence[str] = ()) -> None:

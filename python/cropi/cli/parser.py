@@ -10,6 +10,8 @@ from typing import Any, NoReturn, TypeVar
 from cropi.errors import did_you_mean, printable_lines, shortened
 
 T = TypeVar("T", int, float)
+# What `metavar` calls the values that name files and folders.
+FILES = ("FILE", "FOLDER", "PATH")
 # Options that a usage line names although a config file may hold them: what nearly every call gives.
 MAIN = ("config", "model", "train", "valid", "out")
 

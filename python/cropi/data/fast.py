@@ -13,13 +13,13 @@ from typing import Annotated, Any, Union
 from cropi.data.chat import plain_messages
 from cropi.data.checks import LARGEST_TOKEN, LOGPROB_SLACK, LONGEST_ID, check_depth
 from cropi.data.keys import ALIASES, FIELDS, REFUSED
+from cropi.data.lines import MARK
 from cropi.data.records import PromptGroup, check_line, parse_record
 from cropi.data.rewards import LARGEST_REWARD
 from cropi.errors import RecordError
 
 # Files whose records have more extra keys than this are not a table; they are read the slow way.
 MOST_EXTRA_KEYS = 64
-MARK = b"\xef\xbb\xbf"
 
 
 class RecordReader:
