@@ -33,7 +33,8 @@ from cropi.ranking.influence import influence
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, manifest_of, open_store
+from cropi.sketching.job import SketchJob
+from cropi.sketching.job_store import manifest_of, open_store
 from cropi.sketching.summary import Summary
 from cropi.store.earlier import EARLIER
 from cropi.store.rows import OK, SKIPPED, RowInfo

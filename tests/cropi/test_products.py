@@ -11,7 +11,8 @@ from support.made_data import make_model, make_records, make_tokenizer, write_li
 from support.stores import sketches_of
 
 from cropi.model.policy import Policy
-from cropi.sketching.job import PRODUCTS, SketchJob
+from cropi.sketching.job import SketchJob
+from cropi.sketching.job_store import PRODUCTS
 from cropi.sketching.run import sketch
 from cropi.store.store import SketchStore
 from cropi_kernels import SketchSpec, frozen

@@ -20,7 +20,8 @@ from cropi.errors import CropiError
 from cropi.gradient.health import Health
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk, Participant
-from cropi.sketching.job import SketchJob, settle_products
+from cropi.sketching.job import SketchJob
+from cropi.sketching.job_store import settle_products
 from cropi.sketching.run import Prepared, prepare, scan_groups
 from cropi.sketching.summary import Summary
 from cropi.store.memory import Nowhere

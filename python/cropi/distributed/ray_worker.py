@@ -16,7 +16,8 @@ from cropi.distributed.ranks import check_undivided, facts, prompts_digest
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.sketching.chunks import BATCHES, Chunk, Participant
-from cropi.sketching.job import SketchJob, settle_products
+from cropi.sketching.job import SketchJob
+from cropi.sketching.job_store import settle_products
 from cropi.sketching.run import Prepared, prepare
 from cropi.sketching.summary import Summary
 from cropi.store.parts import part_path

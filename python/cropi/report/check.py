@@ -32,7 +32,8 @@ from cropi.report.check_report import CheckReport
 from cropi.report.exact import by_depth, exact_bytes, exact_gradients, leave_one_out, standard_errors
 from cropi.sketching.groups import sketch_groups
 from cropi.sketching.interrupt import Interrupted
-from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
+from cropi.sketching.job import SketchJob, make_tokenize, with_date
+from cropi.sketching.job_store import manifest_of, open_store
 from cropi.sketching.passes import Others
 from cropi.sketching.run import check_tokens, scan_groups
 from cropi.sketching.summary import Summary, peak_memory_gib

@@ -31,7 +31,8 @@ from cropi.model.policy import Policy, check_dropout
 from cropi.progress import bar_of
 from cropi.sketching.chunks import BATCHES, Dealt, Participant
 from cropi.sketching.groups import sketch_groups
-from cropi.sketching.job import SketchJob, make_tokenize, manifest_of, open_store, with_date
+from cropi.sketching.job import SketchJob, make_tokenize, with_date
+from cropi.sketching.job_store import manifest_of, open_store
 from cropi.sketching.rows import row_of
 from cropi.sketching.summary import Summary
 from cropi.store.codec import row_bytes
@@ -98,12 +99,12 @@ class Prepared:
     moments: SecondMoments | None = None
 
     def open(self) -> SketchStore:
-        """The job's store: see :func:`cropi.sketching.job.open_store`."""
+        """The job's store: see :func:`cropi.sketching.job_store.open_store`."""
         return open_store(self.job, self.manifest)
 
     @functools.cached_property
     def manifest(self) -> Callable[[], dict[str, Any]]:
-        """What its rows depend on: see :func:`cropi.sketching.job.manifest_of`, which runs the model."""
+        """What its rows depend on: see :func:`cropi.sketching.job_store.manifest_of`, which runs the model."""
         return manifest_of(self.policy, self.job, self.behaviour, self.scan, self.moments)
 
     @property
