@@ -217,7 +217,7 @@ class LiveSketcher:
             again = recorded.again(self.model)
             self._try(lambda: self._tests.again("batch", again, runs.segments, not self.coupled))
         sketches /= -size  # down the loss
-        result.sketches = runs.gathered(sketches)
+        result.sketches, result.visited = runs.gathered(sketches), runs.visited
         result.spec, result.names, result.origin = self.spec, self.coverage.names, self.origin
         block = time.perf_counter() - started
         result.seconds = {"block": block, "sketch": self._acc.sketch_share(clock, lambda: block)() * block}
@@ -380,11 +380,13 @@ class LiveSketch:
     Attributes:
         sketches: float32 [num_segments, dim], of ``-grad L_s``; a row of NaN where the prompt's gradient has a NaN or
             an infinity; zero where the prompt has no gradient.
+        visited: bool [num_segments], on the CPU: which prompts have a row in the batch.
         spec: what a sketch is; names: the parameters that are in it; origin: of which model (`LiveSketcher.origin`).
         seconds: ``block``, all that ran inside, and ``sketch``, the taps' part of it.
     """
 
     sketches: torch.Tensor
+    visited: torch.Tensor
     spec: SketchSpec
     names: tuple[str, ...]
     origin: dict[str, Any]

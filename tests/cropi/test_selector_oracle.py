@@ -14,7 +14,7 @@ from support.oracle import flat_gradient, objective, response_logprobs
 
 import cropi
 from cropi import Selector
-from cropi_kernels import SketchSpec
+from cropi_kernels import LiveSketcher, SketchSpec
 
 SPEC, DIM = SketchSpec(128), 128
 
@@ -223,3 +223,27 @@ def test_a_run_is_that_of_plain_autograd() -> None:
         # A sketch of k numbers moves a cosine by 1 / sqrt(k), or less: four times that.
         assert shown == pytest.approx(want, abs=4 / math.sqrt(32768)), name
     assert found.max() > 0.2 and found.max() - found.min() > 0.2, found
+
+
+def test_a_micro_batch_is_no_visit_of_the_prompts_of_another() -> None:
+    """Blocks with the step's own numbers of prompts, and an update for each: as one update with all of their rows."""
+    model, spec, ids = torch.nn.Linear(4, 4), SketchSpec(64), ["a", "b", "c", "d"]
+    features = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    apart, together = (Selector([*ids, "e"], spec, dim=64) for _ in range(2))
+    total = torch.zeros(5, 64)
+    with LiveSketcher(model, spec) as live:
+        for part in ([0], [3, 1, 2]):  # "e" has no row in either
+            with live.batch(torch.tensor(part), shape=(len(part),), num_segments=5) as got:
+                # "c" has a row, and no gradient
+                (
+                    model(features[part]).square().sum(1) * torch.tensor([float(i != 2) for i in part])
+                ).sum().backward()
+            assert got.visited.tolist() == [i in part for i in range(5)]
+            apart.update(apart.ids, got, 1)
+            total += got.sketches
+    together.update(ids, total[:4], 1)
+    for selector in (apart, together):
+        selector.refresh(total[:2])
+    assert apart.seen.tolist() == [True] * 4 + [False]
+    assert apart.scores(apart.ids) == pytest.approx(together.scores(apart.ids), nan_ok=True, abs=1e-6)
+    assert np.array(apart.known()) == pytest.approx(np.array(together.known()))

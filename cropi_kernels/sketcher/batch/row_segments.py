@@ -57,6 +57,13 @@ class Runs:
         """Different ids in the batch."""
         return len(self.owner.unique())
 
+    @property
+    def visited(self) -> torch.Tensor:
+        """bool [count]: whether the batch has the id."""
+        made = torch.zeros(self.count, dtype=torch.bool, device="cpu")
+        made[self.owner] = True
+        return made
+
     @classmethod
     def of(cls, ids: torch.Tensor, shape: Sequence[int] | None, count: int | None) -> Runs:
         """From ids per row [batch] with ``shape`` (see `sizes`), or per token [batch, length]; in any order, all >= 0.

@@ -25,7 +25,7 @@ from cropi.ranking.selector_arguments import check_settings, features_of, names_
 from cropi.ranking.selector_state import check_state
 from cropi.ranking.validation_means import directions
 from cropi.store.unit import unit_rows
-from cropi_kernels import BatchSketch, SketchSpec, reduce_sketch
+from cropi_kernels import BatchSketch, LiveSketch, SketchSpec, reduce_sketch
 
 CHUNK = 65536  # rows that are float32 at one time
 # Half-lives after which a visit counts nothing: its error, 1 / w, would come near float64's limit.
@@ -133,7 +133,7 @@ class Selector:
 
         Args:
             ids: the prompt of each row, a list, an array or a tensor; a prompt that has several rows (of ranks, of
-                micro-batches) gets their sum.
+                micro-batches) gets their sum. Of a `LiveSketch`, prompts without a row in its batch have no visit.
             sketches: float ``[n, spec.dim]``, or what has them: a `cropi_kernels.LiveSketch` or a `SketchedBatch`, of
                 which spec, parameters, model and estimator must be those of all sketches before
                 (:mod:`cropi.ranking.origin`). Nothing shows these of a tensor, nor its sign: its rows have to point
@@ -156,7 +156,8 @@ class Selector:
         def read() -> tuple[int, Origin, npt.NDArray[np.int64], torch.Tensor]:
             when = self._step(step)
             rows, origin = self._reduced(sketches, "sketches")
-            return when, origin, self.places(ids, len(rows)), rows
+            here = sketches.visited.numpy() if isinstance(sketches, LiveSketch) else slice(None)
+            return when, origin, self.places(ids, len(rows))[here], rows[here]
 
         every: Callable[[Any], list[Any]] = _gathered if gather else lambda value: [value]
         mine = agree(read, every, str, lambda rank, problem: CropiError(f"rank {rank}: {problem}"))
