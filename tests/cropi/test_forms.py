@@ -136,6 +136,10 @@ def test_columns_that_vary_between_the_responses_of_a_prompt_are_not_the_prompts
         ({"prompt": "p", "output": "c", "reward": 1}, "did you mean --columns response=output?"),
         ({"q": "p", "outs": ["c"], "score": [1]}, "'rewards' is missing; did you mean --columns rewards=score?"),
         ({"id": 1, "prompt": "p", "respones": ["c"], "rewards": [1]}, "did you mean --columns responses=respones?"),
+        (
+            {"id": 1, "prompt": [{"role": "assistant", "content": "c"}], "reward": 1},
+            "has none; where 'prompt' is a conversation with the response, call it 'messages'",
+        ),
     ],
 )  # fmt: skip
 def test_rows_of_no_known_form_say_what_is_missing(row: dict[str, Any], words: str) -> None:
@@ -158,6 +162,15 @@ def test_columns_are_named_and_misnamed() -> None:
             made(table, columns={"prompt": "q.text", "response": "out", "reward": "score", "task": "note"})
             == got
         )
+    names = "id=n, messages=talk, reward=score, finish_reason=end"
+    talks = [
+        {"n": 0, "talk": [{"role": "user", "content": "0+1="}, {"role": "assistant", "content": row["response"]}],
+         "score": row["reward"], "end": ("stop", "length")[k % 2]} for k, row in enumerate(TEXT[:4])
+    ]  # fmt: skip
+    for source in (talks, pyarrow.Table.from_pylist(talks)):
+        (group,) = read(source, columns=names)  # other names of fields are names, too
+        assert group.truncated == [False, True] * 2 and group.rewards == [0.0, 1.0, 0.0, 0.0]
+        assert group.prompt == [{"role": "user", "content": "0+1="}] and not group.extra
     for columns, words in (
         ("prompt", "NAME=COLUMN,... is expected"),
         ("prmpt=q", "'prmpt' is not part of a record; did you mean 'prompt'?"),

@@ -33,7 +33,7 @@ SINGLE = {
     "truncated": "truncated", **{key: name for key, name in ALIASES.items() if name in ("loss_mask", "truncated")},
     "loss_mask": "loss_mask",
 }  # fmt: skip
-COLUMNS = tuple(dict.fromkeys((*FIELDS, "response", "reward")))
+COLUMNS = tuple(dict.fromkeys((*FIELDS, "response", "reward", *SINGLE, *ALIASES)))
 # What trainers call the policy's version or the step that a response was sampled at.
 STEPS = (
     "step", "global_step", "global_steps", "gen_step", "training_step", "train_step", "iteration", "policy",
@@ -211,10 +211,10 @@ def _held(keys: Sequence[str]) -> str:
 def _missing(
     wanted: str, names: Sequence[str], row: Mapping[str, Any], keys: Sequence[str], where: str
 ) -> None:
-    """Raise of a row that lacks ``wanted``, unless it has an id, and so is a whole record, and no column of ``names``
-    that may be meant for it."""
+    """Raise of a row that lacks ``wanted``, unless it has an id and not one reward, and so is a whole record, and no
+    column of ``names`` that may be meant for it."""
     near = next((key for key in keys if key in names and key != wanted), None)
-    if near is None and "id" in keys:
+    if near is None and "id" in keys and not (wanted == "response" and "reward" in keys):
         return
     # One row a prompt holds lists, one row a response single values.
     if near is not None and isinstance(row[near], (list, tuple)):
@@ -222,6 +222,8 @@ def _missing(
     else:
         name, needs = wanted, f"a row a response needs {wanted!r}, and has none"
     hint = f"did you mean --columns {name}={near}? " if near else ""
+    if wanted == "response" and not near and is_conversation({"messages": row.get("prompt")}):
+        hint = "where 'prompt' is a conversation with the response, call it 'messages' (--columns messages=NAME); or "
     more = (
         "; demonstrations, which have none, go with --estimator sft"
         if wanted == "reward" and not hint
