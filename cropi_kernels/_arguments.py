@@ -10,6 +10,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from . import _native
+
 F = TypeVar("F", bound=Callable[..., Any])
 FAILURES = (AttributeError, TypeError, RuntimeError)
 
@@ -24,8 +26,11 @@ def named(function: F) -> F:
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
-        except FAILURES as error:
-            problem = wrong_argument(function, args, kwargs)
+        except (*FAILURES, ValueError) as error:
+            # A check of shapes may have come first, which those of a nested tensor fail in words of PyTorch's.
+            problem = _without_memory(function, args, kwargs)
+            if isinstance(error, FAILURES):
+                problem = problem or wrong_argument(function, args, kwargs)
             if not problem:
                 raise
             raise ValueError(problem) from error
@@ -58,6 +63,21 @@ def wrong_argument(function: Callable[..., Any], args: Sequence[Any], kwargs: di
             shown = " or ".join(_in_words(one) for one in wanted)
             more = f" (torch.as_tensor({name}))" if torch.Tensor in wanted else ""
             return f"{name} is of type {type(value).__name__}: give {shown}{more}"
+    return ""
+
+
+def _without_memory(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """Which argument is nested, a DTensor or another wrapper, and what to give; "" where none is."""
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:
+        return ""
+    for name, value in given.items():
+        fields = value._asdict() if hasattr(value, "_asdict") else {}
+        for called, x in ({f"{name}.{field}": x for field, x in fields.items()} or {name: value}).items():
+            if isinstance(x, torch.Tensor) and (x.is_nested or x.layout is torch.strided):
+                if (reason := _native.not_plain(x)) is not None:
+                    return f"{called}: {reason}"
     return ""
 
 

@@ -79,8 +79,10 @@ def not_plain(x: torch.Tensor) -> str | None:
     """Why ``x`` has no one piece of memory of its own numbers (a DTensor, a nested or sparse tensor), or None."""
     if type(x) in PLAIN and x.layout is torch.strided and not x.is_nested:
         return None
-    if x.layout is not torch.strided or x.is_nested:
-        return f"the tensor has the layout {'nested' if x.is_nested else x.layout}: give a dense tensor"
+    if x.is_nested:
+        return "the tensor is nested: give a dense one (torch.cat(x.unbind()), or x.to_padded_tensor(0.0))"
+    if x.layout is not torch.strided:
+        return f"the tensor has the layout {x.layout}: give a dense tensor"
     # As a variable: mypy takes the check for one that is never true.
     wrapper: bool = is_traceable_wrapper_subclass(x)
     if wrapper:

@@ -125,6 +125,8 @@ def explain(*tensors: torch.Tensor) -> str:
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"explain({tensor!r}): give the tensors of the call in question")
+    if reason := next(filter(None, map(_native.not_plain, tensors)), None):
+        return f"none of {', '.join(BACKENDS)} serves the call: {reason}"
     against = reasons_against(*tensors, without={"cuda": _cuda.unsupported(*tensors)})
     if against["cpu"] is None:
         level = {1: "baseline", 3: "AVX2", 4: "AVX-512"}

@@ -59,6 +59,7 @@ def check_out(out: torch.Tensor, n_segments: int, dim: int) -> None:
 
 
 def check_accumulator(out: torch.Tensor) -> None:
+    check_plain("out", out)
     if out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous():
         raise ValueError(
             f"out is {out.dtype}, contiguous={out.is_contiguous()}: give a contiguous float32 tensor"

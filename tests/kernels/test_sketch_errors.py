@@ -20,11 +20,15 @@ from cropi_kernels import (
     explain,
     fold_inputs,
     fold_outputs,
+    logprob_and_grad,
     norm_grad,
     plan_matrix,
     plan_vector,
+    project,
+    project_transpose,
     projection_of,
     reduce_sketch,
+    row_products,
     sketch_embedding,
     sketch_linear,
     sketch_vector,
@@ -214,6 +218,70 @@ def test_explain_names_every_backend_and_its_reason() -> None:
     assert "not chosen" in lines[3]
     assert "torch.float64 is not one of" in explain(A.double())
     assert "on meta, not on the CPU" in explain(torch.ones(2, device="meta"))
+
+
+class Wrapper(torch.Tensor):
+    """As a DTensor is one: PyTorch asks this class, and it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, x: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["x"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *rest: object) -> Wrapper:
+        return Wrapper(inner["x"])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> object:
+        raise NotImplementedError(f"{func} has no sharding strategy")
+
+
+def nested(x: torch.Tensor, layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(x[:, None]), layout=layout)
+
+
+# What PyTorch imports for the layout `jagged` takes seconds.
+LAYOUTS = (torch.strided, pytest.param(torch.jagged, marks=pytest.mark.long))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", [*OPS, "project", "project_transpose", "row_products", "logprob_and_grad"])
+def test_tensors_without_memory_of_their_own_are_named(op: str, layout: torch.layout) -> None:
+    """They ended in texts of PyTorch about its dispatcher and its sharding strategies."""
+    more = {
+        "project": lambda b, x: project(x, ProjectionSpec(40), backend=b),
+        "project_transpose": lambda b, y: project_transpose(y, ProjectionSpec(40), 30, backend=b),
+        "row_products": lambda b, rows: row_products(rows, A),
+        "logprob_and_grad": lambda b, hidden: logprob_and_grad(hidden, A, ROWS, lambda logp, i, j: logp),
+    }
+    name = more[op].__code__.co_varnames[1] if op in more else ""
+    call = op_calls.OpCall({name: A}, more[op]) if op in more else OPS[op]
+    for operand, x in call.operands.items():
+        for layout in (torch.strided, torch.jagged):
+            with pytest.raises(
+                ValueError, match=rf"^{operand}: the tensor is nested: give a dense one \(torch.cat"
+            ):
+                call(**{operand: nested(x, layout)})
+        with pytest.raises(
+            ValueError, match=rf"^{operand}: the tensor is of type Wrapper: give a plain tensor"
+        ):
+            call(**{operand: Wrapper(x)})
+
+
+def test_explain_of_tensors_that_no_op_takes() -> None:
+    for x, reason in (
+        (nested(A, torch.strided), "is nested"),
+        (A.to_sparse(), "has the layout torch.sparse_coo"),
+    ):
+        assert f"none of cuda, triton, cpu, reference serves the call: the tensor {reason}" in explain(x)
 
 
 def test_default_dtype_does_not_reach_the_buffers() -> None:

@@ -152,6 +152,7 @@ def logprob_and_grad_of(
             raise ValueError(
                 f"weigh(logp, {start}, {stop}) returned {shape}: return a tensor of {stop - start} weights"
             )
+        check_plain(f"weigh(logp, {start}, {stop})", weights)
         return _native.aligned(weights.detach())
 
     with memory.explained("logprob_and_grad", ops.REMEDY, hidden, head):

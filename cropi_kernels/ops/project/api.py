@@ -12,6 +12,7 @@ from ..._level import level_of_caller
 from ..._library import refuse_transforms
 from ..._spec_base import as_int
 from ...dispatch import checked
+from .._checks import check_plain
 from . import ops
 from .spec import MAX_COORDINATE, ProjectionSpec
 
@@ -75,6 +76,7 @@ def project(
     if out is None:
         y, before = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend)), None
     else:
+        check_plain("out", out)
         ops.check_out(out, x, spec)
         y, before = out, None if nonfinite == "ignore" else torch.isfinite(out).all(dim=1)
         torch.ops.cropi.project_add(x, out, offset, spec.recipe, checked(backend))
@@ -124,11 +126,12 @@ def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -
         raise ValueError(
             f"{name} is of type {type(x).__name__}: give a torch.Tensor {shape} ({_as_tensor(x)})"
         )
-    if x.layout != torch.strided:
+    if x.layout != torch.strided and not x.is_nested:
         raise ValueError(
             f"{name} has the sparse layout {x.layout}: give a dense tensor (to_dense()), or use cropi.sklearn for "
             "scipy matrices"
         )
+    check_plain(name, x)
     if x.ndim != 2:
         hint = f"; {name}[None] for one row" if x.ndim == 1 else "; flatten the parameters of a row first"
         raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be {shape}{hint}")
