@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from benchmarks.lib import script
+
 START = 1000  # prompts whose time is that of starting
 
 
@@ -139,7 +141,7 @@ def main() -> None:
         "--longest", type=float, default=math.inf, help="seconds; what would take longer is left out"
     )
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=script.folder)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure == "pool":

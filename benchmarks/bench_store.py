@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib import script
+
 SETS, PER_SET = 8, 8
 
 
@@ -166,7 +168,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--shards", type=int, default=5000)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=script.folder)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib import memory
+from benchmarks.lib import memory, script
 from benchmarks.lib.made_files import (
     array,
     columns,
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mib", type=float, default=64)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--folder")
+    parser.add_argument("--folder", type=script.folder)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     print("| file | MiB | peak, MiB | times the file |\n| --- | --- | --- | --- |", flush=True)

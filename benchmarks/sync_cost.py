@@ -28,6 +28,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.bench_ranks import VOCAB, model
+from benchmarks.lib import script
 from cropi.model.load import load_model
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
@@ -123,7 +124,7 @@ def measure(policy: Policy, trajectories: Path, below: Path | None, args: argpar
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, nargs="+", default=[None])
+    parser.add_argument("--folder", type=script.folder, nargs="+", default=[None])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shard-rows", type=int, default=64)
     parser.add_argument("--dim", type=int, default=32768)

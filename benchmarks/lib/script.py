@@ -14,6 +14,13 @@ def options(about: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def folder(path: str) -> Path:
+    """The type of ``--folder``: it is made now, and not missed after the work."""
+    made = Path(path)
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
 def publish(path: Path, lines: Sequence[str]) -> None:
     """Print lines of Markdown, and write them to a file."""
     text = "\n".join(lines)
