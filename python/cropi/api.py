@@ -97,6 +97,7 @@ def score(
     >>> scores.top(n=1)[0][0], scores.select(0.25).ids
     ('t1', ['t1'])
     """
+    _not_none(train=train, valid=valid)
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     choice, least, rest = _choice(rest)
     sketching, compare = split(rest, Sketching, Influence, also=(*names_of(Loading), *OF_CHOICE), by=score)
@@ -168,6 +169,7 @@ def sketch(
     >>> len(store), [vectors.shape for rows, vectors in store.shards()]
     (1, [torch.Size([1, 1024])])
     """
+    _not_none(trajectories=trajectories)
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     (sketching,) = split(rest, Sketching, also=names_of(Loading), by=sketch)
     trajectories = _opened(policy, sketching, trajectories, source)
@@ -368,11 +370,23 @@ def check(
     >>> check(model, records, dim=8192, progress=False).ok
     True
     """
+    _not_none(trajectories=trajectories)
     policy, beta, rest = _policies(model, tokenizer, behaviour_model, progress, options)
     (sketching,) = split(rest, Sketching, also=names_of(Loading), by=check)
     trajectories = _opened(policy, sketching, trajectories, source)
     job = make_job(sketching, trajectories, None, behaviour_model=beta)
     return check_job(policy, job, n=n, seed=seed, exact=exact, say=print if progress else lambda text: None)
+
+
+def _not_none(**given: Any) -> None:
+    """What a loader that found nothing may have returned: such a one was said to be empty."""
+    for name, value in given.items():
+        sets = {f"{name}[{key!r}]": one for key, one in value.items()} if isinstance(value, dict) else {}
+        for called, one in {name: value, **sets}.items():
+            if one is None:
+                raise CropiError(
+                    f"{called} is None: give trajectories (a path, a list of paths or of records, a datasets.Dataset)"
+                )
 
 
 def _opened(policy: Policy, options: Sketching, given: Any, source: str) -> Any:

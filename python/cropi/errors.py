@@ -184,7 +184,12 @@ def did_you_mean(name: object, known: Iterable[str], shown: str = "{!r}") -> str
         known: what could have been meant.
         shown: a format for the name, where it is not one in quotes.
     """
-    near = get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
+    words = list(known)
+    near = get_close_matches(name, words, n=1) if isinstance(name, str) else []
+    # `outputs` and `output_dir` are nearer to `out` than to `groups`, by what they begin with.
+    begun = [word for word in words if len(word) > 2 and isinstance(name, str) and name.startswith(word)]
+    if begun and not (near and near[0][0] == name[0]):  # type: ignore[index]
+        near = [max(begun, key=len)]
     return f"did you mean {shown.format(near[0])}? " if near else ""
 
 

@@ -194,6 +194,10 @@ def one_of(made: T | None, given: Mapping[str, Any], cls: type[T]) -> T:
     return made
 
 
+# What `n` is called elsewhere: one letter is near to no word.
+HOW_MANY = ("prompts", "n_prompts", "num_prompts", "samples", "count")
+
+
 def split(
     given: Mapping[str, Any],
     *classes: type[Any],
@@ -211,9 +215,9 @@ def split(
         if name not in known:
             taken = {} if by is None else signature(by).parameters
             own = [key for key, one in taken.items() if one.kind is not one.VAR_KEYWORD]
-            raise CropiError(
-                f"{name!r} is not an option; {did_you_mean(name, [*own, *known])}known are {', '.join(known)}"
-            )
+            meant = "n" if name in HOW_MANY and "n" in own else None
+            hint = f"did you mean {meant!r}? " if meant else did_you_mean(name, [*own, *known])
+            raise CropiError(f"{name!r} is not an option; {hint}known are {', '.join(known)}")
     return [one(**{name: given[name] for name in names_of(one) if name in given}) for one in classes]
 
 

@@ -28,6 +28,7 @@ WRONG_WORDS = [
     ("run --model m", "cropi run: error: the following arguments are required: --train, --valid, --out"),
     ("run --model m --train t --out o", "are required: --valid (scored responses to prompts like those"),
     ("run --modle m", "cropi run: error: there is no option '--modle', did you mean --model?"),
+    ("run --output_dir o", "there is no option '--output_dir', did you mean --out?"),
     ("run --frac 0.1", "there is no option '--frac', did you mean --fraction?"),
     ("run --fraction 2", "argument --fraction: '2': give a number in (0, 1]"),
     ("run --fraction nan", "argument --fraction: 'nan': give"),

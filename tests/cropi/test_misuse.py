@@ -69,6 +69,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "score: order": (lambda: cropi.score(TRAIN, model(), VALID, **QUIET), "model is of type list: give a name"),
     "score: a tokenizer for the model": (lambda: cropi.score(make_tokenizer(), TRAIN, VALID), "model is of type"),
     "score: no training prompts": (lambda: cropi.score(model(), [], VALID, **QUIET), "train is empty; give"),
+    "score: None": (lambda: cropi.score(model(), None, VALID, **QUIET), "train is None: give trajectories"),
+    "score: a set of None": (lambda: cropi.score(model(), TRAIN, {"x": None}), r"valid\['x'\] is None: give traj"),
+    "sketch: None": (lambda: cropi.sketch(model(), None), "trajectories is None: give trajectories"),
+    "check: another name of n": (lambda: cropi.check(model(), TRAIN, prompts=4), "'prompts' is .* did you mean 'n'"),
     "score: no validation prompts": (lambda: cropi.score(model(), TRAIN, [], **QUIET), "valid is empty; give"),
     "score: no validation set": (lambda: cropi.score(model(), TRAIN, {}, **QUIET), r"valid has the keys \[\]: give"),
     "score: validation without a gradient": (

@@ -137,6 +137,14 @@ def test_a_row_of_which_nothing_is_scored_is_named(first: int) -> None:
             sketcher.policy_gradient(ids, segments=torch.arange(2), labels=labels, weights=torch.ones(2))
 
 
+def test_a_negative_token_id_is_named_where_it_is() -> None:
+    """With labels that are a copy of the ids, it was the labels that were blamed."""
+    ids = torch.tensor([[5, 6, 7], [8, -1, 10]])
+    with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
+        with pytest.raises(ValueError, match=r"input_ids\[1, 1\] is -1: a token id is 0 or more"):
+            sketcher.policy_gradient(ids, segments=torch.arange(2), labels=ids, weights=torch.ones(2))
+
+
 def test_one_token_a_row_has_one_weight() -> None:
     """A weight for each row and one for each scored token are the same."""
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
