@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cropi.data.prompt_ids import PromptIds, column_values
 from cropi.errors import CropiError, shown
 from cropi.trainers.newest import merge_rollouts
@@ -32,7 +34,8 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
 
     Raises:
         CropiError: not such a trainer, recording is off, bad ids, a single response a prompt, batches of an evaluation
-            that cut a prompt's responses in two, or a ``set`` beside a column of the dataset that names another one.
+            that cut a prompt's responses in two, a ``set`` beside a column of the dataset that names another one, or
+            evaluations in half precision, which would leave the policy rounded.
     """
     recorder = trainer._cropi if isinstance(trainer, RecorderHooks) else None
     if recorder is None or recorder.recording is None:
@@ -41,6 +44,7 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
             f"{type(trainer).__name__}"
         )
     check_evaluation(trainer, "a prompt")
+    _check_precision(trainer)
     PromptIds(dataset, recorder.recording.id_key, "dataset")
     if set is not None:
         _check_set(dataset, set, recorder.recording.set_column)
@@ -60,6 +64,17 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
     if ranks.first:
         shutil.rmtree(folder)
     return ranks.share(written)
+
+
+def _check_precision(trainer: Any) -> None:
+    """Outside of training, transformers turns the model itself to the precision of its evaluations, and never back."""
+    for option, dtype in (("fp16_full_eval", torch.float16), ("bf16_full_eval", torch.bfloat16)):
+        others = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()} - {dtype}
+        if getattr(trainer.args, option) and not trainer.is_in_train and others:
+            raise CropiError(
+                f"{option} is True: an evaluation outside of training rounds the trainer's own weights to {dtype} and "
+                f"leaves them so, and collecting is one; train() would go on with these. Leave {option} out"
+            )
 
 
 def _check_set(dataset: Any, name: str, column: str) -> None:
