@@ -63,7 +63,7 @@ def test_a_mistake_in_the_words_is_one_line_too(
     line: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("bad.toml").write_text("fraction = 2\n")
+    Path("bad.toml").write_text("fraction = 2\n", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         cropi(*line.split())
     error = capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_no_command_writes_over_what_it_reads(
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
     for name in ("scores.parquet", "train.jsonl", "data.jsonl"):
-        Path(name).write_text("precious")
+        Path(name).write_text("precious", encoding="utf-8")
     select = ["select", "--scores", "scores.parquet", "--out"]
     records = ["--trajectories", "train.jsonl", "--out-trajectories"]
     for words, named in (
@@ -221,6 +221,7 @@ def test_lines_may_be_text_and_shards_of_others_have_manifests_too(tmp_path: Pat
     check_outputs({"--out": str(tmp_path / "shard-00001.txt")}, {}, {"--out": LINES})
 
 
+@pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="such a locale has a message of its own")
 def test_a_name_that_is_not_utf_8_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

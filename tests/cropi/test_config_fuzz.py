@@ -290,6 +290,6 @@ def test_any_options_of_a_plug_in_are_taken_or_end_in_words(
     if kind.startswith("trl"):
         pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
-    Path("a.py").write_text("def f(prompt, response): return 1\n")
+    Path("a.py").write_text("def f(prompt, response): return 1\n", encoding="utf-8")
     ends = fuzz.run(300, TABLES[kind])
     assert fuzz.repeats() or ends["words"] > 0.1 * ends.total(), ends

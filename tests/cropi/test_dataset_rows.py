@@ -27,12 +27,12 @@ ROWS = [
 
 
 def lines_at(path: Path, rows: list[Any]) -> Path:
-    path.write_text("\n\n".join(map(json.dumps, rows)))
+    path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
     return path
 
 
 def array_at(path: Path, rows: list[Any]) -> Path:
-    path.write_text(json.dumps(rows, indent=1))
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return path
 
 

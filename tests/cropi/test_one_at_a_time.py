@@ -108,7 +108,7 @@ def test_a_waiting_writer_says_so_and_takes_no_lock_that_is_gone(tmp_path: Path)
     with pytest.warns(UserWarning, match=f"another process writes {out}; waiting"), locks.one_at_a_time(out):
         order.append("second")
         # The first one removed the file of its lock; this is another one, and it is held.
-        with open(out.parent / ".x.lock") as lock, pytest.raises(BlockingIOError):
+        with open(out.parent / ".x.lock", encoding="utf-8") as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     thread.join()
     assert order == ["first", "second"] and not list(out.parent.iterdir())

@@ -59,7 +59,9 @@ def test_this_processor_is_seen_as_the_system_sees_it() -> None:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return
-    flags = next(line for line in info.read_text().splitlines() if line.startswith("flags")).split()
+    flags = next(
+        line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("flags")
+    ).split()
     for name, (word, bit) in (AVX2_LEVEL | AVX512_LEVEL).items():
         if "state" not in name and name != "osxsave":  # the flag osxsave is hidden from some systems' lists
             assert (name in flags) == bool(words[word] >> bit & 1), name

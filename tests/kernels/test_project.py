@@ -113,11 +113,13 @@ def test_draws_of_narrow_tiles_take_little_memory() -> None:
     spec, x = ProjectionSpec(64, kind="sjlt", nnz=64), rows(1, 1 << 16, torch.float64)
 
     def peak() -> int:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        )
         return int(status["VmHWM"].split()[0])
 
     project(x[:, :1], spec, backend="cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before = peak()
     y = project(x, spec, backend="cpu")
     assert peak() - before < 25_000  # the table of all columns: 34 MB

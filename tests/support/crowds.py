@@ -41,7 +41,7 @@ def crowd(place: Place, folder: Path, count: int) -> list[str]:
             os.read(starts, 1)  # the end of the pipe: all begin
             text = ""
             try:
-                sys.stdout = open(os.devnull, "w")
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")
                 place.work(folder)
             except (CropiError, Failed) as error:
                 text = f"said: {error}"

@@ -79,7 +79,7 @@ def attempt(work: Any, folder: Path, fault: Fault, first: int, keeps: Path | Non
         faults = ctypes.CDLL(None)
         ended: dict[str, Any]
         try:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
             below = str(folder).encode()
             number = ctypes.c_long(first or sys.maxsize)
             kept = str(keeps or "").encode()

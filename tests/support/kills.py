@@ -88,7 +88,7 @@ def _child(work: Callable[[], None], seconds: float | None) -> tuple[int, float]
         os.setsid()
         status = 1
         try:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
             work()
             status = 0
         except BaseException:

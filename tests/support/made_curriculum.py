@@ -76,4 +76,4 @@ def report(out: Path) -> list[dict[str, Any]]:
 
 
 def calls(out: Path) -> list[str]:
-    return Path(f"{out}.calls").read_text().split()
+    return Path(f"{out}.calls").read_text(encoding="utf-8").split()

@@ -47,7 +47,7 @@ class Dataset:
     """Its samples in the file's order, or shuffled anew for every epoch."""
 
     def __init__(self, path: str, seed: int) -> None:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         self.origin_samples = [
             Sample(prompt=row["prompt"], label=row["label"], metadata=row.get("metadata") or {})
             for row in rows
