@@ -150,10 +150,10 @@ class Arithmetic(Lanes):
         """Any function of three bits: ``table`` has its value for each of the eight."""
         d, *abc, table = i.operands
         a, b, c = (words(np.atleast_1d(self.value(x, "u32"))) for x in abc)
-        out = np.zeros(len(self.at), np.uint32)
+        out = np.zeros((), np.uint32)
         for n in range(8):
             if int(str(table)) >> n & 1:
-                out |= (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c)
+                out = out | (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c)
         self.assign(d, out)
 
     def _shf(self, i: Instruction) -> None:

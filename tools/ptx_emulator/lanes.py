@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class Divergent(AssertionError):
     """Some lanes of a warp are missing where an instruction needs all of them."""
 
 
+T = TypeVar("T")
+CONTROL = frozenset({"bra", "ret", "exit", "bar", "barrier"})
 DTYPES = {name: np.dtype(kind) for name, kind in KINDS.items()}
 
 
@@ -98,7 +101,11 @@ class Lanes:
         self.blocked = np.zeros(lanes, np.bool_)  # until a phase of an mbarrier ends
         self.mask = np.ones(lanes, np.bool_)  # of the instruction that is being run
         self.count = lanes  # in the mask
+        self.window = slice(0, lanes)  # from the first to the last lane that takes part
         self.warps = np.arange(lanes).reshape(-1, 32)
+        # What was found of a mask, which most instructions share with the one before: the mask, and by what was asked.
+        self.found_of: tuple[Array, dict[str, Any]] = (self.mask, {})
+        self.methods: dict[str, Callable[[Instruction], None]] = {}
 
     # ------------------------------------------------------------------------------------------------ control
     def run(self) -> None:
@@ -114,6 +121,7 @@ class Lanes:
             here = int(self.at[ready].min())
             lanes = ready & (self.at == here)
             count = np.count_nonzero(lanes)
+            self.window = slice(int(lanes.argmax()), len(lanes) - int(lanes[::-1].argmax()))
             for index in itertools.count(here):
                 if index == end or (index != here and index in starts):
                     self.at[lanes] = index
@@ -145,20 +153,24 @@ class Lanes:
         if i.guard is not None:
             self.mask = lanes & (self.registers[i.guard] != i.negated)
             self.count = np.count_nonzero(self.mask)
-        if i.name in ("bra", "ret", "exit", "bar", "barrier"):
+        if i.name in CONTROL:
             return self._control(i, index, lanes)
         if i.name == "mbarrier" and "try_wait" in i.modifiers:
             return self._try_wait(i, index, lanes)
         if self.count:
-            run = getattr(self, f"_{i.name}", None)
-            if run is None:
-                raise NotImplementedError(f"{self._where(i)}: the emulator has no such instruction")
+            run = self.methods.get(i.name) or self._method(i)
             try:
                 run(i)
             except Exception as error:
                 error.args = (f"{error} ({self._where(i)})",)  # add_note needs Python 3.11
                 raise
         return True
+
+    def _method(self, i: Instruction) -> Callable[[Instruction], None]:
+        run = getattr(self, f"_{i.name}", None)
+        if run is None:
+            raise NotImplementedError(f"{self._where(i)}: the emulator has no such instruction")
+        return self.methods.setdefault(i.name, run)
 
     def _where(self, i: Instruction) -> str:
         return f"{self.program.name}, line {i.line}: {'.'.join((i.name, *i.modifiers))} {i.operands}"
@@ -178,22 +190,48 @@ class Lanes:
             self.at[self.mask] = len(self.program.instructions)
         return False
 
+    def _of_the_mask(self, what: str, find: Callable[[], T]) -> T:
+        """``find``, once for a mask."""
+        if self.found_of[0] is not self.mask:  # masks are made, never changed
+            self.found_of = self.mask, {}
+        found = self.found_of[1]
+        if what not in found:
+            found[what] = find()
+        return found[what]  # type: ignore[no-any-return]
+
     def taking_part(self) -> Array | slice:
         """The lanes that the mask covers, to index with: all of them are not picked one by one."""
-        return slice(None) if self.count == len(self.at) else np.flatnonzero(self.mask)
+        if self.count == len(self.at):
+            return slice(None)
+        return self._of_the_mask("lanes", lambda: np.flatnonzero(self.mask))
+
+    def blocks_and_warps(self) -> tuple[Array, Array]:
+        """Of the lanes that take part."""
+        lanes = self.taking_part()
+        return self._of_the_mask("places", lambda: (self.block[lanes], self.warp[lanes]))
 
     def whole_warps(self) -> Array:
         """[warps, 32] lanes of the warps that take part."""
-        if self.count == len(self.at):
-            return self.warps
+        return self.warps if self.count == len(self.at) else self._of_the_mask("warps", self._whole_warps)
+
+    def _whole_warps(self) -> Array:
         per_warp = self.mask.reshape(-1, 32)
-        if (per_warp.any(1) != per_warp.all(1)).any():
+        whole = per_warp.all(1)
+        if (per_warp.any(1) != whole).any():
             raise Divergent("only a part of a warp")
-        return self.warps[per_warp.all(1)]
+        return self.warps[whole]
 
     # ------------------------------------------------------------------------------------------------ operands
     def value(self, operand: Operand, kind: str) -> Array:
-        """An operand as numbers: a register's array, or one number that all lanes share."""
+        """An operand as numbers: those of the lanes of the window, or one number that all lanes share.
+
+        Blocks with more or less work than others soon run apart from them, and are few of the lanes.
+        """
+        value = self.whole_value(operand, kind)
+        return value[self.window] if value.ndim else value
+
+    def whole_value(self, operand: Operand, kind: str) -> Array:
+        """An operand as numbers: those of all lanes, or one number that they share."""
         # Literals, and registers of the same width, which are these numbers themselves and stay where they are, are
         # looked up once.
         view = self.views.get((operand, kind))
@@ -221,24 +259,25 @@ class Lanes:
         width = want.itemsize * 8 // len(parts)
         word: Array = np.zeros((), np.uint64)
         for n, part in enumerate(parts):
-            word = word | self.value(part, f"u{width}").astype(np.uint64) << np.uint64(n * width)
+            word = word | self.whole_value(part, f"u{width}").astype(np.uint64) << np.uint64(n * width)
         return word.astype(UNSIGNED[want.itemsize])
 
     def lanes_of(self, operand: Operand, kind: str) -> Array:
-        """`value`, one number per lane."""
-        value = self.value(operand, kind)
+        """`whole_value`, one number per lane."""
+        value = self.whole_value(operand, kind)
         return value if value.shape == self.at.shape else np.broadcast_to(value, self.at.shape)
 
     def assign(self, operand: Operand, values: Array) -> None:
-        """To a register, where the mask is set; narrower integers are extended, signed ones by their sign."""
+        """``values`` of the window to a register, where the mask is set; narrower integers are extended, signed ones
+        by their sign."""
         if operand == "_":
             return
-        register = self.registers[str(operand)]
+        register = self.registers[str(operand)][self.window]
         values = _extended(values, register.dtype)
-        if self.count == len(self.at):
+        if self.count == len(register):
             register[...] = values
         else:
-            np.copyto(register, values, "unsafe", where=self.mask)
+            np.copyto(register, values, "unsafe", where=self.mask[self.window])
 
     def assign_some(self, operand: Operand, lanes: Array | slice, values: Array) -> None:
         """To a register of some of the lanes that the mask covers."""

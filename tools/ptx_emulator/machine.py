@@ -55,7 +55,7 @@ class Machine(Arithmetic):
             got = self.parameters[address[:, None] + np.arange(whole)]
         elif "shared" in i.modifiers:
             address = self.address(place, "u32")[lanes]
-            got = self.shared.load(self.block[lanes], self.warp[lanes], address, whole)
+            got = self.shared.load(*self.blocks_and_warps(), address, whole)
         else:
             got = self.memory.load(self.address(place, "u64")[lanes], whole)
         for target, part in zip(_several(targets), got.view(KINDS[kind]).T, strict=True):
@@ -67,7 +67,7 @@ class Machine(Arithmetic):
         parts = [self.lanes_of(s, f"u{_size(i) * 8}")[lanes] for s in _several(sources)]
         values = np.stack(parts, 1).view(np.uint8)
         if "shared" in i.modifiers:
-            self.shared.store(self.block[lanes], self.warp[lanes], self.address(place, "u32")[lanes], values)
+            self.shared.store(*self.blocks_and_warps(), self.address(place, "u32")[lanes], values)
         else:
             self.memory.store(self.address(place, "u64")[lanes], values)
 
@@ -226,7 +226,7 @@ class Machine(Arithmetic):
             for use in [
                 use for use in self.uses if self.mask[use.lane] and use.age > int(str(i.operands[0]))
             ]:
-                self.shared.in_use[use.places] -= 1
+                self.shared.leave(use.places)
                 self.uses.remove(use)
 
     def _warpgroup_product(self, i: Instruction) -> None:
@@ -263,7 +263,7 @@ class Machine(Arithmetic):
         block = np.full(first.shape, self.block[lane])
         raw = self.shared.load(block, np.full(first.shape, TENSOR_CORES), first, 16)
         places = self.shared.places(block, first, 16, "an operand").ravel()  # every place once
-        self.shared.in_use[places] += 1
+        self.shared.use(places)
         self.uses.append(Use(lane, places))
         return np.ascontiguousarray(raw).view(np.uint16).ravel()
 

@@ -111,18 +111,23 @@ class SharedMemory:
         self.in_flight = np.zeros(places, np.bool_)  # to where an asynchronous copy is under way
         # Operands of tensor cores that have not been waited for.
         self.in_use = np.zeros(places, np.int32)
+        # Of either, how many: most of the time there are none to look at.
+        self.n_in_flight = self.n_in_use = 0
         self.copies = AsyncCopies(self)
 
     def places(self, block: Array, address: Array, size: int, what: str) -> Array:
         """[accesses, size / grain] indices of places."""
         address = address.astype(np.int64)
-        if address.min() < 0 or address.max() + size > self.size:
-            raise OutOfBounds(f"{what} of {size} bytes of shared memory at {address.max()} of {self.size}")
-        if _any(address & size - 1):
+        highest = int(address.view(np.uint64).max())  # of which a negative one is larger than any size
+        if highest + size > self.size:
+            raise OutOfBounds(f"{what} of {size} bytes of shared memory at {highest} of {self.size}")
+        if np.bitwise_or.reduce(address) & size - 1:
             raise OutOfBounds(f"{what} of {size} bytes at an address that is not a multiple of {size}")
         assert size % self.grain == 0, "an access to a part of a place"
-        first = block * self.of_a_block + (address >> self.grain.bit_length() - 1)
-        return first[:, None] + np.arange(size // self.grain)
+        address >>= self.grain.bit_length() - 1
+        address += block * self.of_a_block
+        first = address[:, None]
+        return first if size == self.grain else first + np.arange(size // self.grain)
 
     def _marks(self, block: Array, warp: Array) -> Array:
         """[accesses, 1]"""
@@ -130,12 +135,25 @@ class SharedMemory:
 
     def _others_read(self, place: Array, mine: Array) -> bool:
         read = self.marks and _any(_others(self.read.take(place), mine))
-        return read or _any(self.in_use.take(place))
+        return read or self.n_in_use > 0 and _any(self.in_use.take(place))
+
+    def _under_way(self, place: Array) -> bool:
+        return self.n_in_flight > 0 and _any(self.in_flight.take(place))
+
+    def use(self, place: Array) -> None:
+        """A product reads there from now on, every place once."""
+        self.in_use[place] += 1
+        self.n_in_use += place.size
+
+    def leave(self, place: Array) -> None:
+        """`use`, ended."""
+        self.in_use[place] -= 1
+        self.n_in_use -= place.size
 
     def load(self, block: Array, warp: Array, address: Array, size: int) -> Array:
         """uint8 [accesses, size]"""
         place, mine = self.places(block, address, size, "a load"), self._marks(block, warp)
-        if _any(self.in_flight.take(place)):
+        if self._under_way(place):
             raise Race("a load of what an asynchronous copy has not delivered")
         got = self.words.take(place).view(np.uint8)
         if not self.marks:
@@ -154,7 +172,7 @@ class SharedMemory:
         words = np.ascontiguousarray(values).view(self.words.dtype)
         if self._others_read(place, mine):
             raise Race("a store to what others have read since the last barrier, or still read")
-        if _any(self.in_flight.take(place)):
+        if self._under_way(place):
             raise Race("a store to where an asynchronous copy is under way")
         others = _others(self.written.take(place), mine)
         # Warps that write the same bytes do no harm.
@@ -170,12 +188,15 @@ class SharedMemory:
         place = self.places(block, address, size, "an asynchronous copy")
         if self._others_read(place, self._marks(block, warp)):
             raise Race("an asynchronous copy to what others have read since the last barrier, or still read")
-        if _any(self.in_flight.take(place)):
+        if self._under_way(place):
             raise Race("two asynchronous copies to the same place")
         self.in_flight[place] = True
+        self.n_in_flight += place.size
 
     def deliver(self, block: Array, warp: Array, address: Array, values: Array) -> None:
-        self.in_flight[self.places(block, address, values.shape[1], "an asynchronous copy")] = False
+        place = self.places(block, address, values.shape[1], "an asynchronous copy")
+        self.in_flight[place] = False
+        self.n_in_flight -= place.size
         self.store(block, warp, address, values)
 
 

@@ -259,3 +259,28 @@ def test_two_warps_may_write_the_halves_of_a_word(apart: int, operands: Operands
     else:
         with pytest.raises(Race, match="different values to the same byte"):
             run(body, *operands)
+
+
+@pytest.mark.parametrize("first, last", [(0, 63), (1, 63), (0, 62), (7, 40)])
+def test_registers_of_other_lanes_stay(first: int, last: int, operands: Operands) -> None:
+    """Lanes branch around what some do, and among those a guard leaves out every one whose number is odd."""
+    run(
+        f"""
+        mov.b32 %r7, 5;
+        setp.lt.u32 %p1, %r1, {first};
+        setp.gt.u32 %p2, %r1, {last};
+        @%p1 bra $DONE;
+        @%p2 bra $DONE;
+        and.b32 %r8, %r1, 1;
+        setp.eq.u32 %p3, %r8, 0;
+        mov.b32 %r7, 6;
+        @%p3 lop3.b32 %r7, %r1, %r1, %r1, 0x80;
+    $DONE:
+        cvt.rn.f32.u32 %r9, %r7;
+        st.global.b32 [%rd5], %r9;
+        """,
+        *operands,
+    )
+    lane = torch.arange(64)
+    want = torch.where(lane % 2 == 0, lane, 6)
+    assert torch.equal(operands[1].long(), torch.where((lane >= first) & (lane <= last), want, 5))

@@ -99,3 +99,8 @@ def test_descriptors_reach_every_element_once(swizzle: int, width: int, transpos
     assert len(np.unique(got)) == 1024 and (got % 2 == 0).all() and got.min() == 4096
     plain = got ^ (got >> 7 & (width // 16 - 1)) << 4
     assert plain[0, 0] == 4096 and (plain[1, 0] - 4096 == (2 if transposed else width))
+
+
+def test_a_product_is_not_rounded_before_the_sum() -> None:
+    a, c = np.float32([1 + 2**-12]), np.float32([-1 - 2**-11])
+    assert numbers.multiply_add(a, a, c) == 2.0**-24
