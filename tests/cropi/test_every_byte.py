@@ -39,7 +39,7 @@ from cropi.store.rows import RowInfo
 from cropi.trainers.newest import merge_rollouts
 from cropi.trainers.trl.live import LiveRun
 from cropi.trainers.trl.rollout_log import RolloutLog
-from cropi.trainers.trl.stages import STATE, read_state
+from cropi.trainers.trl.stage_state import STATE, read_state
 from cropi_kernels import SketchSpec
 
 EVERY = bool(os.environ.get("CROPI_EVERY_BYTE"))

@@ -42,7 +42,7 @@ from cropi.trainers.dumps.fields import Left
 from cropi.trainers.dumps.pickled import load_dump
 from cropi.trainers.dumps.reading import Reading
 from cropi.trainers.dumps.recognise import recognise
-from cropi.trainers.trl.stages import read_state as read_trl_state
+from cropi.trainers.trl.stage_state import read_state as read_trl_state
 
 LONG = "y" * 10**5
 DUMPS = KINDS | MORE
@@ -91,7 +91,7 @@ READERS: Readers = OF_LINES | {
     "sealed.read_sealed": [("s.json", STATE, lambda path: read_sealed(Path(path), {"version": int}, "make it"))],
     "store.manifest.read_manifest": [("manifest.json", STATE, lambda path: read_manifest(Path(path)))],
     "model.moments.read_moments": [("o.pt", STATE, lambda path: read_moments(path, torch.nn.Linear(2, 2)))],
-    "trainers.trl.stages.read_state": [("s.json", STATE, lambda path: read_trl_state(Path(path)))],
+    "trainers.trl.stage_state.read_state": [("s.json", STATE, lambda path: read_trl_state(Path(path)))],
     "trainers.dumps.pickled.load_dump": [("7.pt", "slime", lambda path: load_dump(Path(path), "a dump"))],
 }  # fmt: skip
 # What reads files by one of those alone, or no file.
