@@ -427,10 +427,16 @@ def test_collect_writes_a_trajectory_file_of_a_dataset(tmp_path: Path) -> None:
         collect(object(), dataset(5), tmp_path / "no.jsonl")
     trainer.args.bf16_full_eval = True  # transformers would round the policy, and leave it so
     with pytest.raises(
-        CropiError, match="bf16_full_eval is True: .* rounds the trainer's own weights to torch.bfl"
+        CropiError, match="bf16_full_eval is True: .* rounds the trainer's own model to torch.bfl"
     ):
         collect(trainer, dataset(5), tmp_path / "no.jsonl")
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    for p in trainer.model.parameters():
+        p.data = p.data.bfloat16()
+    with pytest.raises(
+        CropiError, match=r"bf16_full_eval is True: .* \(model.rotary_emb.inv_freq, for example"
+    ):
+        collect(trainer, dataset(5), tmp_path / "no.jsonl")
     trainer.args.bf16_full_eval = False
     trainer.args.per_device_eval_batch_size = 4
     with pytest.raises(CropiError, match="batch_size 4 is not a multiple of num_generations_eval 3, .* to 6"):

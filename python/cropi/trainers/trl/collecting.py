@@ -67,13 +67,16 @@ def collect(trainer: Any, dataset: Any, out: str | Path, *, set: str | None = No
 
 
 def _check_precision(trainer: Any) -> None:
-    """Outside of training, transformers turns the model itself to the precision of its evaluations, and never back."""
+    """Outside of training, transformers turns the model itself to the precision of its evaluations, and never back; its
+    buffers too, of which rotary embeddings keep their frequencies in float32 in a model of bfloat16."""
+    held = (*trainer.model.named_parameters(), *trainer.model.named_buffers())
     for option, dtype in (("fp16_full_eval", torch.float16), ("bf16_full_eval", torch.bfloat16)):
-        others = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()} - {dtype}
-        if getattr(trainer.args, option) and not trainer.is_in_train and others:
+        other = next((name for name, x in held if x.is_floating_point() and x.dtype != dtype), None)
+        if getattr(trainer.args, option) and not trainer.is_in_train and other is not None:
             raise CropiError(
-                f"{option} is True: an evaluation outside of training rounds the trainer's own weights to {dtype} and "
-                f"leaves them so, and collecting is one; train() would go on with these. Leave {option} out"
+                f"{option} is True: an evaluation outside of training rounds the trainer's own model to {dtype} "
+                f"({other}, for example) and leaves it so, and collecting is one; train() would go on with that. "
+                f"Leave {option} out"
             )
 
 
