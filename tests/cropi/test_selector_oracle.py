@@ -242,6 +242,12 @@ def test_a_micro_batch_is_no_visit_of_the_prompts_of_another() -> None:
             apart.update(apart.ids, got, 1)
             total += got.sketches
     together.update(ids, total[:4], 1)
+    summed, chosen = Selector(apart.ids, spec, dim=64), Selector(apart.ids, spec, dim=64)
+    got.sketches += total - got.sketches  # as of a loop that adds the blocks up in one of them
+    summed.update(apart.ids, got, 1)
+    got.sketches = got.sketches[:2]
+    chosen.update(ids[:2], got, 1)
+    assert summed.seen.tolist() == apart.seen.tolist() and chosen.seen.tolist() == [True] * 2 + [False] * 3
     for selector in (apart, together):
         selector.refresh(total[:2])
     assert apart.seen.tolist() == [True] * 4 + [False]

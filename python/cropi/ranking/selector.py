@@ -156,8 +156,12 @@ class Selector:
         def read() -> tuple[int, Origin, npt.NDArray[np.int64], torch.Tensor]:
             when = self._step(step)
             rows, origin = self._reduced(sketches, "sketches")
-            here = sketches.visited.numpy() if isinstance(sketches, LiveSketch) else slice(None)
-            return when, origin, self.places(ids, len(rows))[here], rows[here]
+            places = self.places(ids, len(rows))
+            if isinstance(sketches, LiveSketch) and len(sketches.visited) == len(rows):
+                # Sketches of other blocks may have been added to it, or its rows be some that were chosen.
+                here = (sketches.visited | rows.any(dim=1)).numpy()
+                return when, origin, places[here], rows[here]
+            return when, origin, places, rows
 
         every: Callable[[Any], list[Any]] = _gathered if gather else lambda value: [value]
         mine = agree(read, every, str, lambda rank, problem: CropiError(f"rank {rank}: {problem}"))
