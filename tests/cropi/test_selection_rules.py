@@ -166,6 +166,8 @@ def test_a_store_without_the_names_of_groups_says_so() -> None:
     for given in ({"per": "task"}, {"quota": ["a=3"]}):
         with pytest.raises(CropiError, match="no prompt names its task; name the column .*task=NAME"):
             select(table_of(range(10)), fraction=0.5, **given)  # type: ignore[arg-type]
+    left = table_of([np.nan, 1.0, 2.0], tasks="a")  # the one that names a task has no score
+    assert select(left, fraction=0.5, per="task").ids == ["02"]
 
 
 def test_classic_fusion_takes_whole_lists_and_sixty() -> None:
@@ -297,12 +299,8 @@ def test_near_copies_are_left_out_and_named() -> None:
         "01": "00",
         "05": "02",
     }
-    assert select(scores, count=4, dedup=0.9999, sketches=in_memory(rows, names)).ids == [
-        "00",
-        "01",
-        "02",
-        "03",
-    ]
+    kept = select(scores, count=4, dedup=0.9999, sketches=in_memory(rows, names)).ids
+    assert kept == ["00", "01", "02", "03"]
 
 
 def test_exact_copies_are_found_at_the_highest_bounds() -> None:

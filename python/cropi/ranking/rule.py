@@ -36,10 +36,12 @@ def groups_of(rows: Sequence[RowInfo], places: np.ndarray, per: str) -> list[str
     """The names of the groups that some prompts belong to: of their tasks or files; "" for none.
 
     Raises:
-        CropiError: as :func:`cropi.ranking.shares.check_named`.
+        CropiError: as :func:`cropi.ranking.shares.check_named`, of all prompts: those that are left may name no task.
     """
     names = [name or "" for name in values_of(rows, per, places)]
-    check_named(set(names), per, lambda: f"the row of {rows[int(places[names.index('')])].id!r:.100}")
+    if "" in names:
+        every = {*names, *(name or "" for name in values_of(rows, per, np.arange(len(rows))))}
+        check_named(every, per, lambda: f"the row of {rows[int(places[names.index('')])].id!r:.100}")
     return names
 
 
