@@ -94,9 +94,15 @@ def test_some_rows_of_views_of_texts(form: str, tmp_path: Path) -> None:
         {"id": f"p{i}", "prompt": "of more than 12 bytes", "responses": ["a", "b"], "rewards": [0.0, 1.0]}
         for i in range(9)
     ]
-    put(pyarrow.Table.from_pylist(rows, kind), path, form)
-    assert [(group.id, group.prompt) for group in read(path).take(["p3", "p7"])] == [
-        ("p3", rows[3]["prompt"]), ("p7", rows[7]["prompt"]),
+    table = pyarrow.Table.from_pylist(rows, kind)
+    if form != "parquet":  # whose categories are no views
+        names = pyarrow.DictionaryArray.from_arrays([0, 1, None] * 3, pyarrow.array(["t0", "t1"], view))
+        pairs = pyarrow.StructArray.from_arrays([names], names=["in"])
+        table = table.append_column("task", names).append_column("more", pairs)
+    put(table, path, form)
+    tasks = [None, None] if form == "parquet" else ["t0", "t1"]
+    assert [(group.id, group.prompt, group.task) for group in read(path).take(["p3", "p7"])] == [
+        ("p3", rows[3]["prompt"], tasks[0]), ("p7", rows[7]["prompt"], tasks[1]),
     ]  # fmt: skip
 
 

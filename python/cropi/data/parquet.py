@@ -104,7 +104,10 @@ def _plain_bytes(column: Any) -> int:
     types, kind = optional("pyarrow").types, column.type
     if types.is_dictionary(kind):
         held = column.dictionary
-        if not (types.is_string(held.type) or types.is_large_string(held.type) or types.is_binary(held.type)):
+        texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+        if held.type in (views := _views()):
+            held = held.cast(views[held.type])
+        if not any(of(held.type) for of in texts):
             return 8 * len(column)
         compute = optional("pyarrow.compute")
         lengths = compute.binary_length(held).cast("int64").take(column.indices)
@@ -121,8 +124,18 @@ def plain(batch: Any) -> Any:
     kinds = [plain_type(kind) for kind in batch.schema.types]
     if kinds == batch.schema.types:
         return batch
-    columns = [column.cast(kind) for column, kind in zip(batch.columns, kinds)]
+    columns = [_cast(column, kind) for column, kind in zip(batch.columns, kinds)]
     return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _cast(column: Any, kind: Any) -> Any:
+    try:
+        return column.cast(kind)
+    except optional("pyarrow").ArrowNotImplementedError:
+        # Dictionaries of views, as Polars writes its categories into Arrow files.
+        if optional("pyarrow").types.is_dictionary(column.type):
+            return column.dictionary.cast(kind).take(column.indices)
+        return optional("pyarrow").array(column.to_pylist(), kind)
 
 
 def plain_type(kind: Any) -> Any:
@@ -130,7 +143,7 @@ def plain_type(kind: Any) -> Any:
     pyarrow = optional("pyarrow")
     types = pyarrow.types
     if types.is_dictionary(kind):
-        return kind.value_type
+        return plain_type(kind.value_type)
     if kind in (views := _views()):
         return views[kind]
     if types.is_struct(kind):

@@ -83,9 +83,9 @@ def rows_of_table_file(
         if isinstance(error, OSError) and error.errno is not None:
             with reading(path):
                 raise
-        why = printable(str(error)[:200])
+        why, kind = printable(str(error)[:200]), form.removesuffix(" file")
         raise CropiError(
-            f"{name}: the {form} file is damaged or was cut after row {start} ({why}); copy it again"
+            f"{name}: the {kind} file is damaged or was cut after row {start} ({why}); copy it again"
         ) from error
 
 
