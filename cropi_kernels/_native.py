@@ -86,9 +86,14 @@ def not_plain(x: torch.Tensor) -> str | None:
     # As a variable: mypy takes the check for one that is never true.
     wrapper: bool = is_traceable_wrapper_subclass(x)
     if wrapper:
-        of = type(x).__name__
-        return f"the tensor is of type {of}: give a plain tensor (of a DTensor: full_tensor() or to_local())"
+        of, give = type(x).__name__, "of a DTensor: full_tensor() or to_local()"
+        return f"the tensor is of type {of}: give a plain tensor ({'its clone()' if pending(x) else give})"
     return None
+
+
+def pending(x: torch.Tensor) -> bool:
+    """Whether a collective of PyTorch's still fills ``x``, as what `DTensor.to_local()` gives: its operators wait."""
+    return type(x).__name__ == "AsyncCollectiveTensor"
 
 
 def misaligned(x: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import op_calls
 from support.op_calls import OPS
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from cropi_kernels import (
     ProjectionSpec,
@@ -268,15 +269,24 @@ def test_tensors_without_memory_of_their_own_are_named(op: str, layout: torch.la
     name = more[op].__code__.co_varnames[1] if op in more else ""
     call = op_calls.OpCall({name: A}, more[op]) if op in more else OPS[op]
     for operand, x in call.operands.items():
-        for layout in (torch.strided, torch.jagged):
-            with pytest.raises(
-                ValueError, match=rf"^{operand}: the tensor is nested: give a dense one \(torch.cat"
-            ):
-                call(**{operand: nested(x, layout)})
+        with pytest.raises(
+            ValueError, match=rf"^{operand}: the tensor is nested: give a dense one \(torch.cat"
+        ):
+            call(**{operand: nested(x, layout)})
         with pytest.raises(
             ValueError, match=rf"^{operand}: the tensor is of type Wrapper: give a plain tensor"
         ):
             call(**{operand: Wrapper(x)})
+
+
+def test_what_a_collective_fills_is_projected() -> None:
+    """`DTensor.to_local()` may give it; PyTorch's operators wait for it by themselves."""
+    filled: torch.Tensor = AsyncCollectiveTensor(A)
+    assert torch.equal(project(filled, ProjectionSpec(40)), project(A, ProjectionSpec(40)))
+    with pytest.raises(
+        ValueError, match=r"^hidden: .* AsyncCollectiveTensor: give a plain tensor \(its clone"
+    ):
+        logprob_and_grad(filled, A, ROWS, lambda logp, i, j: logp)
 
 
 def test_explain_of_tensors_that_no_op_takes() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ... import _native
 from ..._fork import one_thread_after_fork
 from ..._level import level_of_caller
 from ..._library import refuse_transforms
@@ -131,7 +132,8 @@ def _check_input(name: str, x: torch.Tensor, spec: ProjectionSpec, shape: str) -
             f"{name} has the sparse layout {x.layout}: give a dense tensor (to_dense()), or use cropi.sklearn for "
             "scipy matrices"
         )
-    check_plain(name, x)
+    if not _native.pending(x):
+        check_plain(name, x)
     if x.ndim != 2:
         hint = f"; {name}[None] for one row" if x.ndim == 1 else "; flatten the parameters of a row first"
         raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be {shape}{hint}")
