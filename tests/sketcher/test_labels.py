@@ -9,6 +9,7 @@ import torch
 from support import zoo
 
 from cropi_kernels import GradientSketcher, SketchSpec
+from cropi_kernels.sketcher.batch.labels import from_labels
 from cropi_kernels.testing import exact_gradient, sketch_gradients
 
 SPEC = SketchSpec(width=16, vocab_width=64)
@@ -141,8 +142,13 @@ def test_a_negative_token_id_is_named_where_it_is() -> None:
     """With labels that are a copy of the ids, it was the labels that were blamed."""
     ids = torch.tensor([[5, 6, 7], [8, -1, 10]])
     with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
-        with pytest.raises(ValueError, match=r"input_ids\[1, 1\] is -1: a token id is 0 or more"):
+        with pytest.raises(ValueError, match=r"input_ids\[1, 1\] is -1: the id of a scored token is 0"):
             sketcher.policy_gradient(ids, segments=torch.arange(2), labels=ids, weights=torch.ones(2))
+    labels = ids.where(
+        ids > 0, torch.tensor(-100)
+    )  # as the place of an image, which the model reads by itself
+    positions, targets = from_labels(labels, ids)
+    assert positions.tolist() == [0, 1, 4] and targets.tolist() == [6, 7, 10]
 
 
 def test_one_token_a_row_has_one_weight() -> None:

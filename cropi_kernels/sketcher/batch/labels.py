@@ -126,8 +126,8 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
     column is never scored, and -100 marks a token that is not.
 
     Raises:
-        ValueError: a negative token id, a negative label other than -100, one that is not the token in its place
-            (labels that were shifted before), or a row without a scored token.
+        ValueError: a negative id of a scored token, a negative label other than -100, one that is not the token in its
+            place (labels that were shifted before), or a row without a scored token.
     """
     tokens, ids = values(labels), values(input_ids)
     scored = tokens != IGNORED
@@ -135,11 +135,12 @@ def from_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Te
     scored[:, 0] = False
     places = scored.reshape(-1).nonzero()[0]
     targets = tokens[scored]
-    if ids.size and ids.min() < 0:
-        row, column = (int(at[0]) for at in (ids < 0).nonzero())
+    # Of tokens that are not scored the model itself decides: places of images have negative ids in some.
+    if (odd := (ids < 0) & (tokens == ids) & (tokens != IGNORED)).any():
+        row, column = (int(at[0]) for at in odd.nonzero())
         raise ValueError(
-            f"input_ids[{row}, {column}] is {ids[row, column]}: a token id is 0 or more (padding too: any id of the "
-            "vocabulary, with 0 in attention_mask)"
+            f"input_ids[{row}, {column}] is {ids[row, column]}: the id of a scored token is 0 or more (of another, "
+            "such as padding, labels are -100)"
         )
     if (low := min(first.min(initial=0), targets.min(initial=0))) < 0:
         raise ValueError(f"labels holds {low}: only -100 marks a token that is not scored")
