@@ -144,9 +144,8 @@ def test_a_negative_token_id_is_named_where_it_is() -> None:
     with GradientSketcher(zoo.make("llama"), SPEC) as sketcher:
         with pytest.raises(ValueError, match=r"input_ids\[1, 1\] is -1: the id of a scored token is 0"):
             sketcher.policy_gradient(ids, segments=torch.arange(2), labels=ids, weights=torch.ones(2))
-    labels = ids.where(
-        ids > 0, torch.tensor(-100)
-    )  # as the place of an image, which the model reads by itself
+    # As the place of an image, which the model reads by itself.
+    labels = ids.where(ids > 0, torch.tensor(-100))
     positions, targets = from_labels(labels, ids)
     assert positions.tolist() == [0, 1, 4] and targets.tolist() == [6, 7, 10]
 
