@@ -77,6 +77,10 @@ def project(
     if out is None:
         y, before = torch.ops.cropi.project(x, offset, spec.recipe, checked(backend)), None
     else:
+        if not isinstance(out, torch.Tensor):
+            raise ValueError(
+                f"out is of type {type(out).__name__}: give a torch.Tensor (torch.as_tensor(out))"
+            )
         check_plain("out", out)
         ops.check_out(out, x, spec)
         y, before = out, None if nonfinite == "ignore" else torch.isfinite(out).all(dim=1)

@@ -56,8 +56,6 @@ def contiguous_columns(x: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
 
 def check_out(out: torch.Tensor, x: torch.Tensor, spec: ProjectionSpec) -> None:
     want = _dtype(x)
-    if not isinstance(out, torch.Tensor):
-        raise ValueError(f"out is of type {type(out).__name__}: give a torch.Tensor (torch.as_tensor(out))")
     if tuple(out.shape) != (x.shape[0], spec.dim) or out.dtype != want or not out.is_contiguous():
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)}, contiguous={out.is_contiguous()}: it must be contiguous {want} "
