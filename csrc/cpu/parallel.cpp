@@ -63,7 +63,8 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
         for (; size_ < helpers; ++size_) std::thread([this] { serve(); }).detach();
-      } catch (const std::exception&) {  // no more threads or memory for one: those that run, and this one, do all tasks
+      } catch (const std::exception&) {
+        // No more threads, or no memory for one: those that run, and this one, do all tasks.
       }
       job_ = job;
       seats_ = helpers;
@@ -124,7 +125,8 @@ void run_on_new_threads(Job* job, int helpers) {
   try {
     threads.reserve(size_t(helpers));
     for (int i = 0; i < helpers; ++i) threads.emplace_back([job] { job->work(); });
-  } catch (const std::exception&) {  // of memory too: a thread that runs and is not waited for would end the process
+  } catch (const std::exception&) {
+    // Of memory too: a thread that runs and is not waited for would end the process.
   }
   job->work();
   for (auto& thread : threads) thread.join();
