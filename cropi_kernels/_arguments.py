@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -72,13 +72,20 @@ def _without_memory(function: Callable[..., Any], args: Sequence[Any], kwargs: d
         given = inspect.signature(function).bind(*args, **kwargs).arguments
     except TypeError:
         return ""
-    for name, value in given.items():
-        fields = value._asdict() if hasattr(value, "_asdict") else {}
-        for called, x in ({f"{name}.{field}": x for field, x in fields.items()} or {name: value}).items():
-            if isinstance(x, torch.Tensor) and (x.is_nested or x.layout is torch.strided):
-                if (reason := _native.not_plain(x)) is not None:
-                    return f"{called}: {reason}"
+    for name, x in tensors_of(given.items()).items():
+        if x.is_nested or x.layout is torch.strided:
+            if (reason := _native.not_plain(x)) is not None:
+                return f"{name}: {reason}"
     return ""
+
+
+def tensors_of(given: Iterable[tuple[str, Any]]) -> dict[str, torch.Tensor]:
+    """The tensors among arguments by what messages call them, and those in the fields of a `CsrRows`."""
+    tensors: dict[str, Any] = {}
+    for name, value in given:
+        fields = value._asdict() if hasattr(value, "_asdict") else {}
+        tensors |= {f"{name}.{field}": x for field, x in fields.items()} or {name: value}
+    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
 
 
 def _classes(hint: Any) -> list[type]:

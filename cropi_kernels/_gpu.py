@@ -13,16 +13,20 @@ MIN_CAPABILITY = (8, 0)  # tensor cores with bfloat16, asynchronous copies
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def interpreting() -> bool:
-    """True in a process that runs kernels in Triton's interpreter, on CPU tensors (tests only)."""
+def _asked() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def interpreting() -> bool:
+    """True in a process that runs kernels in Triton's interpreter, or in an emulator that stands in for it, on CPU
+    tensors (tests only)."""
+    return _asked()
 
 
 def _interpreter_reason(tensors: tuple[torch.Tensor, ...]) -> str | None:
     """Triton's interpreter holds bfloat16 as integers of 16 bits: it multiplies, adds and compares those, without an
-    error. An emulator that stands in for it has no such variable set."""
-    wrong = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
-    if wrong and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    error. An emulator that stands in for it does not, and has no such variable set."""
+    if _asked() and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         return (
             "Triton's interpreter (TRITON_INTERPRET is set) computes bfloat16 wrongly, without an error: give float32 "
             "or float16, or unset TRITON_INTERPRET and use a GPU"

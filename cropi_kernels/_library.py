@@ -19,6 +19,7 @@ from torch import autograd, library
 from torch.autograd import forward_ad
 
 from . import _fork, _native, memory
+from ._arguments import tensors_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 NAMESPACE = "cropi"
@@ -83,11 +84,7 @@ def without_derivative(function: F) -> F:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _transformed():
             return function(*args, **kwargs)
-        operands: dict[str, Any] = {}
-        for name, value in (*zip(names, args), *kwargs.items()):
-            fields = value._asdict() if hasattr(value, "_asdict") else {}
-            operands |= {f"{name}.{field}": x for field, x in fields.items()} or {name: value}
-        operands = {name: x for name, x in operands.items() if isinstance(x, torch.Tensor)}
+        operands = tensors_of((*zip(names, args), *kwargs.items()))
         _refuse(function.__name__, "differentiate the same in plain torch", operands)
         try:
             return function(*args, **kwargs)
