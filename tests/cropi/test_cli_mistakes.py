@@ -348,7 +348,7 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     fails("p_selected needs resampled scores, and max_valid is 1", "--draw", "p_selected",
           "--max-valid", 1)  # fmt: skip
     weights = ("--export", tmp_path / "w.json", "--format", "weights", "--dataset", good)
-    fails("--format weights needs resampled scores, and --draws is 0", *weights, "--draws", 0)
+    fails("--format weights needs resampled scores, and draws is 0", *weights, "--draws", 0)
     fails(f"--format weights {one}", *weights, valid=alone)
     fails("device 'warp' is not a torch device", "--device", "warp")
     fails("none of the 40 training prompts has a gradient (40 with equal rewards)", train=equal)

@@ -268,7 +268,7 @@ def test_a_failing_disk_is_told_from_a_failing_reward(
         ({"export": {"format": "csv"}}, "export.format must be one of jsonl"),
         (
             {"export": {"format": "weights"}, "influence": Influence(draws=0)},
-            "export.format is weights, which needs resampled scores, and influence.draws is 0; give at least 2",
+            "export.format weights needs resampled scores, and draws is 0; give draws of at least 2",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -293,7 +293,7 @@ def test_weights_of_one_validation_prompt_are_refused_before_the_sketches(
     (tmp_path / "one.jsonl").write_text(usable + "\n")
     export = {"format": "weights", "dataset": str(made / "train.jsonl")}
     given = config(made, tmp_path / "run", valid=[str(tmp_path / "one.jsonl")], export=export)
-    words = "export.format is weights, which needs resampled scores, and the validation set 'x' has 1 prompt"
+    words = "export.format weights needs resampled scores, and the validation set 'x' has 1 prompt"
     assert words in refused(given, capsys)
 
 

@@ -49,6 +49,7 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
     from cropi.data.saved import check_hub_name
     from cropi.errors import CropiError
     from cropi.options import BASELINES
+    from cropi.ranking.selection import check_resampled
     from cropi.ranking.values import no_score
 
     given = [f"--{name}" for name in OF_EXPORT if getattr(args, name.replace("-", "_"))]
@@ -68,16 +69,12 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
         form = options.export_format(args)
         if form in BY_PLACE and not args.dataset:
             args.parser.error(f"--format {form} needs --dataset, whose rows it numbers")
-        if form == "weights" and getattr(args, "draws", 2) < 2:
-            raise CropiError(
-                f"--format weights needs resampled scores, and --draws is {args.draws}; give at least 2"
-            )
         if form == "weights" and args.method in BASELINES:
             raise CropiError(
                 f"--format weights has chances, and this is {no_score(args.method)}; give another format"
             )
-        if form == "weights" and alone:
-            raise CropiError(f"--format weights needs resampled scores, and {alone}")
+        if form == "weights":
+            check_resampled("--format weights", getattr(args, "draws", 2), alone)
         if form != "ids":
             needs_rows(f"--format {form}")
         check_format(form, args.dataset, None, args.id_key, args.data_source)

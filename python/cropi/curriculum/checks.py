@@ -21,7 +21,7 @@ from cropi.files import beyond_paths, check_room
 from cropi.model.placing import DTYPES, check_device
 from cropi.model.sources import base_of, locate
 from cropi.options import BASELINES
-from cropi.ranking.selection import check_selecting
+from cropi.ranking.selection import check_resampled, check_selecting
 from cropi.ranking.shares import how_many
 from cropi.ranking.values import no_score
 from cropi.store.codec import row_bytes
@@ -64,11 +64,8 @@ def check_plan(plan: Plan, opened: Callable[[Sequence[str]], PromptGroups]) -> N
             raise CropiError(
                 f"export.format is weights, and each choice is {no_score(plan.select.method)}; give another"
             )
-        if form == "weights" and plan.influence.draws < 2:
-            raise CropiError(
-                "export.format is weights, which needs resampled scores, and influence.draws is "
-                f"{plan.influence.draws}; give at least 2, or another format"
-            )
+        if form == "weights":
+            check_resampled("export.format weights", plan.influence.draws)
         # Selected prompts are looked up and written after hours of sketching: that must go well then.
         groups = () if plan.rollouts else opened(plan.train)
         some = list(islice(groups, 200)) if dataset else []

@@ -21,6 +21,7 @@ from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.pipeline import Checked
 from cropi.pipeline.lost import usable_sets, warn_lost, without_minus
+from cropi.ranking.selection import check_resampled
 from cropi.trainers.dumps import auto
 
 
@@ -125,8 +126,8 @@ def check(plan: Plan, files: Files, source: Source, stage: int, policy: Policy) 
         option="sets",
         before=f"stage {stage}: ",
     )
-    if checked.alone and (plan.export or {}).get("format") == "weights":
-        raise CropiError(f"export.format is weights, which needs resampled scores, and {checked.alone}")
+    if (plan.export or {}).get("format") == "weights":
+        check_resampled("export.format weights", setup.influence.draws, checked.alone)
     check_stage(plan, checked.train.scan, {str(part.set): part.scan for part in checked.valid}, stage)
     return replace(checked, valid=[replace(part, name=f"valid-{part.set}") for part in checked.valid])
 

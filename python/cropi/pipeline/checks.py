@@ -18,9 +18,8 @@ from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
 from cropi.ranking.contrast import names_without
 from cropi.ranking.influence import SharedPrompts
-from cropi.ranking.rule import grouped_by
+from cropi.ranking.rule import groups_in
 from cropi.ranking.selection import check_selecting
-from cropi.ranking.shares import check_named
 from cropi.ranking.uncertainty import one_alone
 from cropi.ranking.values import check_rewards
 from cropi.sketching.job import SketchJob, make_job
@@ -154,9 +153,7 @@ def check(
         _warn_repeated(whole_sets)
         _warn_shared(mine.groups, pool, list(whole_sets.values()), known)
     most = job.limit or pool.prompts
-    groups = {"task": pool.by_task, "file": pool.by_file}.get(by := grouped_by(setup.selecting))
-    if groups is not None:
-        check_named(groups, by)
+    groups = groups_in(pool, setup.selecting)
     check_selecting(
         setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
         groups=groups if most >= pool.prompts else None, least=setup.least, draws=given.draws,

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from cropi.ranking.values import (
     value_of,
 )
 from cropi.store.rows import RowInfo
+
+if TYPE_CHECKING:
+    from cropi.data.scan import Scan
 
 _OF_SCORES = (*FROM_SCORES, "p_selected")
 
@@ -56,6 +60,19 @@ def _places_by(names: Sequence[str]) -> dict[str, np.ndarray]:
 def grouped_by(given: Selecting) -> str:
     """What shares of the choice are fixed for: "pool", which is all, "task" or "file"."""
     return "task" if given.quota and given.per == "pool" else given.per
+
+
+def groups_in(pool: Scan, given: Selecting) -> dict[str, list[int]] | None:
+    """The prompts of every group of a pool that shares are fixed for: how many, and how many have a gradient; None
+    where the pool is one group.
+
+    Raises:
+        CropiError: as :func:`cropi.ranking.shares.check_named`.
+    """
+    groups = {"task": pool.by_task, "file": pool.by_file}.get(per := grouped_by(given))
+    if groups is not None:
+        check_named(groups, per)
+    return groups
 
 
 def shared_out(

@@ -29,9 +29,9 @@ from cropi.files import is_folder
 from cropi.option_fields import changed, one_of
 from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
-from cropi.ranking.rule import Rule, grouped_by, shared_out
+from cropi.ranking.rule import Rule, shared_out
 from cropi.ranking.scores import Scores
-from cropi.ranking.shares import check_named, how_many, read_quotas
+from cropi.ranking.shares import how_many, read_quotas
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import SCORE_AGAIN, again_for_chances, check_rewards, order_of, students_quantile
 
@@ -273,7 +273,7 @@ def check_selecting(
     Args:
         given: the options.
         prompts, usable: of the pool: all, and those with a gradient; None where they are not known yet.
-        groups: the same two numbers of every group that shares are fixed for (:func:`cropi.ranking.rule.grouped_by`).
+        groups: the same two numbers of every group that shares are fixed for (:func:`cropi.ranking.rule.groups_in`).
         least: as in :func:`select`.
         draws: resamples that the scores will have.
         alone: why they will have none in any case (:func:`cropi.ranking.uncertainty.one_alone`).
@@ -292,20 +292,33 @@ def check_selecting(
     if groups is not None:
         some = {name: good for name, (_, good) in groups.items() if good}
         sizes = {name: every for name, (every, _) in groups.items()} if given.pool == "all" else some
-        check_named(groups, grouped_by(given))
         shared_out(given, sizes, some, least)
     for name, used in (
         ("method p_selected", given.method == "p_selected"), ("draw p_selected", given.draw == "p_selected"),
         ("confidence", given.confidence is not None),
     ):  # fmt: skip
-        if used and draws < 2:
-            raise CropiError(f"{name} needs resampled scores, and draws is {draws}; give draws of at least 2")
-        if used and alone:
-            raise CropiError(f"{name} needs resampled scores, and {alone}")
+        if used:
+            check_resampled(name, draws, alone)
     if given.diversity == "kmeans":
         optional("sklearn.cluster")
     if given.confidence is not None:
         optional("scipy.special")
+
+
+def check_resampled(name: str, draws: int, alone: str = "") -> None:
+    """Refuse what needs resampled scores, by its name, where there will be none.
+
+    Args:
+        name: of an option and its value.
+        draws, alone: as in :func:`check_selecting`.
+
+    Raises:
+        CropiError: with the reason.
+    """
+    if draws < 2:
+        raise CropiError(f"{name} needs resampled scores, and draws is {draws}; give draws of at least 2")
+    if alone:
+        raise CropiError(f"{name} needs resampled scores, and {alone}")
 
 
 def _drawn(order: np.ndarray, given: Selecting, p_selected: np.ndarray | None, number: int) -> np.ndarray:
