@@ -18,9 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 from support import trl_runs  # noqa: E402
 from support.commands import json_lines  # noqa: E402
-from support.trl_runs import SPEC, Seen, selected, staged  # noqa: E402
+from support.trl_runs import SPEC, Seen, dataset, selected, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
+from cropi.gradient.estimators import Estimator  # noqa: E402
 from cropi.model.policy import Policy  # noqa: E402
 from cropi.pipeline import NothingToFollow  # noqa: E402
 from cropi.ranking.influence import influence  # noqa: E402
@@ -328,3 +329,51 @@ def test_a_reference_model_that_follows_the_policy_is_not_in_a_checkpoint(
         Stages.go_on(SimpleNamespace(trainer=trainer, step=3, _resumed=resumed))  # type: ignore[arg-type]
         assert trainer._step == 3 * resumed
         assert ("keeps no reference model in a checkpoint" in caplog.text) == (beta > 0 and resumed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "how", ["clipped", "equal rewards", "low scores", "lower scores", "no task", "no such task", "count"]
+)
+def test_a_later_stage_whose_choice_fills_no_batch_keeps_the_prompts(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the training, also with on_nothing="keep"."""
+    varied: list[str] = []
+    changes: dict[str, Any] = {}
+
+    def rewards(completions: list[str], id: list[str], **columns: Any) -> list[float]:
+        varied.extend(id if how not in ("equal rewards", "count") else () if varied else id[:1])
+        return [float(i % 2 and name in varied) for i, name in enumerate(id)]
+
+    # Every ratio differs from 1 after a step.
+    clipped = Estimator("clipped", clip_low=1e-12, clip_high=1e-12, delta=1e-12)
+    options = {
+        "clipped": {"estimator": clipped}, "equal rewards": {"on_nothing": "keep"}, "low scores": {"min_score": -0.03},
+        "lower scores": {"min_score": 0.0}, "no task": {"per": "task"}, "no such task": {"quota": ["sums=0.5"]},
+        "count": {"count": 2, "fraction": 0.1},
+    }[how]  # fmt: skip
+    options |= {"valid": stored(tmp_path / "valid.jsonl", seed=1, count=8), "stage_steps": 1}
+    if how.endswith("task"):
+        # The first two are recorded, and name no task or another one.
+        task = {"no task": None, "no such task": "others"}[how]
+        tasks = [task, task] + ["sums"] * 18
+        given = dataset(20, task=None)
+        changes |= {"train_dataset": given.add_column("task", tasks), "shuffle_dataset": False}
+    trainer = staged(
+        tmp_path / "a", options, max_steps=2, reward_funcs=rewards, learning_rate=1e-2, **changes
+    )
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    said = {
+        "clipped": "none of the 2 training prompts has a usable gradient (2 with zero gradient); the prompts",
+        "equal rewards": "1 of the 1 prompts whose rewards differ have a gradient, and one generation batch takes 2",
+        "low scores": "of 2 prompts with a gradient 1 can be chosen (min_score, dedup or a quota leaves the others",
+        "lower scores": "min_score 0.0: no prompt has so high a score, the highest is -0.02",
+        "no task": "shares were to be fixed for every task (per task, or a quota), but no prompt names its task",
+        "no such task": "quota: there is no task 'sums'; there are 'others'; the prompts of the stage before are kept",
+        "count": "count 2 is more than the 1 prompts that have a gradient; lower it; the prompts of the stage before",
+    }
+    assert trainer.state.global_step == 2 and f"stage 1: {said[how]}" in caplog.text
+    assert not (tmp_path / "a" / "cropi" / "stage-0001" / "selected.jsonl").exists()
+    assert json_lines(tmp_path / "a" / "cropi" / "stages.jsonl")[1]["selected"] == 20

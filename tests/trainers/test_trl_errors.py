@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from support import fuzz, trl_runs
-from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra 'trl', part of 'test')")
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 from support.trl_runs import arguments, dataset, digits, recorded, selected, staged, stored  # noqa: E402
 
 from cropi.errors import CropiError  # noqa: E402
-from cropi.gradient.estimators import Estimator  # noqa: E402
 from cropi.sealed import sealed  # noqa: E402
 from cropi.trainers.trl import Curriculum, curriculum, versions  # noqa: E402
 from cropi.trainers.trl import recording as record  # noqa: E402
@@ -383,41 +381,6 @@ def test_a_stage_of_recorded_prompts_has_enough_for_a_batch(
     assert (
         "fraction 0.5 of 2 prompts chooses fewer than one generation batch takes; 2 are chosen" in caplog.text
     )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["clipped", "equal rewards", "low scores", "lower scores"])
-def test_a_later_stage_whose_choice_fills_no_batch_keeps_the_prompts(
-    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It ended the training, also with on_nothing="keep"."""
-    varied: list[str] = []
-
-    def rewards(completions: list[str], id: list[str], **columns: Any) -> list[float]:
-        varied.extend(
-            id[:1] if how == "equal rewards" and not varied else id if how != "equal rewards" else ()
-        )
-        return [float(i % 2 and name in varied) for i, name in enumerate(id)]
-
-    # Every ratio differs from 1 after a step.
-    clipped = Estimator("clipped", clip_low=1e-12, clip_high=1e-12, delta=1e-12)
-    options = {
-        "clipped": {"estimator": clipped}, "equal rewards": {"on_nothing": "keep"}, "low scores": {"min_score": -0.03},
-        "lower scores": {"min_score": 0.0},
-    }[how]  # fmt: skip
-    options |= {"valid": stored(tmp_path / "valid.jsonl", seed=1, count=8), "stage_steps": 1}
-    trainer = staged(tmp_path / "a", options, max_steps=2, reward_funcs=rewards, learning_rate=1e-2)
-    with caplog.at_level("WARNING"):
-        trainer.train()
-    said = {
-        "clipped": "none of the 2 training prompts has a usable gradient (2 with zero gradient); the prompts",
-        "equal rewards": "1 of the 1 prompts whose rewards differ have a gradient, and one generation batch takes 2",
-        "low scores": "of 2 prompts with a gradient 1 can be chosen (min_score, dedup or a quota leaves the others",
-        "lower scores": "min_score 0.0: no prompt has so high a score, the highest is -0.02",
-    }
-    assert trainer.state.global_step == 2 and f"stage 1: {said[how]}" in caplog.text
-    assert not (tmp_path / "a" / "cropi" / "stage-0001" / "selected.jsonl").exists()
-    assert json_lines(tmp_path / "a" / "cropi" / "stages.jsonl")[1]["selected"] == 20
 
 
 def unscored(completions: list[str], **columns: Any) -> list[None]:

@@ -16,6 +16,7 @@ from cropi.errors import CropiError, warn
 from cropi.gradient.behaviour import behaviour_source
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting, SelectionOptions
+from cropi.pipeline.lost import asked_of
 from cropi.ranking.contrast import names_without
 from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.rule import groups_in
@@ -132,6 +133,7 @@ def check(
     Raises:
         RecordError: a bad record, or one that does not fit the model.
         NothingToSelect: no training prompt has a gradient.
+        TooFewLeft: the pool has not what the choice asks of it, where ``setup.least``.
         CropiError: a validation set without a prompt that has one, records that name another set than their key, no
             set of the name that is subtracted, or a fraction that chooses nothing.
     """
@@ -153,12 +155,13 @@ def check(
         _warn_repeated(whole_sets)
         _warn_shared(mine.groups, pool, list(whole_sets.values()), known)
     most = job.limit or pool.prompts
-    groups = groups_in(pool, setup.selecting)
-    check_selecting(
-        setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
-        groups=groups if most >= pool.prompts else None, least=setup.least, draws=given.draws,
-        alone=(alone := one_alone(sizes, given.max_valid)),
-    )  # fmt: skip
+    alone = one_alone(sizes, given.max_valid)
+    with asked_of(setup.least):
+        groups = groups_in(pool, setup.selecting)
+        check_selecting(
+            setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
+            groups=groups if most >= pool.prompts else None, least=setup.least, draws=given.draws, alone=alone,
+        )  # fmt: skip
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown, alone)

@@ -17,14 +17,14 @@ from cropi.locks import one_at_a_time
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.pipeline.checks import Checked, Setup, check
-from cropi.pipeline.lost import TooFewLeft, on_first, usable_stores, warn_lost
+from cropi.pipeline.lost import TooFewLeft, asked_of, on_first, usable_stores, warn_lost
 from cropi.pipeline.rescoring import Anew
 from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.given import NUMBERED
 from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import copies
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection import NoneSoHigh, Selection, select
+from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import SELECTED, write_selection
 from cropi.ranking.table import SCORES, write_scores
 from cropi.ranking.uncertainty import few_pairs, with_uncertainty
@@ -69,7 +69,7 @@ def choose(
     Raises:
         CropiError: as by :func:`check`, before anything is sketched.
         NothingToFollow: no validation set has a usable gradient, where ``setup.later``; or no training prompt has one,
-            or a score of ``min_score``, where ``setup.least``.
+            or the pool has not what the options ask of it, where ``setup.least``.
         Interrupted: Ctrl-C; finished prompts are in the stores.
     """
     setup, who = setup or Setup(), ranks or Alone()
@@ -171,13 +171,9 @@ def conclude(
     if setup.later:
         valid, given, lost = usable_stores(valid, given)
         warn_lost(lost, setup.before)
-    scores = score(stores["train"], valid, given, setup.selecting, noise, least=setup.least, checked=True)
-    try:
+    with asked_of(setup.least):
+        scores = score(stores["train"], valid, given, setup.selecting, noise, least=setup.least, checked=True)
         chosen = select(scores, setup.selecting, least=setup.least, sketches=stores["train"])
-    except NoneSoHigh as error:
-        if not setup.least:
-            raise
-        raise TooFewLeft(str(error)) from None
     if folder is not None:
         with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores
             write_scores(folder / SCORES, scores, chosen)

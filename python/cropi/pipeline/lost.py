@@ -7,7 +7,8 @@ A training does not end there. Such a set is left out, with a warning, until it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from cropi.data.share import without
 from cropi.errors import CropiError, warn
 from cropi.options import Comparing, Influence
 from cropi.ranking.members import any_means, validation_means, without_direction
+from cropi.ranking.shares import NotInPool
 from cropi.store.rows import DEFAULT_SET, OK
 from cropi.store.store import SketchStore
 
@@ -36,7 +38,24 @@ class NothingToFollow(CropiError):
 
 
 class TooFewLeft(NothingToFollow):
-    """Too few training prompts can be chosen, of those whose rewards differ: every token is clipped, say."""
+    """Too few training prompts can be chosen, of those whose rewards differ: every token is clipped, say, or none of
+    them names a task, of which each was to have its share."""
+
+
+@contextmanager
+def asked_of(least: int) -> Iterator[None]:
+    """What a choice asks of a pool that changes under a training, which takes ``least`` prompts at once and does not
+    end where the pool has it no more; 0: there is no training, and it is an error.
+
+    Raises:
+        TooFewLeft: the pool has not what is asked.
+    """
+    try:
+        yield
+    except NotInPool as error:
+        if not least:
+            raise
+        raise TooFewLeft(str(error)) from None
 
 
 def usable_sets(groups: PromptGroups, minus: str | None = None) -> tuple[PromptGroups | None, dict[str, str]]:

@@ -16,7 +16,16 @@ import numpy as np
 
 from cropi.errors import CropiError
 from cropi.options import Selecting
-from cropi.ranking.shares import apportion, check_named, how_many, left_by, part_of, read_quotas, with_quotas
+from cropi.ranking.shares import (
+    NotInPool,
+    apportion,
+    check_named,
+    how_many,
+    left_by,
+    part_of,
+    read_quotas,
+    with_quotas,
+)
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import (
     FROM_SCORES,
@@ -137,7 +146,7 @@ class Rule:
         self.ties = ranks_of(values_of(rows, "id", usable))
         size = len(rows) if given.pool == "all" else len(usable)
         if given.count is not None and given.count > len(usable):
-            raise CropiError(
+            raise NotInPool(
                 f"count {given.count} is more than the {len(usable)} prompts that have a score; lower it"
             )
         per = grouped_by(given)

@@ -31,7 +31,7 @@ from cropi.options import Selecting
 from cropi.ranking.draws import draw, soft_weights
 from cropi.ranking.rule import Rule, shared_out
 from cropi.ranking.scores import Scores
-from cropi.ranking.shares import how_many, read_quotas
+from cropi.ranking.shares import NotInPool, how_many, read_quotas
 from cropi.ranking.table_rows import values_of
 from cropi.ranking.values import SCORE_AGAIN, again_for_chances, check_rewards, order_of, students_quantile
 
@@ -184,10 +184,6 @@ class Selection:
         return f"<p>{html.escape(repr(self))}</p><table>{head}{rows}</table>"
 
 
-class NoneSoHigh(CropiError):
-    """All scores are below ``min_score``."""
-
-
 def select(
     scores: Scores,
     selecting: Selecting | None = None,
@@ -231,7 +227,7 @@ def select(
     good = np.ones(len(usable), bool) if given.min_score is None else table.max(axis=1) >= given.min_score
     if given.min_score is not None and not good.any():
         highest = table.max(initial=-math.inf)
-        raise NoneSoHigh(
+        raise NotInPool(
             f"min_score {given.min_score}: no prompt has so high a score, the highest is {highest:.4f}; lower it"
         )
     store = _store(scores, sketches) if given.needs_sketches else None
@@ -284,7 +280,7 @@ def check_selecting(
     read_quotas(given.quota)
     if prompts is not None:
         if given.count is not None and given.count > usable:
-            raise CropiError(
+            raise NotInPool(
                 f"count {given.count} is more than the {usable} prompts that have a gradient; lower it"
             )
         if given.count is None and given.per == "pool":

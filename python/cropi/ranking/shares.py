@@ -14,6 +14,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from cropi.errors import CropiError, did_you_mean
 
 
+class NotInPool(CropiError):
+    """The pool has not what the options ask of it: a group, so many prompts, or scores so high. A training whose pool
+    changes goes on without the choice (:func:`cropi.pipeline.lost.asked_of`)."""
+
+
 def how_many(fraction: float, size: int, least: int = 0) -> int:
     """``floor(size * fraction + 1e-9)``, the number of prompts that a selection from a pool of ``size`` holds at most;
     ``least``, where that is more.
@@ -115,7 +120,7 @@ def check_named(groups: Collection[str], per: str, first: Callable[[], str] = la
         first: words for the first prompt that names none.
 
     Raises:
-        CropiError: they do not.
+        CropiError: they do not; of tasks NotInPool.
     """
     if per == "file" and "" in groups:
         raise CropiError(
@@ -123,7 +128,7 @@ def check_named(groups: Collection[str], per: str, first: Callable[[], str] = la
             "files, or choose per task"
         )
     if per == "task" and set(groups) == {""}:
-        raise CropiError(
+        raise NotInPool(
             "shares were to be fixed for every task (per task, or a quota), but no prompt names its task; name the "
             "column that holds it where records are read (--columns task=NAME), or choose from the whole pool or per "
             "file"
@@ -134,7 +139,7 @@ def check_groups(quotas: Mapping[str, float], known: Collection[str], per: str) 
     """Check that every named group is there.
 
     Raises:
-        CropiError: one is not.
+        NotInPool: one is not.
     """
     for name in quotas:
         if name not in known:
@@ -145,7 +150,7 @@ def check_groups(quotas: Mapping[str, float], known: Collection[str], per: str) 
                 if joined
                 else ""
             )
-            raise CropiError(
+            raise NotInPool(
                 f"quota: there is no {per} {name!r}; {apart}{did_you_mean(name, known)}there are "
                 f"{', '.join(map(repr, sorted(known)))}"
             )
@@ -155,7 +160,7 @@ def numbers_of(n: int, quotas: Mapping[str, float]) -> tuple[dict[str, int], int
     """How many of ``n`` prompts every named group gets, and their sum.
 
     Raises:
-        CropiError: it is more than ``n``.
+        NotInPool: it is more than ``n``.
     """
     counts = {name: int(value) for name, value in quotas.items() if not isinstance(value, float)}
     shares = {name: value for name, value in quotas.items() if isinstance(value, float)}
@@ -165,7 +170,7 @@ def numbers_of(n: int, quotas: Mapping[str, float]) -> tuple[dict[str, int], int
         counts |= {name: parts[name] for name in shares}
     taken = sum(counts.values())
     if taken > n:
-        raise CropiError(
+        raise NotInPool(
             f"quota: the groups get {taken} prompts, but {n} are chosen; raise fraction or count, or lower the quotas"
         )
     return counts, taken
@@ -175,13 +180,13 @@ def with_quotas(n: int, quotas: Mapping[str, float], usable: Mapping[str, int], 
     """How many of ``n`` prompts every named group gets; the rest is for the others.
 
     Raises:
-        CropiError: a group that is not there, has too few prompts with a gradient, or quotas that do not fit ``n``.
+        NotInPool: a group that is not there, has too few prompts with a gradient, or quotas that do not fit ``n``.
     """
     check_groups(quotas, usable, per)
     counts, taken = numbers_of(n, quotas)
     for name, number in counts.items():
         if number > usable[name]:
-            raise CropiError(
+            raise NotInPool(
                 f"quota: {name!r} is to give {number} prompts, but {usable[name]} of it have a gradient; lower it"
             )
     check_rest(n, taken, quotas, usable)
@@ -192,10 +197,10 @@ def check_rest(n: int, taken: int, quotas: Collection[str], known: Collection[st
     """Check that where quotas take fewer than ``n`` prompts, a group without one is left for the rest.
 
     Raises:
-        CropiError: none is.
+        NotInPool: none is.
     """
     if taken < n and set(quotas) == set(known):
-        raise CropiError(
+        raise NotInPool(
             f"quota: the groups get {taken} of {n} prompts and no other group is left for the rest; raise the "
             f"quotas, or choose {taken} (count)"
         )
@@ -205,11 +210,11 @@ def left_by(counts: Mapping[str, int], sizes: Mapping[str, int], count: int | No
     """How many prompts quotas leave: of the groups that have one as many as ``counts`` says, all of the others.
 
     Raises:
-        CropiError: it is less than the ``count`` that is to be chosen.
+        NotInPool: it is less than the ``count`` that is to be chosen.
     """
     held = sum(counts.get(name, size) for name, size in sizes.items())
     if count is not None and held < count:
-        raise CropiError(
+        raise NotInPool(
             f"count {count} is more than the {held} prompts that the quotas leave; lower it, or raise the quotas"
         )
     return held

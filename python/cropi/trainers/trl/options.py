@@ -121,8 +121,9 @@ class Curriculum(Comparing, Choosing, Rescoring, Checks):
         seed: of the stages' orders and of every draw; None: the trainer's.
         on_nothing: a stage after the first for which no prompt has a gradient, or fewer than a generation batch takes:
             "error", or "keep" the prompts of the stage before, with a warning. "auto": an error where rewards are
-            equal; kept where gradients are zero though rewards differ, and where no reward function scored any
-            response, of which TRL warns too and trains on.
+            equal; kept where gradients are zero though rewards differ, where what was recorded holds no prompt of a
+            task that has a quota, or too few, and where no reward function scored any response, of which TRL warns too
+            and trains on.
         live: choose by the sketches of the training steps themselves; None: by a scoring pass before every stage.
         keep_sketches: keep the sketches of every stage (``dim`` x 4 bytes a prompt) instead of removing them once the
             prompts are chosen.

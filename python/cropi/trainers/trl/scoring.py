@@ -91,7 +91,7 @@ def choose_prompts(
         NothingToSelect: all rewards are equal, prompt by prompt.
         NothingToFollow: no validation set has a usable gradient, where ``later``.
         TooFewLeft: fewer than ``least`` prompts have one, though the rewards of so many differ; or whatever differs,
-            where ``on_nothing`` is "keep".
+            where ``on_nothing`` is "keep"; or the prompts are not as many, or not of the tasks, as the options ask.
         CropiError: a validation set that nothing usable covers, no training prompt that the dataset knows, or bad
             records. Raised on every rank, before anything is sketched.
     """
