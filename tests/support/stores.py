@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from cropi.ranking.scores import Scores
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
@@ -79,3 +81,20 @@ def equal(one: dict[str, tuple[Any, ...]], other: dict[str, tuple[Any, ...]]) ->
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     vectors = one[-1] is other[-1] is None or torch.equal(one[-1], other[-1])
     return one[:-1] == other[:-1] and vectors
+
+
+def table_of(
+    values: Any, tasks: str = "", files: str = "", stderr: Any = None, p_selected: Any = None
+) -> Scores:
+    """Prompts 00, 01, ... with scores, a letter of ``tasks`` and one of ``files`` each."""
+    table = np.asarray(values, dtype=float)
+    table = table[:, None] if table.ndim == 1 else table
+    rows = [
+        RowInfo(f"{i:02d}", task=tasks[i : i + 1] or None, extra={"file": files[i]} if files else {})
+        for i in range(len(table))
+    ]
+    sets = [f"s{v}" for v in range(table.shape[1])]
+    held = [{"name": name, "prompts": 9} for name in sets]
+    meta = {} if stderr is None else {"uncertainty": {"sets": held}}
+    error = None if stderr is None else np.asarray(stderr, dtype=float).reshape(table.shape)
+    return Scores(rows, sets, table, meta, error, None if p_selected is None else np.asarray(p_selected))
