@@ -25,7 +25,7 @@ from cropi.gradient.tokenize import TokenGroup, Tokenize
 from cropi.model.policy import Policy
 from cropi.options import Influence, Selecting
 from cropi.ranking.pairwise import Pairwise
-from cropi.ranking.uncertainty import uncertainty
+from cropi.ranking.resampling import uncertainty
 from cropi.report.check import check_groups, check_job, error_by_seeds
 from cropi.report.check_report import CheckReport
 from cropi.report.exact import exact_gradients, leave_one_out, standard_errors

@@ -22,10 +22,11 @@ from cropi.ranking.influence import SharedPrompts, influence
 from cropi.ranking.leave_one_out import leave_one_out
 from cropi.ranking.pairwise import pairwise
 from cropi.ranking.resampled import NearestSet
+from cropi.ranking.resampling import uncertainty
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
-from cropi.ranking.uncertainty import Uncertainty, uncertainty
+from cropi.ranking.uncertainty import Uncertainty
 from cropi.store.codec import DTYPES
 from cropi.store.exporting import export
 from cropi.store.memory import MemoryStore

@@ -21,9 +21,9 @@ from cropi.data.records import PromptGroup
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.ranking.pairwise import Neighbour, Pairwise
+from cropi.ranking.resampling import uncertainty
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
-from cropi.ranking.uncertainty import uncertainty
 from cropi.report.browser import shown_in_full
 from cropi.report.charts import BOTTOM, HEIGHT, LEFT, WIDTH, density
 from cropi.report.html import ReportInput, render, write_report

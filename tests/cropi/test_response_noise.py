@@ -26,9 +26,10 @@ from cropi.options import Influence, Selecting
 from cropi.ranking.influence import influence
 from cropi.ranking.members import choose_members
 from cropi.ranking.pairwise import pairwise
+from cropi.ranking.resampling import uncertainty
 from cropi.ranking.response_noise import _noise_of, response_noise
 from cropi.ranking.table import read_scores
-from cropi.ranking.uncertainty import Uncertainty, uncertainty
+from cropi.ranking.uncertainty import Uncertainty
 from cropi.sketching.job import SketchJob, make_tokenize
 from cropi.sketching.run import sketch
 from cropi.store.merging import merge

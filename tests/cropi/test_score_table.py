@@ -19,11 +19,12 @@ import cropi
 from cropi.errors import CropiError
 from cropi.options import Influence, Selecting
 from cropi.pipeline import Setup, conclude, score
+from cropi.ranking.resampling import with_uncertainty
 from cropi.ranking.saving import own_rows
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import select
 from cropi.ranking.table import read_scores, write_scores
-from cropi.ranking.uncertainty import Uncertainty, sets_of, with_uncertainty
+from cropi.ranking.uncertainty import Uncertainty, sets_of
 from cropi.store.store import SketchStore
 
 
@@ -163,17 +164,17 @@ def test_more_pairs_than_fit_into_memory_are_not_resampled(
     """Products are kept of the validation prompts with one another, too: 100,000 of them would take 80 GB."""
     train, valid = stores
     n, v = len(train), sum(row.row is not None for row in valid.rows())
-    monkeypatch.setattr("cropi.ranking.uncertainty.MOST_PAIRS", n * v - 1)
+    monkeypatch.setattr("cropi.ranking.resampling.MOST_PAIRS", n * v - 1)
     many = score(train, [valid], Influence(draws=2))
     assert many.meta["uncertainty_missing"].startswith(
         f"{n} x {v} pairs are more than are resampled; --max-valid"
     )
     assert score(train, [valid], Influence(draws=2, max_valid=2)).stderr is not None
     some = on_disk(train.path.parent / "few", torch.ones(2, train.dim), "t", ["train"] * 2)
-    monkeypatch.setattr("cropi.ranking.uncertainty.MOST_PAIRS", v * v - 1)
+    monkeypatch.setattr("cropi.ranking.resampling.MOST_PAIRS", v * v - 1)
     few = score(some, [valid], Influence(draws=2), Selecting(fraction=0.5))
     assert few.meta["uncertainty_missing"].startswith(f"{v} x {v} pairs of validation prompts are more than")
-    monkeypatch.setattr("cropi.ranking.uncertainty.MOST_PAIRS", v * v)
+    monkeypatch.setattr("cropi.ranking.resampling.MOST_PAIRS", v * v)
     assert score(some, [valid], Influence(draws=2), Selecting(fraction=0.5)).stderr is not None
 
 

@@ -17,10 +17,11 @@ from cropi.ranking.given import given_stores
 from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import Pairwise, neighbours, pairwise
 from cropi.ranking.resampled import MeanSet
+from cropi.ranking.resampling import uncertainty, with_uncertainty
 from cropi.ranking.response_noise import ResponseNoise
 from cropi.ranking.rule import Rule
 from cropi.ranking.selection import select
-from cropi.ranking.uncertainty import Uncertainty, uncertainty, with_uncertainty
+from cropi.ranking.uncertainty import Uncertainty
 from cropi.store.rows import RowInfo
 from cropi.store.store import SketchStore
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from cropi.cli.dry import Planned
     from cropi.distributed.team import Team
     from cropi.model.policy import Policy
-    from cropi.pipeline import Checked
+    from cropi.pipeline import Checked, Setup
     from cropi.ranking.selection import Selection
     from cropi.sketching.job import SketchJob
     from cropi.store.store import SketchStore
@@ -94,7 +93,7 @@ def _run(args: argparse.Namespace, team: Team | None, names: list[str], held: Ex
     from cropi import pipeline
     from cropi.files import is_there
     from cropi.locks import locked_folder
-    from cropi.ranking.uncertainty import check_noise
+    from cropi.ranking.resampling import check_noise
     from cropi.sketching.interrupt import Interrupted
 
     policy, behaviour_model = sketch.policies(args)
@@ -130,15 +129,7 @@ def _run(args: argparse.Namespace, team: Team | None, names: list[str], held: Ex
         who.agree(lock)
         if who.first and not is_there(out / CONFIG):
             write_config(args, out)
-        how: dict[str, Any] = {
-            "store_at": lambda name: out / "sketches" / name, "say": print, "progress": args.progress
-        }  # fmt: skip
-        if team is not None:
-            from cropi.distributed import ranks as together
-
-            how["by"] = partial(together.sketch, team)
-        stores = pipeline.sketch_all(policy, checked, setup, **how)
-        noise = _noise_stores(policy, checked, setup.job, stores, who, how) if args.noise else []
+        stores, noise = _stores(args, team, policy, checked, setup)
         if not who.first:
             return 0
         # Now: stores of other settings have refused this run, and what says how their results were made is kept.
@@ -169,20 +160,27 @@ def _dry_parts(checked: Checked, job: SketchJob, sketches: Path, noise: bool) ->
     return parts
 
 
-def _noise_stores(
-    policy: Policy,
-    checked: Checked,
-    job: SketchJob,
-    stores: Mapping[str, SketchStore],
-    who: Ranks,
-    how: Mapping[str, Any],
-) -> list[SketchStore]:
-    """The stores of noise: of all validation prompts, and of the training prompts that one process draws for all."""
+def _stores(
+    args: argparse.Namespace, team: Team | None, policy: Policy, checked: Checked, setup: Setup
+) -> tuple[dict[str, SketchStore], list[SketchStore]]:
+    """The stores by the name of their part, and with ``--noise`` those of noise: of all validation prompts, and of the
+    training prompts that one process draws for all."""
     from cropi import pipeline
     from cropi.sketching.noise import sampled
 
+    how: dict[str, Any] = {
+        "store_at": lambda name: Path(args.out) / "sketches" / name, "say": print, "progress": args.progress
+    }  # fmt: skip
+    if team is not None:
+        from cropi.distributed import ranks as together
+
+        how["by"] = partial(together.sketch, team)
+    stores = pipeline.sketch_all(policy, checked, setup, **how)
+    if not args.noise:
+        return stores, []
+    who: Ranks = team or Alone()
     drawn = who.share(sampled(stores["train"]) if who.first else None)
-    return pipeline.noise_stores(policy, checked, job, drawn, **how)
+    return stores, pipeline.noise_stores(policy, checked, setup.job, drawn, **how)
 
 
 def _show(args: argparse.Namespace, out: Path, checked: Checked, chosen: Selection) -> None:

@@ -19,9 +19,9 @@ from cropi.options import Influence, Selecting, SelectionOptions
 from cropi.pipeline.lost import asked_of
 from cropi.ranking.contrast import names_without
 from cropi.ranking.influence import SharedPrompts
+from cropi.ranking.resampling import one_alone
 from cropi.ranking.rule import groups_in
 from cropi.ranking.selection import check_selecting
-from cropi.ranking.uncertainty import one_alone
 from cropi.ranking.values import check_rewards
 from cropi.sketching.job import SketchJob, make_job
 from cropi.sketching.run import check_tokens, scan_groups
@@ -90,7 +90,7 @@ class Checked:
         prompts: training prompts that may be chosen.
         usable: those with a gradient.
         unknown: prompts of this rank's training files that may not be chosen.
-        alone: why scores will not be resampled (:func:`cropi.ranking.uncertainty.one_alone`), or nothing.
+        alone: why scores will not be resampled (:func:`cropi.ranking.resampling.one_alone`), or nothing.
     """
 
     train: Part

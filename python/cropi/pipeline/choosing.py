@@ -23,11 +23,11 @@ from cropi.pipeline.sketches import one_date, sketch_all, sketch_parts
 from cropi.ranking.given import NUMBERED
 from cropi.ranking.influence import influence
 from cropi.ranking.pairwise import copies
+from cropi.ranking.resampling import few_pairs, with_uncertainty
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
 from cropi.ranking.selection_files import SELECTED, write_selection
 from cropi.ranking.table import SCORES, write_scores
-from cropi.ranking.uncertainty import few_pairs, with_uncertainty
 from cropi.store.rows import OK
 from cropi.store.shares import shared_job
 from cropi.store.store import SketchStore

@@ -56,7 +56,7 @@ def influence(
         valid: stores of validation prompts; a set is the prompts with one ``set`` name, over all of them.
         comparing: the options; None: those that are given by keyword. ``minus``:
             ``score[s, v] - minus_weight * score[s, minus]``, a set that has no column of its own. ``draws`` is for the
-            uncertainty (:mod:`cropi.ranking.uncertainty`), and not looked at.
+            uncertainty (:mod:`cropi.ranking.resampling`), and not looked at.
         pairs: keep the inner products with every validation prompt as ``scores.pairs``
             (:class:`cropi.ranking.pairwise.Pairwise`): the training store is read once for both.
         stages: "same", or "any" to take training sketches of an earlier stage, whose policy was another: such scores

@@ -61,7 +61,7 @@ class Ties:
 
 
 class ResampledSet(Protocol):
-    """What :func:`cropi.ranking.uncertainty.uncertainty` needs of a validation set, which has two prompts or more."""
+    """What :func:`cropi.ranking.resampling.uncertainty` needs of a validation set, which has two prompts or more."""
 
     name: str
     members: np.ndarray

@@ -1,7 +1,7 @@
 """The rule of a selection, prepared once for the prompts it ranks and then used on many score tables of them.
 
 The rule runs in every group of prompts by itself: the whole pool (the default), every training file, as the released
-CROPI code does, or every task. Resampling (:mod:`cropi.ranking.uncertainty`) runs the same rule on every draw.
+CROPI code does, or every task. Resampling (:mod:`cropi.ranking.resampling`) runs the same rule on every draw.
 """
 
 from __future__ import annotations

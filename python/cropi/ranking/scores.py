@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Scores:
     """One row per training prompt, in order of id. ``table`` is float64 ``[n, sets]``, NaN without a usable sketch.
 
-    Where the validation prompts were resampled (:mod:`cropi.ranking.uncertainty`), ``stderr`` float64 ``[n, sets]``
+    Where the validation prompts were resampled (:mod:`cropi.ranking.resampling`), ``stderr`` float64 ``[n, sets]``
     holds the standard errors of the scores, ``p_selected`` float64 ``[n]`` how often a prompt was chosen, and
     ``meta["uncertainty"]`` the rest. ``store`` is the training prompts' store, where this call made the scores.
 

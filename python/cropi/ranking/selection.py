@@ -272,7 +272,7 @@ def check_selecting(
         groups: the same two numbers of every group that shares are fixed for (:func:`cropi.ranking.rule.groups_in`).
         least: as in :func:`select`.
         draws: resamples that the scores will have.
-        alone: why they will have none in any case (:func:`cropi.ranking.uncertainty.one_alone`).
+        alone: why they will have none in any case (:func:`cropi.ranking.resampling.one_alone`).
 
     Raises:
         CropiError: too few prompts, a package that is missing, or options that need resampled scores without them.

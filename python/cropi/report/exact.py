@@ -177,7 +177,7 @@ def leave_one_out(gram: torch.Tensor) -> torch.Tensor:
 
 def standard_errors(gram: torch.Tensor) -> torch.Tensor:
     """The standard error of every score of :func:`leave_one_out`, float64 ``[n]``, where the others are a sample of
-    validation prompts: the formula of :mod:`cropi.ranking.uncertainty`."""
+    validation prompts: the formula of :mod:`cropi.ranking.resampling`."""
     count, scores = len(gram) - 1, leave_one_out(gram)[:, None]
     lengths = gram.diagonal().sqrt()
     # Row s: products of each prompt with the mean of all prompts but s, and that mean's length.
