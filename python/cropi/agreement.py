@@ -47,6 +47,17 @@ class Alone:
         return value
 
 
+def all_gathered(value: T) -> list[T]:
+    """Every rank's value, in order of rank, by the default group of torch.distributed; alone where there is none."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def agree(
     work: Callable[[], T],
     gather: Callable[[str | None], list[str | None]],

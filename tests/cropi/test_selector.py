@@ -438,7 +438,7 @@ class TwoRanks:
 def test_an_error_on_one_rank_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 gives an id that is not in the pool, another step, another model; then both give what is right."""
     ranks = TwoRanks()
-    monkeypatch.setattr("cropi.ranking.selector._gathered", ranks.gathered)
+    monkeypatch.setattr("cropi.ranking.selector.all_gathered", ranks.gathered)
 
     def work(rank: int) -> list[str]:
         selector, said = made(), []

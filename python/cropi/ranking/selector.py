@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
-from cropi.agreement import agree
+from cropi.agreement import agree, all_gathered
 from cropi.checked import absent, fits, is_id
 from cropi.errors import CropiError, article, warn
 from cropi.ranking.alike import known_alike
@@ -163,7 +162,7 @@ class Selector:
                 return when, origin, places[here], rows[here]
             return when, origin, places, rows
 
-        every: Callable[[Any], list[Any]] = _gathered if gather else lambda value: [value]
+        every: Callable[[Any], list[Any]] = all_gathered if gather else lambda value: [value]
         mine = agree(read, every, str, lambda rank, problem: CropiError(f"rank {rank}: {problem}"))
         parts = every(mine)
         steps, origin = sorted({part[0] for part in parts}), self._origin
@@ -446,12 +445,3 @@ def _along(rows: torch.Tensor, valid: torch.Tensor) -> Values:
     """The mean product of each of ``rows`` with the rows of ``valid``."""
     products: Values = (rows @ valid.T).mean(dim=1).double().numpy()
     return products
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Every rank's value, in their order; this one's alone where there are no ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

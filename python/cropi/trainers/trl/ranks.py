@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from cropi.agreement import agree
+from cropi.agreement import agree, all_gathered
 from cropi.errors import CropiError
 
 T = TypeVar("T")
@@ -28,11 +28,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order of rank, on every rank. Values are pickled."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.world == 1 else all_gathered(value)
 
     def share(self, value: T | None) -> T:
         """Rank 0's value, on every rank."""
