@@ -80,6 +80,11 @@ def add_options(command: Parser) -> None:
         help="score vLLM's outputs and chat completions by this function, as `cropi rollout --reward` does (default: "
         "the rewards in the file)",
     )  # fmt: skip
+    _add_text_options(command)
+
+
+def _add_text_options(command: Parser) -> None:
+    """Options of dumps that lack prompts or token ids."""
     text = command.add_argument_group("dumps that lack prompts or token ids")
     text.add_argument(
         "--dataset", metavar="FILE",

@@ -106,7 +106,10 @@ def make_config(options: Mapping[str, Any], steps: int, out: Path) -> Any:
 
 def prompts_a_batch(options: Mapping[str, Any]) -> int:
     """Different prompts in one generation batch."""
-    config = make_config(options, 1, Path("checked"))
+    return _prompts_in(make_config(options, 1, Path("checked")))
+
+
+def _prompts_in(config: Any) -> int:
     return int(config.generation_batch_size // config.num_generations)
 
 
@@ -146,22 +149,8 @@ def train_stage(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    groups = list(read(records))
-    rows = [
-        {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
-        for group in groups
-    ]
     arguments = make_config(options, steps, out / CHECKPOINTS)
-    if tokens is not None and tokenizer is not None:
-        prompts = prompts_as_scored(groups, tokenizer, tokens, arguments.chat_template_kwargs)
-        rows = [row | {"prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
-    batch = int(arguments.generation_batch_size // arguments.num_generations)
-    if len(rows) < batch:
-        raise CropiError(
-            f"{records}: {len(rows)} prompts are selected, but one generation batch takes {batch} different ones "
-            "(generation_batch_size / num_generations in trl.args), so TRL would train nothing; raise fraction or "
-            "count, or make the batch smaller"
-        )
+    rows = _rows(records, arguments, tokenizer, tokens)
     rewards = [named_function(name, "trl.reward") for name in _names(options["reward"])]
     trainer = trl.GRPOTrainer(
         model=policy, reward_funcs=rewards, args=arguments,
@@ -186,6 +175,31 @@ def train_stage(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return new
+
+
+def _rows(
+    records: Path, arguments: Any, tokenizer: Any, tokens: Callable[[PromptGroup], list[int]] | None
+) -> list[dict[str, Any]]:
+    """The rows of the selected prompts, without rollouts, as :func:`train_stage` gives them to TRL.
+
+    Raises:
+        CropiError: they are fewer than one generation batch takes.
+    """
+    groups = list(read(records))
+    rows = [
+        {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
+        for group in groups
+    ]
+    if len(rows) < (batch := _prompts_in(arguments)):
+        raise CropiError(
+            f"{records}: {len(rows)} prompts are selected, but one generation batch takes {batch} different ones "
+            "(generation_batch_size / num_generations in trl.args), so TRL would train nothing; raise fraction or "
+            "count, or make the batch smaller"
+        )
+    if tokens is None or tokenizer is None:
+        return rows
+    prompts = prompts_as_scored(groups, tokenizer, tokens, arguments.chat_template_kwargs)
+    return [row | {"prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 
 
 @contextmanager
