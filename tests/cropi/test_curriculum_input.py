@@ -49,6 +49,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ({"rollouts": "roll {model}"}, ["names neither {train} nor {valid}"]),
         (
+            {"rollouts_when": "every"},
+            ["rollouts_when 'every' is for a rollouts command", "not given; leave it out"],
+        ),
+        (
             {"sets": ["x", "z"]},
             ["sets: no trajectory covers the validation set 'z'", "are trajectories of 'x', 'y'"],
         ),

@@ -397,6 +397,14 @@ def test_one_response_a_prompt_is_said_to_have_no_gradient(tmp_path: Path) -> No
 def test_options_of_another_engine_are_refused(tmp_path: Path) -> None:
     for options, problem in (
         ({"url": "http://localhost:1"}, "leave --url out"),
+        ({"timeout": 9.0}, "leave --timeout out"),
+        ({"retries": 2}, "leave --retries out"),
+        (
+            {"api_key": "KEY"},
+            "api_key is for --engine openai-url, and the engine is 'hf'; leave --api-key out",
+        ),
+        ({"engine": "openai-url", "dtype": "float32"}, "the server has them; leave --dtype out"),
+        ({"engine": "openai-url", "quantize": "4bit"}, "the server has them; leave --quantize out"),
         ({"engine": "openai-url", "rows": None}, "needs the server's --url"),
         ({"engine": "openai-url", "url": "localhost", "rows": None}, "is not a URL of a server"),
         ({"engine": "openai-url", "url": "http://localhost:1"}, "leave --rows out"),

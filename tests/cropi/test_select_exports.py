@@ -50,7 +50,8 @@ def test_select_exports_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
     assert "export        2 prompts as jsonl" in capsys.readouterr().out
     named = {"out.parquet": "parquet", "out.txt": "ids", "out.json": "indices", "out.rows": "jsonl"}
     for name, form in named.items():
-        assert cropi(*base, "--export", tmp_path / name, "--dataset", tmp_path / "data.jsonl") == 0
+        rows = [] if form == "ids" else ["--dataset", tmp_path / "data.jsonl"]
+        assert cropi(*base, "--export", tmp_path / name, *rows) == 0
         assert f"export        2 prompts as {form}: " in capsys.readouterr().out
     for words in (["--export", tmp_path / "x", "--format", "parquet"], ["--format", "ids"]):
         with pytest.raises(SystemExit):
@@ -129,13 +130,37 @@ def test_a_dataset_needs_the_chosen_prompts_alone(
     assert not (tmp_path / "selected.jsonl").exists()
 
 
-def test_ids_need_no_dataset_with_ids_and_no_records(tmp_path: Path) -> None:
-    write_lines(tmp_path / "data.jsonl", [{"question": "q"}])
+def test_ids_need_no_records(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", make_records(5))
     names = [record["id"] for record in make_records(6)]
-    form = ["--export", tmp_path / "out.txt", "--dataset", tmp_path / "data.jsonl"]
-    assert cropi(*scored(tmp_path, names), *form) == 0
+    assert cropi(*scored(tmp_path, names), "--export", tmp_path / "out.txt") == 0
     assert (tmp_path / "out.txt").read_text().split() == [names[5], names[4]]
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--out-trajectories t.jsonl", "1 selected prompts are not in train.jsonl, for example '5 a"),
+    ("--export e.jsonl", "1 selected prompts are not in train.jsonl, for example '5 a"),
+    ("--export e.txt", "format ids: the prompt id '5 a\\nb' is not one line"),
+    ("--plot a.jpg", "plot: a.jpg should end in one of .png, .pdf, .svg"),
+    # Taken without a word, though they had no effect.
+    ("--export e --format ids --dataset no.jsonl", "format ids writes ids alone, and a dataset has rows; leave --da"),
+    ("--push-to-hub a/b --format parquet", "--format is for --export FILE, and the hub gets rows; give that too"),
+    ("--push-to-hub a/b --data-source c", "--data-source is for --export FILE, and the hub gets rows; give that"),
+])  # fmt: skip
+def test_all_files_of_a_choice_are_written_or_none(
+    words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ids were written before an error in the second file."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "train.jsonl", make_records(5))
+    command = scored(Path(), [*(record["id"] for record in make_records(5)), "5 a\nb"])
+    there = set(tmp_path.iterdir())
+    try:
+        code = cropi(*command, *words.split())
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and said in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == there
 
 
 @pytest.mark.long
@@ -172,5 +197,7 @@ def test_rows_that_are_found_by_their_content(
     # Hashes say of which rows they are; the records need not be there.
     at = command.index("--trajectories")
     (tmp_path / "out").unlink()
+    if form == "ids":
+        del given[-2:]
     assert cropi(*command[:at], *command[at + 2 :], *given) == 0
     assert form != "indices" or json.loads((tmp_path / "out").read_text()) == [5, 4]

@@ -295,6 +295,8 @@ def test_export_to_numpy_and_parquet(tmp_path: Path, capsys: pytest.CaptureFixtu
         "x.csv: its ending names none of the formats npy, parquet; change it, or give --to"
         in capsys.readouterr().err
     )
+    assert main(f"{line}/z.npy --to parquet".split()) == 2 and not (tmp_path / "z.npy").exists()
+    assert "z.npy: what is written is no .npy; give a path that ends in .parquet" in capsys.readouterr().err
     with pytest.raises(CropiError, match="to must be one of npy, parquet, got 'csv'"):
         export(SketchStore.open(tmp_path / "before"), tmp_path / "x.npy", to="csv")
     with SketchStore.create(tmp_path / "none", MANIFEST) as store:

@@ -56,6 +56,11 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
     if given and not (args.export or args.push_to_hub):
         more = "; ids of a dump: `cropi convert --id-key`" if given == ["--id-key"] else ""
         args.parser.error(f"what --export FILE holds is said by {' and '.join(given)}; give it too{more}")
+    of_file = [name for name in given if name in ("--format", "--data-source")]
+    if of_file and not args.export:
+        args.parser.error(
+            f"{' and '.join(of_file)} is for --export FILE, and the hub gets rows; give that too"
+        )
     if args.private and not args.push_to_hub:
         args.parser.error("--private is for --push-to-hub; give it too")
 
@@ -77,10 +82,17 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
             check_resampled("--format weights", getattr(args, "draws", 2), alone)
         if form != "ids":
             needs_rows(f"--format {form}")
-        check_format(form, args.dataset, None, args.id_key, args.data_source)
+        check_format(form, *_of_rows(args, form), args.data_source)
     if args.push_to_hub:
         check_hub_name(args.push_to_hub)
         needs_rows("--push-to-hub")
+
+
+def _of_rows(args: argparse.Namespace, form: str) -> tuple[str | None, None, str | None]:
+    """The dataset, no trajectories, and the column of ids for a file of some form; beside a file of ids alone they are
+    for the hub."""
+    for_hub = form == "ids" and args.push_to_hub
+    return (None, None, None) if for_hub else (args.dataset, None, args.id_key)
 
 
 def check_rows(args: argparse.Namespace, groups: PromptGroups | None, some: Sequence[PromptGroup]) -> None:
@@ -89,9 +101,10 @@ def check_rows(args: argparse.Namespace, groups: PromptGroups | None, some: Sequ
 
     form, records = options.export_format(args), () if groups is None else groups
     if args.export:
+        dataset, _, id_key = _of_rows(args, form)
         check_export(
-            form, trajectories=records, dataset=args.dataset, id_key=args.id_key, records=some,
-            data_source=args.data_source, out=args.export,
+            form, trajectories=records, dataset=dataset, id_key=id_key, records=some, data_source=args.data_source,
+            out=args.export,
         )  # fmt: skip
     if args.push_to_hub and (not args.export or form != "save_to_disk"):
         check_export(
@@ -99,10 +112,31 @@ def check_rows(args: argparse.Namespace, groups: PromptGroups | None, some: Sequ
         )
 
 
-def check_weights(args: argparse.Namespace, selection: Selection) -> None:
-    """Whether the scores hold what ``--format weights`` writes of this selection, before any file of it is written."""
-    if args.export and options.export_format(args) == "weights":
+def check_chosen(
+    args: argparse.Namespace, selection: Selection, groups: PromptGroups | None, records: bool
+) -> None:
+    """Whether a selection can be written in all the wanted forms, before any file of it is: all or none are.
+
+    Args:
+        args: the command's.
+        selection: what was chosen.
+        groups: the training records, or None where there are none.
+        records: whether the records of the chosen prompts are copied.
+
+    Raises:
+        CropiError: the scores lack what ``--format weights`` writes, an id is no line of a file, or the records of a
+            chosen prompt are missing.
+    """
+    from cropi.data.export import check_lines
+
+    form = options.export_format(args) if args.export else None
+    if form == "weights":
         selection.weights  # noqa: B018  (raises where they do not)
+    if form == "ids":
+        check_lines(selection.ids)
+    rows = form not in (None, "ids") or args.push_to_hub
+    if groups is not None and (records or (rows and not args.dataset)):
+        groups.check_holds(selection.ids)
 
 
 def write(args: argparse.Namespace, selection: Selection, groups: PromptGroups | None) -> None:
@@ -121,9 +155,10 @@ def _write(args: argparse.Namespace, selection: Selection, groups: PromptGroups 
         from cropi.data.export import export
 
         form = options.export_format(args)
+        dataset, _, id_key = _of_rows(args, form)
         count = export(
             args.export, selection.ids, format=form, trajectories=groups if groups is not None else (),
-            dataset=args.dataset, id_key=args.id_key, data_source=args.data_source,
+            dataset=dataset, id_key=id_key, data_source=args.data_source,
             weights=selection.weights if form == "weights" else None,
         )  # fmt: skip
         print(

@@ -66,10 +66,11 @@ def run(args: argparse.Namespace) -> int:
     valid = [SketchStore.open(path) for path in args.valid]
     noise = [SketchStore.open(path) for path in args.noise]
     scores = pipeline.score(train, valid, given, noise=noise)
+    # Both before a file is written: an error in the second leaves none.
+    near = neighbours(train, valid, args.k or DEFAULT) if args.neighbours is not None else {}
     write_scores(args.out, scores)
     print(line(scores, given.metric, args.out))
     if args.neighbours is not None:
-        near = neighbours(train, valid, DEFAULT if args.k is None else args.k)
         write_neighbours(args.neighbours, near, valid)
         print(f"neighbours    of {counted(len(near), 'validation prompt')}: {args.neighbours}")
     print(sure(scores))

@@ -46,16 +46,17 @@ def run(args: argparse.Namespace) -> int:
     """Sample, score and write."""
     from cropi.files import check_outputs
     from cropi.model.policy import Policy
-    from cropi.rollouts.api import check_packages, make_job
+    from cropi.rollouts.api import check_loading, check_packages, make_job
     from cropi.rollouts.job import run as run_job
 
     check_packages(args.engine)
     check_outputs(
         {"--out": args.out}, {"--prompts": args.prompts, "--reward": [args.reward.rpartition(":")[0]]}
     )
-    loading = vars(options.made(Loading, args))
+    loading, given = vars(options.made(Loading, args)), options.made(Rollout, args)
+    check_loading(given, loading)
     policy = Policy(args.model, progress=args.progress, **loading)
-    job = make_job(policy, args.prompts, args.reward, options.made(Rollout, args))
+    job = make_job(policy, args.prompts, args.reward, given)
     report = run_job(job, args.out, say=print, progress=args.progress)
     print(report.text())
     tell(args, **vars(report))

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Choose, write, and show."""
     from cropi.data.export import known_of
     from cropi.files import LINES, check_outputs
+    from cropi.ranking.plot import check_plot
     from cropi.ranking.selection import select
     from cropi.ranking.selection_files import write_selection
     from cropi.ranking.table import read_scores
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         },
         {"--out": LINES, "--out-trajectories": LINES},
     )
+    if args.plot:
+        check_plot(args.plot)
     groups = _groups(args)
     exporting.check_options(args, groups)
     given = options.made(Selecting, args)
@@ -100,11 +103,10 @@ def run(args: argparse.Namespace) -> int:
     errors = given.confidence is not None or args.plot is not None
     scores = read_scores(args.scores, only=("task", "pass_rate", given.per), errors=errors)
     chosen = select(scores, given, sketches=_sketches(args))
-    # Only now: a dataset need not have those that are not chosen. Ids are written as they are, without their records.
-    found = args.dataset and (args.push_to_hub or options.export_format(args) != "ids")
-    known = known_of(chosen.ids, () if groups is None else groups) if found else []
+    # Only now: a dataset need not have those that are not chosen.
+    known = known_of(chosen.ids, () if groups is None else groups) if args.dataset else []
     exporting.check_rows(args, groups, known)
-    exporting.check_weights(args, chosen)
+    exporting.check_chosen(args, chosen, groups, bool(args.out_trajectories))
     write_selection(args.out, chosen.scores, chosen)
     written = Written(args.out, args.plot, args.out_trajectories, args.table)
     show(chosen, written, groups)

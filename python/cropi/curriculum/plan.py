@@ -127,6 +127,10 @@ class Plan:
     def _check_rollouts(self) -> None:
         """Trajectories come from files or from the rollout command, each of both kinds from one of them."""
         made = check_template("rollouts", self.rollouts, ROLLOUT_NAMES) if self.rollouts else set()
+        if self.rollouts_when != WHEN[0] and not self.rollouts:
+            raise CropiError(
+                f"rollouts_when {self.rollouts_when!r} is for a rollouts command, which is not given; leave it out"
+            )
         if self.rollouts and not made & {"train", "valid"}:
             raise CropiError(
                 f"rollouts: the command {self.rollouts!r} names neither {{train}} nor {{valid}}, the files "

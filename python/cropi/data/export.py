@@ -102,7 +102,7 @@ def _export(
     data_source: str | None,
 ) -> int:
     if format == "ids":
-        _check_lines(ids)
+        check_lines(ids)
         write_atomic(out, "".join(f"{name}\n" for name in ids))
         return len(ids)
     if format in BY_PLACE:
@@ -133,7 +133,7 @@ def _export(
     return len(ids)
 
 
-def _check_lines(ids: Sequence[str]) -> None:
+def check_lines(ids: Sequence[str]) -> None:
     """Check that every id can be a line of a file, and is read again as it is."""
     for place, name in enumerate(ids):
         if name.splitlines() != [name] or name != name.strip():
@@ -184,6 +184,8 @@ def check_format(
         raise CropiError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format in BY_PLACE and dataset is None:
         raise CropiError(f"format {format} needs a dataset, whose rows it numbers; give --dataset")
+    if format == "ids" and dataset is not None:
+        raise CropiError("format ids writes ids alone, and a dataset has rows; leave --dataset out")
     if format in FILES and dataset is not None:
         raise CropiError(
             f"format {format} makes rows from the records; a dataset's own rows are copied whole by --format "
@@ -237,8 +239,6 @@ def check_export(
                     pass
             else:
                 table_of(list(rows))
-        return
-    if format == "ids":  # which are written as they are
         return
     table = read_dataset(dataset)
     dataset_ids(table, _called(dataset), id_key, records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -169,15 +169,29 @@ class PromptGroups:
         """
         wanted = list(ids)
         with self._found(set(wanted)) as (there, find):
-            absent = [name for name in wanted if name not in there] if not missing_ok else []
-            if absent:
-                raise CropiError(
-                    f"{len(absent)} selected prompts are not in {self.names}, for example {absent[0]!r:.100}; give the "
-                    "files that the training store was made from"
-                )
+            if not missing_ok:
+                self._check_there(wanted, there)
             for name in wanted:
                 if name in there:
                     yield find(name)
+
+    def check_holds(self, ids: Iterable[str]) -> None:
+        """Check that :meth:`take` would find all of these ids.
+
+        Raises:
+            CropiError: an id is not there.
+        """
+        wanted = list(ids)
+        with self._found(set(wanted)) as (there, _):
+            self._check_there(wanted, there)
+
+    def _check_there(self, wanted: Sequence[str], there: Collection[str]) -> None:
+        absent = [name for name in wanted if name not in there]
+        if absent:
+            raise CropiError(
+                f"{len(absent)} selected prompts are not in {self.names}, for example {absent[0]!r:.100}; give the "
+                "files that the training store was made from"
+            )
 
     @contextmanager
     def lookup(self) -> Iterator[Callable[[str], PromptGroup]]:

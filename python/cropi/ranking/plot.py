@@ -28,9 +28,7 @@ def plot_scores(path: str | Path, scores: Scores, selection: Selection) -> None:
     Raises:
         CropiError: the path ends in something else.
     """
-    kind = Path(path).suffix[1:].lower()
-    if kind not in PLOTS:
-        raise CropiError(f"plot: {path} should end in one of .{', .'.join(PLOTS)}")
+    kind = check_plot(path)
     optional("matplotlib").use("Agg")
     plt = optional("matplotlib.pyplot")
     usable = np.flatnonzero(scores.usable)
@@ -53,6 +51,20 @@ def plot_scores(path: str | Path, scores: Scores, selection: Selection) -> None:
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format=kind, dpi=120)
     plt.close(figure)
+
+
+def check_plot(path: str | Path) -> str:
+    """Check that a plot can be written, before the work; returns what it is, one of :data:`PLOTS`.
+
+    Raises:
+        CropiError: the path ends in something else.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    kind = Path(path).suffix[1:].lower()
+    if kind not in PLOTS:
+        raise CropiError(f"plot: {path} should end in one of .{', .'.join(PLOTS)}")
+    optional("matplotlib")
+    return kind
 
 
 def _points(

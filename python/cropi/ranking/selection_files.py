@@ -160,17 +160,10 @@ def write_selected_records(path: str | Path, trajectories: Any, scores: Scores, 
     """
     groups, contents = read(trajectories, skip_bad=True, rewards=None), set[str]()
     chosen = len(selection.chosen)
-    rest = dict.fromkeys(scores.rows[i].id for i in selection.chosen)
     with summed(path), replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for group in groups.take(list(rest), missing_ok=True):
+        for group in groups.take(scores.rows[i].id for i in selection.chosen):
             file.write(group.raw + "\n")
             contents.add(content_id(group.to_record()))
-            del rest[group.id]
-        if rest:
-            raise CropiError(
-                f"{len(rest)} selected prompts are not in {groups.names}, for example {next(iter(rest))!r}; give the "
-                "files that the training store was made from"
-            )
     if copies := chosen - len(contents):
         warn(
             f"{copies} of the {chosen} chosen prompts are exact copies of another chosen one, under other ids: leave "

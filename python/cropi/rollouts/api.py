@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def rollout(
     loading = {name: options.pop(name) for name in names_of(Loading) if name in options}
     split(loading, Loading)
     (given,) = split(options, Rollout, also=names_of(Loading), by=rollout)
+    check_loading(given, loading)
     job = make_job(Policy.of(model, tokenizer, **loading), prompts, reward, given)
     return run(job, path, say=say or (print if progress else _silent), progress=progress)
 
@@ -159,7 +160,10 @@ def _for_vllm(loading: dict[str, Any]) -> dict[str, Any]:
 def _check_unused(given: Rollout) -> None:
     """An option of another engine is not ignored."""
     default = Rollout()
-    of = {"openai-url": ("url", "served_model", "api", "server_logprobs", "concurrency"), "hf": ("rows",)}
+    server = (
+        "url", "served_model", "api", "server_logprobs", "concurrency", "timeout", "retries", "api_key"
+    )  # fmt: skip
+    of = {"openai-url": server, "hf": ("rows",)}
     for engine, names in of.items():
         for name in names if engine != given.engine else ():
             if getattr(given, name) != getattr(default, name):
@@ -169,6 +173,23 @@ def _check_unused(given: Rollout) -> None:
                 )
     if given.engine == "openai-url" and given.url is None:
         raise CropiError("engine openai-url needs the server's --url, such as http://localhost:8000/v1")
+
+
+def check_loading(given: Rollout, loading: Mapping[str, Any]) -> None:
+    """Check that nothing is said of how weights are loaded where a server has them, and the tokenizer alone is read.
+
+    Raises:
+        CropiError: names the option.
+    """
+    if given.engine != "openai-url":
+        return
+    default = Loading()
+    for name in ("dtype", "device", "quantize", "attn_implementation"):
+        if (value := loading.get(name, getattr(default, name))) != getattr(default, name):
+            raise CropiError(
+                f"{name} {value!r} says how weights are loaded, and with --engine openai-url the server has them; "
+                f"leave --{name.replace('_', '-')} out"
+            )
 
 
 def _settings(policy: Policy, given: Rollout, tokens: Tokenize, scorer: Reward) -> dict[str, Any]:

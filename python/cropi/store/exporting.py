@@ -11,7 +11,7 @@ import numpy as np
 
 from cropi.atomic import forget, replacing, sync, write_parts
 from cropi.errors import CropiError, optional
-from cropi.files import path_of, writing
+from cropi.files import check_ending, path_of, writing
 from cropi.sealed import summed
 from cropi.store.rows import RowInfo, placed, rows_to_json
 from cropi.store.store import SketchStore
@@ -51,6 +51,7 @@ def export(
                 f"{path}: its ending names none of the formats {known}; change it, or give --to (to=...)"
             )
         raise CropiError(f"to must be one of {known}, got {form!r}")
+    check_ending("path", path, (f".{form}",))
     store.check_finished()
     rows = [row for row in store.rows() if row.row is not None]
     if not rows:
