@@ -42,6 +42,7 @@ SLABS: dict[str, tuple[list[int], int, int | None, list[int], str]] = {
     "no fold, three matrices": ([512, 256, 256], 528, None, [513, 127, 1500], "slots"),
     "width 256": ([8960], 1536, 256, [600, 100, 37], "slots"),
     "width 256, two matrices": ([4864, 4864], 896, 256, [64, 1, 900], "slots"),
+    "width 256, sums": ([1536, 256, 256], 1536, 256, [600, 100, 37], "sums"),
     "width 128": ([1536], 1536, 128, [600, 100, 37], "out"),
     "width 128, sums": ([2048, 512, 512], 1024, 128, [600, 100, 37], "sums"),
     "width 128, one group": ([512], 128, 128, [3, 129, 0, 512], "out"),

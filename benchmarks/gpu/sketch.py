@@ -11,7 +11,7 @@ import common
 import torch
 
 from cropi_kernels import MatrixPlan, SketchSpec, fold_inputs, plan_matrix, sketch_linear
-from cropi_kernels.ops._triton_segments import cut
+from cropi_kernels.ops._triton_segments import cut, reduce_partials
 from cropi_kernels.ops.sketch_linear import triton as slab
 
 TOKENS = 16384
@@ -90,8 +90,9 @@ def layer(model: str, n_segments: int, width: int | None, bandwidth: float) -> d
 
 
 def in_a_pass(model: str, n_segments: int, width: int, bandwidth: float) -> dict[str, Any]:
-    """The layer as a pass launches it: matrices that read the same inputs in one launch, all into the pass's sums. The
-    table of chunks and the reduction, once a pass, are left out."""
+    """The layer as a pass launches it: matrices that read the same inputs in one launch, into the pass's sums or, where
+    they cannot add to these, into slots that are added up after it. What a pass does once is left out: the table of
+    chunks, and the reduction of its sums."""
     shapes = {name: (rows, cols) for name, rows, cols in common.MODELS[model]["linears"]}
     spec, offsets = SketchSpec(width=width), common.ragged(TOKENS, n_segments).cuda()
     made, folds, size = [], [], 0.0
@@ -108,11 +109,16 @@ def in_a_pass(model: str, n_segments: int, width: int, bandwidth: float) -> dict
         made.append((slab.stack_of(plans, x.device, x.dtype), ds, folds[-1]()))
         size += 2.0 * sum(t.numel() for t in (x, *ds))
     chunks = cut(offsets, TOKENS, made[0][0].chunk, True)
-    sums = torch.zeros(chunks.n_slots, max(stack.groups for stack, _, _ in made), 32768, device="cuda")
+    most, out = max(stack.groups for stack, _, _ in made), torch.zeros(n_segments, 32768, device="cuda")
+    sums = torch.zeros(chunks.n_slots, most, 32768, device="cuda")
 
     def slabs() -> None:
         for stack, ds, a in made:
-            slab.add_slabs(stack, ds, None, a, a.stride(0), sums, sums, chunks, "sums")
+            own = stack.into == "slots"
+            partial = sums.new_empty(chunks.n_slots, stack.groups, 32768) if own else sums
+            slab.add_slabs(stack, ds, None, a, a.stride(0), out, partial, chunks, stack.into)
+            if own:
+                reduce_partials(partial, out, chunks, stack.groups)
 
     fold_ms, slab_ms = timed([lambda: [fold() for fold in folds]])["ms"], timed([slabs])["ms"]
     row = {

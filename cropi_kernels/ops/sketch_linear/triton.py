@@ -37,7 +37,7 @@ from .._device_plan import (
 )
 from .._triton_pairs import SIGN_BIT, WARP, pick_word, row_signs
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
-from .turns import HELD_FROM, HELD_STEPS, TURNS_FROM, TURNS_STEP, turns_launch, turns_options
+from .turns import HELD_FROM, HELD_STEPS, TURNS_FROM, TURNS_STEP, WIDE_SUMS, turns_launch, turns_options
 
 # ------------------------------------------------------------------------------------------------- fold
 # Measured on an H200, 8960 features folded to 64, 128 and 256: 73, 74 and 75 us; 8 tokens and 4 warps 73, 94 and 81.
@@ -344,7 +344,8 @@ class Stack:
     groups: int
     group_pairs: int
     chunk: int  # tokens
-    wide: bool  # a tile that wide has no registers left to add to what is there
+    wide: bool  # a tile that wide has no registers left to add to what is there, unless by turns
+    into: str  # of `INTO`, what a pass's launches take: its sums, or slots of their own that are added up at once
     programs: int  # of a chunk
     launches: dict[str, Launch]
     turns: dict[str, Launch]  # of `turns_launch`; empty where it does not serve
@@ -379,6 +380,8 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
             into: turns_launch(plan.slab_rows, plan.slab_cols, signs, alone, tuple(of_turns.items()), into)
             for into in INTO
         }
+    rows, cols = [p.folded_rows for p in plans], plan.folded_cols
+    adds = not wide or bool(turns and WIDE_SUMS and usual((), (*rows, cols), ()))
     alike = words & np.uint64(what_d_is_of(plan.slab_rows)) if held else slab
     order = np.lexsort((alike, slab))
     first = upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device)
@@ -389,13 +392,14 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
         row_sign=slab_row_signs(plans, device, dtype),
         flips=upload(column_flips(plans)[order], np.int32, device) if signs else first,
         begins=(*map(int, begins[1:-1]), *none),
-        rows=padded([p.folded_rows for p in plans]),
-        cols=plan.folded_cols,
+        rows=padded(rows),
+        cols=cols,
         n_slabs=plan.n_slabs,
         groups=groups,
         group_pairs=_triton.ceil_div(most, groups),
         chunk=chunk_tokens(plan.n_slabs),
         wide=wide,
+        into="sums" if adds else "slots",
         programs=plan.n_slabs * groups * parts,
         launches={into: launch(into) for into in INTO},
         turns=turns,

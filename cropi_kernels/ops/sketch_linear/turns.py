@@ -12,6 +12,9 @@ TURNS_STEP = 64  # tokens
 # Without a fold: the steps of a chunk whose tiles of D fit into shared memory beside three stages of A, and the column
 # blocks from which on they stay there (`what_d_is_of`). Not measured yet: no matrix has as many.
 HELD_STEPS, HELD_FROM = 8, 1 << 20
+# Whether slabs of 256 columns add to a pass's sums, as narrower ones do: by turns they have the registers for it. Not
+# measured yet beside slots that are added up after every launch, which is what a pass does (`Stack.into`).
+WIDE_SUMS = False
 
 
 def turns_options(slab_cols: int, groups: int, held: bool = False) -> dict[str, int]:

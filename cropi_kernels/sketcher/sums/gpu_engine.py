@@ -166,10 +166,10 @@ class GpuEngine(Operators):
         if self._chunks is None:
             offsets = self.segments.offsets_on(self.out.device)
             self._chunks = self._cut(offsets, self._tokens[0] * self._tokens[1], stack.chunk, True)
-        # A tile that wide cannot add to sums: its own are written, and added up at once.
-        sums, into = (self._own(stack.groups), "slots") if stack.wide else (self._room(stack.groups), "sums")
-        self._slabs.add_slabs(stack, ds, None, kept, stack.cols, self.out, sums, self._chunks, into)
-        if stack.wide:
+        own = stack.into == "slots"
+        sums = self._own(stack.groups) if own else self._room(stack.groups)
+        self._slabs.add_slabs(stack, ds, None, kept, stack.cols, self.out, sums, self._chunks, stack.into)
+        if own:
             self._reduce(sums, self.out, self._chunks, stack.groups)
 
     def _own(self, groups: int) -> torch.Tensor:

@@ -322,6 +322,7 @@ def on_hopper() -> list[Case]:
     return [
         slab_turns("bfloat16", 256, "slots", signs=True, alone=True),
         slab_turns("bfloat16", 256, "slots"),
+        slab_turns("bfloat16", 256, "sums"),
         slab_turns("bfloat16", 256, "slots", signs=True, alone=True, held=True),
         slab_turns("bfloat16", 256, "slots", signs=True, held=True),
         slab_turns("bfloat16", 128, "sums"),

@@ -183,6 +183,38 @@ def test_vectors_that_leave_in_several_launches_have_the_same_bits(
     torch.testing.assert_close(at_once.double(), exact, rtol=0, atol=30 * 2.0**-24 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("adds", [False, True], ids=["slots", "sums"])
+def test_slabs_of_256_columns(adds: bool, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches, of which each is added up at once, or both into the pass's sums."""
+    from cropi_kernels.ops import _device_plan
+    from cropi_kernels.ops.sketch_linear import triton as slab
+
+    monkeypatch.setattr(slab, "takes_turns", lambda device: True)
+    monkeypatch.setattr(slab, "WIDE_SUMS", adds)
+    monkeypatch.setattr(_device_plan, "cache", {})
+    spec, where, reduced = SketchSpec(width=256), Layer().segments(60), 0
+    engine = GpuEngine(where, torch.zeros(2, spec.base_dim))
+    exact = Operators(where, torch.zeros(2, spec.base_dim, dtype=torch.float64))
+    reduce = engine._reduce
+
+    def counted(*args: object) -> None:
+        nonlocal reduced
+        reduced += 1
+        reduce(*args)
+
+    engine._reduce = counted
+    gate, up, k, q = (SlabMatrix(spec, f"{n}.weight", 48, 272, "linear") for n in ("gate", "up", "k", "q"))
+    for to, dtype in (engine, torch.bfloat16), (exact, torch.float64):
+        x, hidden = (tensor(i, BATCH, LENGTH, 272).to(dtype) for i in range(2))
+        mlp, kept = to.fold(hidden, gate, SITE), to.fold(x, q, SITE)
+        for i, (matrix, folded) in enumerate(((up, mlp), (gate, mlp), (k, kept), (q, kept))):
+            to.add_linear(tensor(i, BATCH, LENGTH, 48).to(dtype), folded, matrix, SITE)
+    error = (engine.settle() - exact.settle()).abs()
+    # Of each matrix 80 products up to 2 * 4, in any order; the fold of two features is exact.
+    assert error.max() <= 4 * sum_error_bound(torch.tensor(80.0 * 8), 200) and exact.out.any(1).all()
+    assert reduced == (1 if adds else 2)
+
+
 def test_what_waits_together_does_not_depend_on_addresses(stage: None) -> None:
     """A gradient may lie where that of a matrix was, once its kernels are launched."""
     memory = torch.ones(BATCH, LENGTH, 24)

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -99,8 +100,8 @@ def test_correctness_as_the_sanitizer_runs_it(
 
 
 BY_TURNS: dict[str, tuple[list[int], int, int | None, list[int], str]] = {
-    "no fold, several groups": ([1312], 704, None, [3, 0, 20, 90], "out"),
-    "width 128, three matrices": ([304, 32, 48], 96, 128, [70, 1], "sums"),
+    "no fold, several groups": ([400], 528, None, [3, 0, 20, 90], "out"),
+    "width 256, three matrices": ([304, 32, 48], 96, 256, [70, 1], "sums"),
     "width 128, two parts, a long segment": ([304], 96, 128, [530, 33], "out"),
     "width 64, two matrices": ([304, 528], 96, 64, [5, 0, 70, 130], "out"),
 }
@@ -135,12 +136,20 @@ def test_sketch(
 ) -> None:
     module = suite("sketch")
     cut_down(monkeypatch, module, TOKENS=32, SEGMENTS=(2,), LENGTHS=(16,))
-    linears = [("q_proj", 32, 96), ("k_proj", 16, 96), ("o_proj", 96, 32), ("gate_proj", 64, 96)]
+    linears = [("q_proj", 32, 272), ("k_proj", 16, 272), ("o_proj", 96, 288), ("gate_proj", 64, 272)]
     cut_down(monkeypatch, module.common, MODELS={"qwen2.5-1.5b": TINY["qwen2.5-1.5b"] | {"linears": linears}})
-    launches: list[int] = []
-    monkeypatch.setattr(module.slab, "add_slabs", lambda stack, ds, *rest: launches.append(len(ds)))
+    launches, reduced = Counter[tuple[int, str]](), list[int]()
+
+    def launch(stack: Any, ds: Any, *rest: Any) -> None:
+        launches[len(ds), rest[-1]] += 1
+
+    monkeypatch.setattr(module.slab, "add_slabs", launch)
+    monkeypatch.setattr(module, "reduce_partials", lambda partial, *rest: reduced.append(partial.shape[1]))
     finish(module)
-    assert {1, 2} == set(launches), "q and k in one launch"
+    # q and k in one launch; as a pass launches them, only slabs of 256 columns have slots of their own.
+    assert set(launches) == {(n, into) for n in (1, 2) for into in ("sums", "slots")}
+    assert len(reduced) == sum(n for (_, into), n in launches.items() if into == "slots")
+    assert sum(launches.values()) == 3 * len(reduced), "as often with each width"
     got = rows(tmp_path, "sketch")
     assert {"copy bandwidth", "qwen2.5-1.5b w=64 S=2", "qwen2.5-1.5b w=None S=2", "segments of 16"} <= set(
         got
@@ -353,23 +362,14 @@ def test_variants(
     suite: Any, stage_without_kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = suite("variants")
-    cut_down(
-        monkeypatch,
-        module,
-        TOKENS=32,
-        SCORED=8,
-        VOCAB=130,
-        HIDDEN=32,
-        WIDE=72,
-        SQUARE=(32, 32),
-        SEVEN=(40, 300),
-    )
+    cut_down(monkeypatch, module, TOKENS=32, SCORED=8, VOCAB=130, HIDDEN=32, WIDE=72)
+    cut_down(monkeypatch, module, SQUARE=(32, 32), SEVEN=(40, 300))
     cut_down(monkeypatch, module.sketch, TOKENS=32)
     monkeypatch.setattr(module.slab, "add_slabs", lambda *args: None)
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 89 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 95 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]
