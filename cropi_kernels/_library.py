@@ -44,14 +44,21 @@ def register(
         _fork.one_thread_after_fork()
         for i, operand in written:
             refuse_misaligned(operand, args[i])
-            # Kernels write by address, which autograd does not see: it would differentiate with what is there now.
-            autograd.graph.increment_version(args[i])
+            _refuse_inference(operand, args[i])
+        changed = [args[i] for i, _ in written]
         args = tuple(_native.aligned(a) if isinstance(a, torch.Tensor) else a for a in args)
         try:
             with no_autocast(*args):
                 return kernel(*args)
+        except ValueError:  # the check of the operands, before anything is written
+            changed = []
+            raise
         except torch.OutOfMemoryError as error:
             raise memory.explain(f"{NAMESPACE}::{name}", error, remedy, args) from error
+        finally:
+            # Kernels write by address, which autograd does not see: it would differentiate with what is there now.
+            for x in changed:
+                autograd.graph.increment_version(x)
 
     LIB.define(schema)
     LIB.impl(name, explained, "CompositeExplicitAutograd")
@@ -64,6 +71,14 @@ def refuse_misaligned(name: str, x: torch.Tensor) -> None:
         raise ValueError(
             f"{name} is {x.dtype} and begins at an address that is not a multiple of {x.element_size()}: give fresh "
             f"memory ({name}.clone())"
+        )
+
+
+def _refuse_inference(name: str, x: torch.Tensor) -> None:
+    """PyTorch refuses it, too, but only once the kernel has written."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode(), outside of which it cannot be changed: give {name}.clone()"
         )
 
 

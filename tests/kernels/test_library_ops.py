@@ -252,8 +252,31 @@ def test_what_is_added_to_out_is_traced() -> None:
         assert torch.equal(traced(A + 1), chunks(A + 1))
 
 
+ADDING = [name for name, call in OPS.items() if "out" in call.operands] + ["project"]
+
+
+@pytest.mark.parametrize("op", ADDING)
+def test_a_refused_out_is_as_it_was(op: str) -> None:
+    """Autograd was told of a change, and an out of inference mode was refused once the kernel had written to it."""
+
+    def call(out: torch.Tensor) -> Any:
+        return project(A, ProjectionSpec(64), out=out) if op == "project" else OPS[op](None, out=out)
+
+    wide = torch.zeros(9, 65) if op == "project" else torch.zeros(*OUT.shape[:-1], OUT.shape[-1] + 1)
+    with pytest.raises(ValueError, match="out (is|has shape)"):
+        call(wide)
+    assert wide._version == 0
+    with torch.inference_mode():
+        mine = torch.zeros(9, 64) if op == "project" else torch.zeros_like(OUT)
+    with pytest.raises(ValueError, match=r"out was made under torch.inference_mode.*give out.clone\(\)"):
+        call(mine)
+    assert not mine.any()
+    with torch.inference_mode():
+        assert torch.equal(call(mine), call(torch.zeros_like(mine)))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("op", [name for name, call in OPS.items() if "out" in call.operands] + ["project"])
+@pytest.mark.parametrize("op", ADDING)
 def test_autograd_sees_what_is_added_to(op: str, backend: str) -> None:
     """Kernels write by address: a tensor kept for backward had other numbers there, and gave their gradient."""
     out = torch.zeros(9, 64) if op == "project" else OUT.clone()
