@@ -54,6 +54,27 @@ def test_lists_of_equal_numbers_are_read_some_rows_at_a_time(
     assert sizes == [7] * 9 + [1]
 
 
+def test_long_rows_behind_short_ones_are_read_some_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of a batch was told by the first rows: 4,096 masks of 16,384 ones stood in memory at once."""
+    path, lengths = tmp_path / "t.parquet", np.array([2] * 64 + [16_384] * 64)
+    ends = pyarrow.array(np.cumsum([0, *lengths]), pyarrow.int32())
+    ones = pyarrow.array(np.ones(lengths.sum(), dtype=np.int64))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(128), "mask": pyarrow.ListArray.from_arrays(ends, ones)}), path
+    )
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2**20)
+    monkeypatch.setattr(tables, "AT_ONCE", 8)
+    given, parts = list[Any](), tables._parts
+    monkeypatch.setattr(tables, "_parts", lambda batch, first: given.append(batch) or parts(batch, first))
+    read_rows = [row for _, _, row in tables.rows_of_table_file(path, "parquet")]
+    assert [(row["id"], len(row["mask"])) for row in read_rows] == list(enumerate(lengths.tolist()))
+    # The short ones are put together.
+    assert [batch.num_rows for batch in given] == [64] + [8] * 8
+    assert max(batch.nbytes for batch in given) < 1.1 * 8 * 8 * 16_384
+
+
 def put(table: Any, path: Path, form: str) -> None:
     if form == "parquet":
         return pyarrow.parquet.write_table(table, path)

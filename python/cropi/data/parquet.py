@@ -10,7 +10,9 @@ from cropi.data.spilled import mapped
 from cropi.errors import CropiError, optional, printable
 
 BUFFER = 2**18  # of each column; without it a column is read whole
-PART = 2**23  # bytes of a batch of a table that does not stay in memory
+# Bytes of a batch of a table that does not stay in memory, as its first rows tell them, and rows: later ones may be
+# longer.
+PART, MOST_ROWS = 2**23, 1024
 LARGE = 2**26  # bytes of a table that stays in memory
 FIRST = 32  # rows by which the size of a row is told
 
@@ -80,7 +82,8 @@ def table_of(path: Path) -> Any:
     try:
         with opened(path) as file:
             meta, size = file.metadata, bytes_of_row(file, path)
-            batches = batches_of(file, path, max(1, int(PART / size)), range(meta.num_row_groups))
+            rows = max(1, min(int(PART / size), MOST_ROWS))
+            batches = batches_of(file, path, rows, range(meta.num_row_groups))
             if size * meta.num_rows > LARGE:
                 return mapped(file.schema_arrow, batches)
             return optional("pyarrow").Table.from_batches(batches, file.schema_arrow)

@@ -20,6 +20,9 @@ from cropi.files import is_file, is_there, open_to_read, reading
 
 # Python's objects take some five times the room of a table's numbers.
 BATCH_BYTES, MOST_ROWS = 8 * 2**20, 4096
+# Rows that pyarrow makes at once: the first ones may be short, and what lists of equal numbers and equal texts take
+# later is known once they are made.
+AT_ONCE = 128
 # datasets' save_to_disk writes these into a folder.
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
@@ -200,9 +203,26 @@ def _parquet(path: Path, wanted: np.ndarray | None, name: str) -> Iterator[tuple
         )
         for some in together:
             first = int(starts[some.start])
-            for batch in batches_of(file, name, rows, some):
+            for batch in _joined(batches_of(file, name, min(rows, AT_ONCE), some)):
                 yield from _parts(batch, first)
                 first += batch.num_rows
+
+
+def _joined(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches that follow one another as one, up to the bytes and rows of a batch."""
+    pyarrow, held, size, rows = optional("pyarrow"), list[Any](), 0.0, 0
+    for batch in batches:
+        own = plain_bytes_of_row(batch) * batch.num_rows
+        if held and (size + own > BATCH_BYTES or rows + batch.num_rows > MOST_ROWS):
+            yield pyarrow.concat_batches(held)
+            held, size, rows = [], 0.0, 0
+        if own > BATCH_BYTES:
+            yield batch
+        else:
+            held.append(plain(batch))
+            size, rows = size + own, rows + batch.num_rows
+    if held:
+        yield pyarrow.concat_batches(held)
 
 
 def _arrow(path: Path, form: str) -> Iterator[tuple[int, Any]]:
