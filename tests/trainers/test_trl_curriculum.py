@@ -30,6 +30,7 @@ from cropi.sketching.job import SketchJob  # noqa: E402
 from cropi.sketching.run import sketch  # noqa: E402
 from cropi.store.store import SketchStore  # noqa: E402
 from cropi.trainers.trl import Curriculum  # noqa: E402
+from cropi.trainers.trl import stages as stages_module  # noqa: E402
 from cropi.trainers.trl.ranks import Ranks  # noqa: E402
 from cropi.trainers.trl.sampler import StagePlan, StageSampler  # noqa: E402
 from cropi.trainers.trl.scoring import last_scored  # noqa: E402
@@ -329,6 +330,41 @@ def test_a_reference_model_that_follows_the_policy_is_not_in_a_checkpoint(
         Stages.go_on(SimpleNamespace(trainer=trainer, step=3, _resumed=resumed))  # type: ignore[arg-type]
         assert trainer._step == 3 * resumed
         assert ("keeps no reference model in a checkpoint" in caplog.text) == (beta > 0 and resumed)
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers do: other weights stand in the model between ``eval()`` and ``train()``."""
+
+    averaged = False
+
+    def train(self) -> None:
+        self._move(False)
+
+    def eval(self) -> None:
+        self._move(True)
+
+    def _move(self, averaged: bool) -> None:
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"] if averaged != self.averaged):
+                p.add_(1.0 if averaged else -1.0)
+        self.averaged = averaged
+
+
+@pytest.mark.long
+def test_the_policy_is_the_weights_that_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 1 was sketched at the averaged weights, because an evaluation came before it, later ones were not."""
+    model, seen = make_model(), list[bool]()
+    optimizer, choose = Averaging(model.parameters(), lr=0.0), stages_module.choose_prompts
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def choosing(policy: Any, *args: Any, **options: Any) -> Any:
+        seen.append(all(torch.allclose(p, before[name], atol=1e-3) for name, p in policy.named_parameters()))
+        return choose(policy, *args, **options)
+
+    monkeypatch.setattr(stages_module, "choose_prompts", choosing)
+    changes = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 6, "optimizers": (optimizer, None)}
+    staged(tmp_path, {"fraction": 1.0}, model=model, **changes).train()
+    assert seen == [True, True]
 
 
 @pytest.mark.long

@@ -274,9 +274,17 @@ class Stages(Recorder):
             seed = pass_seed(self.seed, stage, -1 - self.ranks.rank)
             with own_randomness(self.trainer.accelerator.device, seed):
                 self.trainer.evaluate()
+        self._at_training_weights()
         self.merge()
         folder = self.folder / folder_of(stage)
         return self._score(stage, folder, others) if live is None else self._refresh(live, stage, folder)
+
+    def _at_training_weights(self) -> None:
+        """Behind an evaluation a schedule-free optimizer has left averaged weights in the model, and puts back those
+        that it takes gradients at before the next step: they are the policy that is sketched, in every stage."""
+        optimizer = self.trainer.optimizer
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
 
     def _refresh(self, live: LiveRun, stage: int, folder: Path) -> Chosen:
         """The next prompts of a live run, by the validation gradient under the present policy."""
