@@ -185,7 +185,12 @@ def did_you_mean(name: object, known: Iterable[str], shown: str = "{!r}") -> str
         shown: a format for the name, where it is not one in quotes.
     """
     words = list(known)
-    near = get_close_matches(name, words, n=1) if isinstance(name, str) else []
+    # Of six letters four are those of many other words (`scores` and `source`); of three, two may be all that is right.
+    near = (
+        get_close_matches(name, words, n=1, cutoff=0.7 if len(name) > 4 else 0.6)
+        if isinstance(name, str)
+        else []
+    )
     # `outputs` and `output_dir` are nearer to `out` than to `groups`, by what they begin with.
     begun = [word for word in words if len(word) > 2 and isinstance(name, str) and name.startswith(word)]
     if begun and not (near and near[0][0] == name[0]):  # type: ignore[index]

@@ -115,6 +115,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: cropi.score(model(), TRAIN, VALID, options={}), "^'options' is not an option; known are",
     ),
     "check: a parameter, misspelt": (lambda: cropi.check(model(), TRAIN, exakt=True), "mean 'exact'"),
+    # 'source' shares four of its letters, and was offered.
+    "score: an option that none is near to": (
+        lambda: cropi.score(model(), TRAIN, VALID, scores="s"), "^'scores' is not an option; known are",
+    ),
     "score: an option of select": (lambda: cropi.score(model(), TRAIN, VALID, dedup=0.9), "'dedup' is not an option"),
     "score: fraction": (lambda: cropi.score(model(), TRAIN, VALID, fraction=1.5), "fraction must be"),
     "score: metric": (lambda: cropi.score(model(), TRAIN, VALID, metric="cos"), "metric must be one of cosine, dot"),
