@@ -43,6 +43,61 @@ def _raw(x, inside, BITS: tl.constexpr):
     return word
 
 
+@triton.jit
+def _words(
+    x_row,
+    start,  # of the tile in the row
+    source,
+    word,
+    mine,
+    n,
+    width,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BITS: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """[RUNS, 4]: the words of the runs ``source`` of a tile, 0 where the row ends."""
+    RUN: tl.constexpr = 128 // BITS
+    HALVES: tl.constexpr = 32 // BITS
+    words = tl.zeros((RUNS, 4), tl.uint32)
+    if ALIGNED and (start >= 0) & (start + width <= n):
+        whole = tl.multiple_of((x_row + start).to(tl.pointer_type(tl.uint32)), 16)
+        if EVEN:
+            words = tl.load(whole + (source[:, None] * 4 + word))
+        else:
+            words = tl.load(whole + (source[:, None] * 4 + word), mask=mine[:, None], other=0)
+    else:
+        at = source[:, None] * RUN + word * HALVES
+        floor, top = tl.maximum(-start, 0).to(tl.int32), tl.minimum(n - start, width).to(tl.int32)
+        words = _raw(x_row + start + at, mine[:, None] & (at >= floor) & (at < top), BITS)
+        if HALVES == 2:
+            at += 1
+            words |= _raw(x_row + start + at, mine[:, None] & (at >= floor) & (at < top), BITS) << 16
+    return words
+
+
+@triton.jit
+def _signed(words, sign, word, HALVES: tl.constexpr):
+    """Words whose numbers are negated where the bits of ``sign`` are set."""
+    if HALVES == 2:
+        # Bits 2w and 2w + 1, where they meet the sign bits of word w's halves after a shift.
+        words ^= ((sign | sign << 15) << (15 - 2 * word).to(tl.uint32)) & 0x80008000
+    else:
+        words ^= (sign << (31 - word).to(tl.uint32)) & 0x80000000
+    return words
+
+
+@triton.jit
+def _kept(words, kept, word, HALVES: tl.constexpr):
+    """Words whose numbers are 0 where the bits of ``kept`` are not set."""
+    if HALVES == 2:
+        words &= (((kept | kept << 15) >> (2 * word).to(tl.uint32)) & 0x00010001) * 0xFFFF
+    else:
+        words = tl.where(((kept >> word.to(tl.uint32)) & 1) == 1, words, 0)
+    return words
+
+
 @triton.jit(do_not_specialize=["n", "column", "phase", "draws", "tiles", "parts", "blocks", "first"])
 def gather_runs_kernel(
     x,  # [rows, n], rows stride_x apart
@@ -95,32 +150,10 @@ def gather_runs_kernel(
         source = tl.where(source < 0, source + runs, source)
         if not EVEN:
             source = tl.where(mine, source, 0)
-        words = tl.zeros((RUNS, 4), tl.uint32)
-        if ALIGNED and (start >= 0) & (start + width <= n):
-            whole = tl.multiple_of((x_row + start).to(tl.pointer_type(tl.uint32)), 16)
-            if EVEN:
-                words = tl.load(whole + (source[:, None] * 4 + word))
-            else:
-                words = tl.load(whole + (source[:, None] * 4 + word), mask=mine[:, None], other=0)
-        else:
-            at = source[:, None] * RUN + word * HALVES
-            floor, top = tl.maximum(-start, 0).to(tl.int32), tl.minimum(n - start, width).to(tl.int32)
-            words = _raw(x_row + start + at, mine[:, None] & (at >= floor) & (at < top), BITS)
-            if HALVES == 2:
-                at += 1
-                words |= _raw(x_row + start + at, mine[:, None] & (at >= floor) & (at < top), BITS) << 16
-        sign = _bits(sign_of, byte, source, RUN)
-        if HALVES == 2:
-            # Bits 2w and 2w + 1, where they meet the sign bits of word w's halves after a shift.
-            words ^= ((sign | sign << 15) << (15 - 2 * word).to(tl.uint32)) & 0x80008000
-        else:
-            words ^= (sign << (31 - word).to(tl.uint32)) & 0x80000000
+        words = _words(x_row, start, source, word, mine, n, width, ALIGNED, EVEN, BITS, RUNS)
+        words = _signed(words, _bits(sign_of, byte, source, RUN), word, HALVES)
         if KEEP:
-            kept = _bits(keep_of, byte, source, RUN)
-            if HALVES == 2:
-                words &= (((kept | kept << 15) >> (2 * word).to(tl.uint32)) & 0x00010001) * 0xFFFF
-            else:
-                words = tl.where(((kept >> word.to(tl.uint32)) & 1) == 1, words, 0)
+            words = _kept(words, _bits(keep_of, byte, source, RUN), word, HALVES)
         if HALVES == 2:
             words = _exchanged(words, (low & 2) != 0, (low & 4) != 0, RUNS)
             words = tl.where((low & 1) != 0, words >> 16 | words << 16, words)
@@ -185,7 +218,7 @@ def spread_runs_kernel(
         words = tl.load(buckets + (turned >> 2)[:, None] * 4 + word).to(tl.uint32, bitcast=True)
         words = _exchanged(words, ((place & 1) != 0)[:, None], (place & 2) != 0, RUNS)
         sign = _bits(sign_of, (phase >> 3) + wide * draws * 16, run, 4)
-        values = (words ^ ((sign << (31 - word).to(tl.uint32)) & 0x80000000)).to(tl.float32, bitcast=True)
+        values = _signed(words, sign, word, 1).to(tl.float32, bitcast=True)
         sums = values if SINGLE else tl.where(j == 0, values, sums + values)
     sums *= scale
     if KEEP:

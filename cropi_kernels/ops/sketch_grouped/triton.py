@@ -21,7 +21,7 @@ from ... import _triton
 from ..._launch import Launch
 from ...plan import MatrixPlan
 from .._device_plan import cached, pair_words, slab_row_signs
-from .._triton_pairs import pick
+from .._triton_pairs import block_of, columns_of, pick
 from .._triton_segments import cut, offset_of, reduce_partials
 from ..sketch_linear.triton import SlabConfig, alike, fold_columns, fold_tables, slab_config
 
@@ -136,10 +136,9 @@ def grouped_kernel(
         live = token < pick(length_of, lane, p) - t
         at = pick(t0_of, lane, p) + t + token
         base = pick(row_of, lane, p)
-        r = (word >> 48 & 0x7FFF).to(tl.int32) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
-        c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
+        r = block_of(word) * SLAB_ROWS + (i ^ (word & 0xFFFF).to(tl.int32))
         r = tl.max_contiguous(tl.multiple_of(r, 8), 8)
-        c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
+        c = columns_of(word, j, SLAB_COLS)
         local = r - base
         local = tl.max_contiguous(tl.multiple_of(local, 8), 8) if ALIGNED else tl.max_contiguous(local, 8)
         inside = c < cols

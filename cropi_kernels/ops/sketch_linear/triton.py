@@ -35,7 +35,7 @@ from .._device_plan import (
     upload,
     what_d_is_of,
 )
-from .._triton_pairs import SIGN_BIT, WARP, pick_word, row_signs
+from .._triton_pairs import WARP, block_of, columns_of, matrix_of, pick_word, row_flips
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
 from .turns import HELD_FROM, HELD_STEPS, TURNS_FROM, TURNS_STEP, WIDE_SUMS, turns_launch, turns_options
 
@@ -246,19 +246,12 @@ def slab_kernel(
         p = tl.zeros((), tl.int32)
         for _ in range(0, n_pairs * tl.cdiv(length, BK)):
             word = pick_word(words, behind, lane, p, PAIRS)
-            block = (word >> 48 & 0x7FFF).to(tl.int32)
-            row = i ^ (word & 0xFFFF).to(tl.int32)
-            c = (word >> 32 & 0xFFFF).to(tl.int32) * SLAB_COLS + (j ^ (word >> 16 & 0xFFFF).to(tl.int32))
-            if ALONE:
-                d, rows, stride_d, r = d_0, rows_0, stride_0, block * SLAB_ROWS + row
-            else:
-                in_1, in_2 = block >= begin_1, block >= begin_2
-                d = tl.where(in_2, d_2, tl.where(in_1, d_1, d_0))
-                rows = tl.where(in_2, rows_2, tl.where(in_1, rows_1, rows_0))
-                stride_d = tl.where(in_2, stride_2, tl.where(in_1, stride_1, stride_0))
-                r = (block - tl.where(in_2, begin_2, tl.where(in_1, begin_1, 0))) * SLAB_ROWS + row
-            r = tl.max_contiguous(tl.multiple_of(r, 8), 8)
-            c = tl.max_contiguous(tl.multiple_of(c, 8), 8)
+            block, row = block_of(word), i ^ (word & 0xFFFF).to(tl.int32)
+            c = columns_of(word, j, SLAB_COLS)
+            d, rows, stride_d, block = matrix_of(
+                block, d_0, d_1, d_2, rows_0, rows_1, rows_2, stride_0, stride_1, stride_2, begin_1, begin_2, ALONE
+            )  # fmt: skip
+            r = tl.max_contiguous(tl.multiple_of(block * SLAB_ROWS + row, 8), 8)
             live = token < length - t
             inside = c < cols
             if SLAB_COLS < BN:
@@ -282,9 +275,7 @@ def slab_kernel(
             if done:
                 after = pick_word(words, behind, lane, p + 1, PAIRS)  # no pair: 0
                 more = p + 1 < n_pairs
-                sign = row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
-                sign *= tl.where(more, row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
-                flip = (sign.to(tl.int32, bitcast=True) & SIGN_BIT)[:, None]
+                flip = row_flips(row_sign, word, after, more, i, padded_rows, SLAB_ROWS)[:, None]
                 if COLUMN_SIGNS:
                     low = tl.arange(0, 8)
                     of_pair = flips + (begin + p) * 8 + low

@@ -21,10 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._device_plan import what_d_is_of
 from .._gluon import load_by_threads
-from .._triton_pairs import SIGN_BIT, row_signs
+from .._triton_pairs import block_of, columns_of, matrix_of, row_flips
 from .._triton_segments import chunk_of
 
-_chunk_of, _row_signs = gluon.jit(chunk_of.fn), gluon.jit(row_signs.fn)
+_chunk_of, _block_of, _columns_of, _matrix_of, _row_flips = (
+    gluon.jit(one.fn) for one in (chunk_of, block_of, columns_of, matrix_of, row_flips)
+)
 _what_d_is_of = gluon.constexpr_function(what_d_is_of)
 GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group: as many as share a product
@@ -99,17 +101,11 @@ def _bring(
         after = gl.load(pairs + begin + gl.minimum(p + 1, n_pairs - 1))
         fresh = (word ^ before) & OF_D != 0
         d_step += gl.where(fresh, steps, 0)
-        block = (word >> 48 & 0x7FFF).to(gl.int32)
-        c = (word >> 32 & 0xFFFF).to(gl.int32) * COLS + (j ^ (word >> 16 & 0xFFFF).to(gl.int32))
-        c = gl.max_contiguous(gl.multiple_of(c, 8), 8)
-        if ALONE:
-            d, rows, stride_d, first_row = d_0, rows_0, stride_0, block * SLAB_ROWS
-        else:
-            in_1, in_2 = block >= begin_1, block >= begin_2
-            d = gl.where(in_2, d_2, gl.where(in_1, d_1, d_0))
-            rows = gl.where(in_2, rows_2, gl.where(in_1, rows_1, rows_0))
-            stride_d = gl.where(in_2, stride_2, gl.where(in_1, stride_1, stride_0))
-            first_row = (block - gl.where(in_2, begin_2, gl.where(in_1, begin_1, 0))) * SLAB_ROWS
+        block, c = _block_of(word), _columns_of(word, j, COLS)
+        d, rows, stride_d, block = _matrix_of(
+            block, d_0, d_1, d_2, rows_0, rows_1, rows_2, stride_0, stride_1, stride_2, begin_1, begin_2, ALONE
+        )  # fmt: skip
+        first_row = block * SLAB_ROWS
         d_place = d_token.to(gl.int64)[:, None] * stride_d
         for t in range(0, length, BK):
             stage = step % STAGES
@@ -194,9 +190,7 @@ def _multiply(
             if t > 0:  # the step before has ended
                 mbarrier.arrive(empty.index((step - 1) % STAGES))
             step += 1
-        sign = _row_signs(row_sign, word, i, padded_rows, SLAB_ROWS)
-        sign *= gl.where(more, _row_signs(row_sign, after, i, padded_rows, SLAB_ROWS), 1.0)
-        flip = (sign.to(gl.int32, bitcast=True) & SIGN_BIT)[:, None]
+        flip = _row_flips(row_sign, word, after, more, i, padded_rows, SLAB_ROWS)[:, None]
         if COLUMN_SIGNS:
             of_pair = flips + (begin + p) * 8 + low
             bits = gl.load(of_pair) ^ gl.load(of_pair + 8, mask=(low >= 0) & more, other=0)
