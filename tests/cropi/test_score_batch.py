@@ -156,12 +156,21 @@ def test_how_rows_are_cut_and_padded_changes_nothing_but_rounding() -> None:
             assert float((one - two).norm()) <= 2e-5 * float(one.norm())
 
 
+BART = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 1}
+
+
 @pytest.mark.long
-def test_padding_between_tokens_is_as_none() -> None:
-    """A window of attention counts columns, those of padding too."""
-    model = make_model("mistral", sliding_window=4)
+@pytest.mark.parametrize(
+    "kind, changes, columns",
+    [
+        ("mistral", {"sliding_window": 4}, [[0, 1, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]]),
+        ("bart", BART, [[2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]]),
+    ],
+)
+def test_padding_before_tokens_is_as_none(kind: str, changes: dict[str, Any], columns: Any) -> None:
+    """A window of attention counts columns, those of padding too, and so do BART's positions, whichever are given."""
+    model, columns = make_model(kind, **changes), torch.tensor(columns)
     plain = torch.tensor([[5, 6, 7, 8, 9, 10], [15, 16, 17, 18, 19, 20]])
-    columns = torch.tensor([[0, 1, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]])
     ids, mask, scored = (torch.zeros(2, 8, dtype=torch.int64) for _ in range(3))
     ids.scatter_(1, columns, plain), mask.scatter_(1, columns, 1), scored.scatter_(1, columns[:, 3:], 1)
     given = {"weights": torch.tensor([1.0, -0.5]), "prompt_ids": ["a", "a"], "spec": SPEC}

@@ -257,6 +257,12 @@ def test_rows_padded_on_the_left_are_probed_as_long_as_they_are(name: str) -> No
     with GradientSketcher(model, SPEC) as sketcher:
         with pytest.raises(ValueError, match="pads rows on the left, and the model gives other results"):
             sketcher.policy_gradient(left, **padded, **rest)
+    # Positions that were measured not to make them right are no remedy; others are the caller's.
+    own = (mask.cumsum(1) - 1).clamp_min(0)
+    with GradientSketcher(model, SPEC) as sketcher:
+        with pytest.raises(ValueError, match="also with position_ids that count each row's own tokens"):
+            sketcher.policy_gradient(left, **padded, **rest, position_ids=own)
+        sketcher.policy_gradient(left, **padded, **rest, position_ids=own + 1)
     with pytest.raises(ValueError, match="pads rows on the left, and the model gives other results"):
         token_logprobs(model, left, **padded, targets=rest["targets"])
 

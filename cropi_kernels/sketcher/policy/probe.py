@@ -146,8 +146,8 @@ def _longer(probe: Probe, here: Batch) -> tuple[int, int, int, int]:
     left = own = packed = each = 0
     if here.pairs is not None:
         return left, own, packed, each
-    if mask is not None and length > probe.padded and probe.left_padding != "wrong" and where is None:
-        if (values(mask)[:, 0] == 0).any():
+    if mask is not None and length > probe.padded and probe.left_padding != "wrong":
+        if (values(mask)[:, 0] == 0).any() and (where is None or _counts(where, mask)):
             left, own = length, min(length - PAD, int(mask.sum(1).max()))
     if where is not None and length > probe.packed and probe.packing != "wrong":
         where = where.reshape(-1, *where.shape[-2:])[0].expand(here.input_ids.shape)
@@ -241,6 +241,12 @@ def counted(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
+def _counts(where: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether positions are those of :func:`counted` at every token of the mask; on the host."""
+    where = where.reshape(-1, *where.shape[-2:])[0].expand(mask.shape)
+    return bool((values(where) == values(counted(mask)))[values(mask) != 0].all())
+
+
 def checked_rows(probe: Probe | None, here: Batch, attention_mask: torch.Tensor | None) -> dict[str, Any]:
     """What `split.hidden` is given beside a batch's own inputs: the positions that rows padded on the left need.
 
@@ -258,13 +264,17 @@ def checked_rows(probe: Probe | None, here: Batch, attention_mask: torch.Tensor 
         return {}
     lengths = Lengths(probe.switch, probe.by_length)
     check_lengths(lengths, here.input_ids.shape, here.attention_mask, here.position_ids)
-    if attention_mask is None or here.attention_mask is None or here.position_ids is not None:
+    if attention_mask is None or here.attention_mask is None or probe.left_padding == "as it is":
         return {}
-    if (values(here.attention_mask)[:, 0] != 0).all() or probe.left_padding == "as it is":
+    if (values(here.attention_mask)[:, 0] != 0).all():
         return {}
-    if probe.left_padding == "wrong":
-        raise ValueError(
-            "attention_mask pads rows on the left, and the model gives other results for them than without padding: "
-            "pad on the right, or give position_ids that make them right"
+    where = here.position_ids
+    if probe.left_padding == "wrong" and (where is None or _counts(where, here.attention_mask)):
+        given = (
+            "" if where is None else ", also with position_ids that count each row's own tokens, as these do"
         )
-    return {"position_ids": counted(attention_mask)}
+        raise ValueError(
+            "attention_mask pads rows on the left, and the model gives other results for them than without padding"
+            f"{given}: pad on the right{', or give position_ids that make them right' if where is None else ''}"
+        )
+    return {} if where is not None else {"position_ids": counted(attention_mask)}

@@ -40,10 +40,10 @@ class BatchRows:
             raise CropiError(f"attention_mask: row {empty[0]} is all padding; leave the row out")
         self._check_mask("attention_mask", self.mask, "a row holds a prompt and one response")
         counted = (self.mask.long().cumsum(1) - 1).clamp_min(0)
-        # Windows of attention and states count columns. Positions that are given may count those of a gap too.
+        # Windows of attention, states and some models' positions count columns. Positions that are given may count
+        # those of padding too.
         held = self.mask.bool()
-        gaps = held[:, 1:] & ~held[:, :-1]
-        self.gapped = positions is None and bool((gaps.sum(dim=1) + held[:, 0] > 1).any())
+        self.shifted = positions is None and bool((held[:, 1:] & ~held[:, :-1]).any())
         self.positions = counted if positions is None else self._shaped("position_ids", positions)
         if positions is not None and (at := restart(self.positions, self.mask)) is not None:
             raise CropiError(
@@ -52,11 +52,12 @@ class BatchRows:
             )
 
     def together(self, chosen: torch.Tensor, scored: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Ids, mask, positions and ``scored`` of the ``chosen`` rows, in which no padding stands between tokens."""
+        """Ids, mask, positions and ``scored`` of the ``chosen`` rows, in which no padding stands before a token."""
         parts = self.ids[chosen], self.mask[chosen], self.positions[chosen], scored[chosen]
-        if not self.gapped:
+        if not self.shifted:
             return parts
-        order = torch.argsort((~parts[1].bool()).to(torch.int8), dim=1, stable=True)
+        longest = int(parts[1].bool().sum(dim=1).max())
+        order = torch.argsort((~parts[1].bool()).to(torch.int8), dim=1, stable=True)[:, :longest]
         return tuple(part.gather(1, order) for part in parts)
 
     def cut(self, segments: torch.Tensor, budget: int, lengths: Lengths) -> Iterator[torch.Tensor]:
