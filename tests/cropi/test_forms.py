@@ -17,6 +17,7 @@ from cropi.data.readers import HashedIds, read
 from cropi.errors import CropiError, RecordError
 from cropi.options import Sketching
 from cropi.rollouts.options import Prompting
+from cropi.trainers.dumps import auto
 
 
 def made(source: Any, **options: Any) -> list[dict[str, Any]]:
@@ -91,6 +92,26 @@ def test_conversations_with_a_reward_are_split_where_the_assistant_first_speaks(
     # What else is said of a response makes no response of it.
     (group,) = made([talk(0, 1) | {"truncated": True}, talk(0, 0) | {"truncated": False}])
     assert group["truncated"] == [True, False] and len(group["responses"]) == 2
+
+
+@pytest.mark.parametrize("form", ["lines", "table", "columns"])
+@pytest.mark.parametrize("name", ["response", "reward"])
+def test_a_first_row_without_its_response_or_reward_is_one_bad_row(
+    name: str, form: str, tmp_path: Path
+) -> None:
+    """A table's null told no form: all rows were bad, or the file was refused in spite of skip_bad."""
+    rows = [{"id": "x", **TEXT[0], name: None}, *({"id": row["prompt"], **row} for row in TEXT)]
+    path, columns = tmp_path / f"t.{'parquet' if form == 'table' else 'jsonl'}", None
+    if form == "table":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif form == "columns":
+        columns = {name: "other"}
+        write_lines(path, [{"other" if key == name else key: row[key] for key in row} for row in rows])
+    else:
+        write_lines(path, rows)
+    groups = read(auto.opened([path], skip_bad=True, columns=columns), skip_bad=True, columns=columns)
+    assert [(group.id, group.size) for group in groups] == [(f"{i}+1=", 4) for i in range(3)]
+    assert [str(error).split(";")[0] for error in groups.bad if f"the key '{name}s' is missing" in str(error)]
 
 
 def test_rows_of_one_prompt_that_disagree() -> None:

@@ -131,7 +131,8 @@ def form_of(row: Mapping[str, Any], where: str, *, rewards: bool | None = True) 
     talks = is_conversation(row)
     # A response that could not be scored has a reward that is null.
     has_reward = not rewards or "reward" in (row if holds or talks else keys)
-    if has_reward and holds:
+    # One that was not made is null, beside its reward.
+    if has_reward and (holds or ("reward" in keys and has_response(row) and not talks)):
         return RESPONSE
     if has_reward and talks:
         return CONVERSATION

@@ -294,14 +294,16 @@ class _State:
         if isinstance(row, PromptGroup):
             return RECORD
         try:
-            return form_of(self._dictionary(row, where), where, rewards=self.rewards)
+            whole = self._dictionary(row, where, whole=True)
+            return form_of(dict.fromkeys(self.columns) | whole, where, rewards=self.rewards)
         except RecordError:
             return RECORD  # the error comes again, when the record is read
 
-    def _dictionary(self, row: Any, where: str) -> dict[str, Any]:
+    def _dictionary(self, row: Any, where: str, *, whole: bool = False) -> dict[str, Any]:
+        """A row by its columns; ``whole``: of a table, those without a value too, by which its form is known."""
         held = fields_of(row, where)
         made = renamed(held, self.columns, where) if self.columns else dict(held)
-        return row_of_table(made) if isinstance(row, TableRow) else made
+        return row_of_table(made) if isinstance(row, TableRow) and not whole else made
 
     def _record(self, row: Any, where: str) -> PromptGroup:
         if isinstance(row, TableGroup):
@@ -364,7 +366,7 @@ def first_row(path: str | Path) -> tuple[str, dict[str, Any]]:
         CropiError: not a file that is read, or an empty one.
         RecordError: the row is not a JSON object.
     """
-    for first in _dictionaries(path):
+    for first in _dictionaries(path, whole=True):
         return first
     raise CropiError(f"{path}: the file holds no trajectory record (one JSON object a line is expected)")
 
@@ -379,9 +381,9 @@ def rows_without_checks(path: str | Path) -> Iterator[dict[str, Any]]:
     return (row for _, row in _dictionaries(path))
 
 
-def _dictionaries(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dictionaries(path: str | Path, *, whole: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(where, row)`` of every row that is not blank."""
     state = _State({}, None, None)
     for source in sources_of(path):
         for where, _, row in state._told(source.rows(), False):
-            yield where, state._dictionary(row, where)
+            yield where, state._dictionary(row, where, whole=whole)
