@@ -58,7 +58,7 @@ def write_records(path: Path, prompts: int) -> Path:
     def ids(length: int) -> list[int]:
         return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
 
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for i in range(prompts):
             lengths = torch.randint(LENGTH // 2, LENGTH * 3 // 2, (RESPONSES,), generator=generator).tolist()
             record = {

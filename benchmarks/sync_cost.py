@@ -41,7 +41,7 @@ TINY = 64, 1  # features, layers
 def write_records(path: Path, prompts: int) -> Path:
     """Prompts of 8 tokens with two responses of 8."""
     generator = torch.Generator().manual_seed(0)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for i, ids in enumerate(torch.randint(2, VOCAB, (prompts, 3, 8), generator=generator).tolist()):
             record = {"id": f"p{i:05d}", "prompt_ids": ids[0], "response_ids": ids[1:], "rewards": [0.0, 1.0]}
             file.write(json.dumps(record) + "\n")

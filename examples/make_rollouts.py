@@ -188,7 +188,7 @@ def _read_raw(path: Path, seed: int, model: str) -> dict[str, Record]:
         "examples": {f.name: f.example[0] for f in FAMILIES},
     }
     header = json.dumps(settings)
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text[: len(header) + 1] != f"{header}\n"[: len(text)]:
         raise SystemExit(f"{path} was made with other settings; remove it or give another --raw")
     whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--index", help="the only index to take torch from")
     args = parser.parse_args()
 
-    pins = args.constraints.read_text().splitlines()
+    pins = args.constraints.read_text(encoding="utf-8").splitlines()
     wanted = next(match[1] for line in pins if (match := re.match(r"torch==(\S+)", line)))
     own = torch_of(sys.executable)
     lent = torch_of(args.borrow) if args.borrow and own is None else None

@@ -25,7 +25,7 @@ ACCESS = re.compile(r"(?:Read|Write) access at ([^\s+]+)\+0x[0-9a-f]+(?: in ([^\
 
 def body(path: Path, kernel: str) -> range:
     """The lines of a kernel."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines, 1) if line.startswith(f"def {kernel}("))
     inside = (n for n, line in enumerate(lines[start:], start + 1) if line and line[0] not in " )")
     return range(start, next(inside, len(lines) + 1))

@@ -216,9 +216,9 @@ class Suite:
 
 def forget_failures(path: Path) -> None:
     """Rows without a result are made again."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     good = [line for line in lines if not failed(json.loads(line))]
-    path.write_text("".join(line + "\n" for line in good))
+    path.write_text("".join(line + "\n" for line in good), encoding="utf-8")
 
 
 def failed(row: dict[str, object]) -> bool:

@@ -189,7 +189,7 @@ def _check_same(
         raise CropiError(
             f"{path.parent} does not say what it was made from; give another --work, or remove that folder"
         )
-    made = json.loads(path.read_text()) if path.exists() else wanted | {"train": []}
+    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else wanted | {"train": []}
     both = min(len(made["train"]), len(train))
     for key in wanted:
         same = made[key][:both] == wanted[key][:both] if key == "train" else made[key] == wanted[key]

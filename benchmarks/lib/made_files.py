@@ -282,7 +282,7 @@ def outputs(path: Path, rows: Rows, size: int) -> None:
 
 
 def names(path: Path, rows: Any, size: int) -> None:
-    path.write_text("".join(f"train-{i:09d}\n" for i in range(size // 16)))
+    path.write_text("".join(f"train-{i:09d}\n" for i in range(size // 16)), encoding="utf-8")
 
 
 def scores(path: Path, rows: Any, size: int) -> None:

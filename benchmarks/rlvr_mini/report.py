@@ -56,7 +56,7 @@ def write_report(scale: Scale, work: Path, out: Path) -> None:
     lines += ["", *_paired(known, by_arm, scale.steps), "", *_overlap(known, by_arm)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "table.md", "\n".join(lines) + "\n")
-    with open(out / "runs.csv", "w", newline="") as file:
+    with open(out / "runs.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["arm", "seed", "step", "targeted_smoothed", "cpu_seconds", "selected_targeted"])
         for run in runs:

@@ -48,7 +48,11 @@ def test_two_stages_with_a_real_trainer(
         """A power cut must not take the model that the state says is trained."""
         nonlocal trained
         if target.name == "state.json":
-            done = [entry for entry in json.loads(source.read_text())["done"] if entry["step"] == "train"]
+            done = [
+                entry
+                for entry in json.loads(source.read_text(encoding="utf-8"))["done"]
+                if entry["step"] == "train"
+            ]
             models = [Path(entry["model"]).absolute() for entry in done]
             want = {path for model in models for path in (model / "model.safetensors", model, model.parent)}
             assert want <= {*synced}
@@ -179,12 +183,12 @@ def test_training_in_this_process_with_trl(
 
 def forget(path: Path, step: str) -> None:
     """Make the state that of a run that was killed in the middle of a step."""
-    state = json.loads(path.read_text())
+    state = json.loads(path.read_text(encoding="utf-8"))
     del state["checksum"]
     place = [entry["step"] for entry in state["done"]].index(step)
     state["done"] = state["done"][:place]
     state["started"] = {"stage": 0, "step": step, "attempts": 1}
-    path.write_text(json.dumps(state))
+    path.write_text(json.dumps(state), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------- what may change, and not

@@ -122,7 +122,7 @@ def test_killed_while_the_trainer_runs(made: Path, tmp_path: Path, expected: Pat
 
 
 def can_lock(path: Path) -> bool:
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

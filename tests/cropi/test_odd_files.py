@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 import pytest
 from data.make_formats import records
 from support import fuzz

@@ -100,7 +100,7 @@ def test_the_table_is_made_once_when_all_has_run(
 
     def report(command: list[str], **kwargs: Any) -> SimpleNamespace:
         made.append(sorted(suite.states()))
-        Path(command[-1]).write_text("a table")
+        Path(command[-1]).write_text("a table", encoding="utf-8")
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(runner.subprocess, "run", report)

@@ -93,7 +93,7 @@ def check_command() -> None:
     assert shown.returncode == 0 and "sketch" in shown.stdout, shown.stdout + shown.stderr
     # A good file: the files are read first, and only then is the missing extra met.
     Path("one.jsonl").write_text(
-        '{"id": "a", "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0]}\n'
+        '{"id": "a", "prompt": "1+1=", "responses": ["2", "3"], "rewards": [1, 0]}\n', encoding="utf-8"
     )
     refused = subprocess.run(
         [command, "sketch", "--model", "nowhere", "--trajectories", "one.jsonl", "--out", "out"],

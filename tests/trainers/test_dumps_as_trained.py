@@ -407,7 +407,7 @@ def test_of_a_killed_runs_logs_the_newest_responses_count(
             log.append("train", [recorded(name, response) | {"step": at} for name in names])
         log.append("valid", [recorded("v", 20) | {"step": 1}])
         log.close()
-    with open(folder / "train-rank00001.jsonl", "a") as file:
+    with open(folder / "train-rank00001.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": "d", "prompt_ids"')  # where the kill came
     said: list[str] = []
     [source] = opened(str(folder), say=said.append)
@@ -448,7 +448,7 @@ def test_of_a_killed_runs_logs_the_newest_responses_count(
     with pytest.raises(RecordError, match=r"\(byte 0\): 'step' is 'x', and should be an integer"):
         opened(str(mixed))
     # A bad record is an error that says how to go on, and then the newest good one counts.
-    with open(logs[0], "a") as file:  # behind the line that was not finished
+    with open(logs[0], "a", encoding="utf-8") as file:  # behind the line that was not finished
         file.write("\n" + json.dumps(recorded("c", 40) | {"step": 9, "rewards": [1.0, "x"]}) + "\n")
     with pytest.raises(RecordError, match=r"train-rank00001.jsonl \(byte \d+\).*pass --skip-bad"):
         opened(logs)

@@ -142,7 +142,9 @@ def put(path: Path, content: Any) -> bool:
             write(path, content)
         else:
             lines = content if isinstance(content, list) else [content]
-            path.write_text("".join(f"{json.dumps(line, default=repr)}\n" for line in lines))
+            path.write_text(
+                "".join(f"{json.dumps(line, default=repr)}\n" for line in lines), encoding="utf-8"
+            )
     except UNWRITABLE:
         return False
     return True

@@ -135,7 +135,7 @@ def test_merge_keeps_one_record_a_prompt(tmp_path: Path) -> None:
         tmp_path / "r0.jsonl", [record("b", 0, n=1), record("a", 3, n=2), record("a", 3, n=3)]
     )
     second = write_lines(tmp_path / "r1.jsonl", [record("b", 2, n=4), record("a", 1, n=5)])
-    with open(second, "a") as file:
+    with open(second, "a", encoding="utf-8") as file:
         file.write('{"id": "b", "st')  # another rank is writing
     out = tmp_path / "merged.jsonl"
     for logs in ([first, second], [second, first]):
@@ -155,7 +155,7 @@ def test_a_log_that_grows_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     newest, rng, out = Newest(), random.Random(0), tmp_path / "merged.jsonl"
     lines = [json.dumps(record(rng.choice("abcdefgh"), n // 4, n=n)) + "\n" for n in range(120)]
     for n, line in enumerate(lines):
-        with open(logs[rng.randrange(2) if n > 1 else n], "a") as file:
+        with open(logs[rng.randrange(2) if n > 1 else n], "a", encoding="utf-8") as file:
             file.write(line[:9])
             file.flush()
             if n % 5 == 3:

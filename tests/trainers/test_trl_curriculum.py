@@ -199,9 +199,9 @@ def test_resumed_run_is_the_run(at: int, tmp_path: Path) -> None:
                 shutil.rmtree(out / f"checkpoint-{step}")
             for path in (out / f"checkpoint-{at + 1}").iterdir():  # this one was being written
                 path.unlink() if path.suffix == ".json" else path.write_bytes(path.read_bytes()[:100])
-            with open(out / "cropi/rollouts/train-rank00000.jsonl", "a") as file:
+            with open(out / "cropi/rollouts/train-rank00000.jsonl", "a", encoding="utf-8") as file:
                 file.write('{"id": "p0-0')
-            with open(out / "cropi/stages.jsonl", "a") as file:
+            with open(out / "cropi/stages.jsonl", "a", encoding="utf-8") as file:
                 file.write('{"stage": 2, "st')
             trainer = staged(out, reward_funcs=[seen], save_strategy="steps", save_steps=1, max_steps=6)
         trainer.train(resume_from_checkpoint=name == "again")

@@ -287,7 +287,7 @@ class GpuEngine(Operators):
             chunks = self._cut(offsets, n_tokens, self._norms.CHUNK_TOKENS, True)
             tail = self._tails[repeats] = Tail(chunks, [], self.out.new_empty(0))
         slots = tail.chunks.n_slots
-        need = slots * sum([plan.size for plan in plans])
+        need = slots * sum(plan.size for plan in plans)
         if tail.used + need > tail.sums.numel():
             self._launch_tail(tail, last=False)
         if need > tail.sums.numel():

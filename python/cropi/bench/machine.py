@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 def processor() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if os.path.isfile(info) else []
+    lines = info.read_text(encoding="utf-8").splitlines() if os.path.isfile(info) else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or "unknown")
 

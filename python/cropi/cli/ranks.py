@@ -35,7 +35,7 @@ def joined(args: argparse.Namespace) -> Iterator[Team | None]:
         if not team.first:
             args.progress = False
             warnings.simplefilter("ignore")
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         yield team
 
 

@@ -193,7 +193,7 @@ class Shard:
     def _check_commit(self, digest: str) -> None:
         try:
             with reading(sums_path(self.path)):
-                expected = sums_path(self.path).read_text(errors="replace").split()
+                expected = sums_path(self.path).read_text("utf-8", "replace").split()
         except FileNotFoundError:
             expected = []
         if expected[:1] != [digest]:
