@@ -106,6 +106,18 @@ def is_writable(values: Any) -> bool:
     return True
 
 
+def check_noted(name: str) -> None:
+    """Check that what is noted of a job can name this file or word.
+
+    Raises:
+        CropiError: it is not UTF-8.
+    """
+    if not is_writable(name):
+        raise CropiError(
+            f"{shown(name, 500)} is not UTF-8, as what is noted of a job has to be; rename the file"
+        )
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a float, a finite one or not (what is not known is written as NaN), or an integer of that
     range."""

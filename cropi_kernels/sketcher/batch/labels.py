@@ -102,12 +102,9 @@ def _check_places(
             )
 
 
-def _check_labels(labels: object, input_ids: torch.Tensor) -> None:
+def _check_labels(labels: torch.Tensor, input_ids: torch.Tensor) -> None:
     """All but the values, which are not on the host yet."""
-    if not isinstance(labels, torch.Tensor):
-        raise ValueError(
-            f"labels is of type {type(labels).__name__}: give a tensor (torch.as_tensor(labels))"
-        )
+    check_tensors(labels=labels)
     if labels.shape != input_ids.shape or labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"labels is {labels.dtype} {tuple(labels.shape)}: give int64 {tuple(input_ids.shape)}, as input_ids, with "

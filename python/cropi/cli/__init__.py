@@ -13,7 +13,7 @@ from cropi.cli import manners
 from cropi.cli.manners import Plain, conclude, speaking
 from cropi.cli.parser import Parser, ShowVersion, about
 from cropi.cli.streams import lasting_streams
-from cropi.errors import CropiError, printable_lines, shortened, shown
+from cropi.errors import printable_lines, shortened
 from cropi.temporary import removed_by_signals
 
 __all__ = ["COMMANDS", "Plain", "main", "make_parser"]
@@ -79,15 +79,12 @@ def _run(args: Any) -> int:
 def _check_words(words: Sequence[str]) -> None:
     """Check that what was given can be noted in files, before work whose results could not name it."""
     from cropi.files import PATHS, beyond_paths
-    from cropi.form import is_writable
+    from cropi.form import check_noted, is_writable
 
     for word in words:
-        if not is_writable(word):
-            if PATHS != "utf-8":
-                raise beyond_paths(os.fsencode(word).decode(errors="replace"))
-            raise CropiError(
-                f"{shown(word, 500)} is not UTF-8, as what is noted of a job has to be; rename the file"
-            )
+        if PATHS != "utf-8" and not is_writable(word):
+            raise beyond_paths(os.fsencode(word).decode(errors="replace"))
+        check_noted(word)
 
 
 def make_parser() -> Parser:

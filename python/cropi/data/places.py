@@ -111,9 +111,7 @@ class Places:
             if source not in files:
                 path = sources[source].lines_file()
                 if path is None:
-                    raise CropiError(
-                        f"{sources[source].name} was changed while it was used; run the same again"
-                    )
+                    raise changed(sources[source])
                 files[source] = stack.enter_context(open_to_read(path))
             files[source].seek(self._offsets[number])
             line = files[source].readline()
@@ -122,13 +120,15 @@ class Places:
             except RecordError:  # it was right when the place was noted
                 group = None
             if group is None or group.id != name:
-                raise CropiError(
-                    f"{sources[source].name} was changed while it was used: {name!r:.100} is elsewhere; run "
-                    "the same again"
-                )
+                raise changed(sources[source], f": {name!r:.100} is elsewhere")
             return group
 
         return read
+
+
+def changed(source: Source, how: str = "") -> CropiError:
+    """The error where a file is not what it was in the first pass."""
+    return CropiError(f"{source.name} was changed while it was used{how}; run the same again")
 
 
 def kept_places(sources: Sequence[Source], columns: Mapping[str, str]) -> Places | None:

@@ -24,7 +24,7 @@ from cropi.data.forms import (
     renamed,
     split_conversation,
 )
-from cropi.data.places import Places, all_lines, kept_places
+from cropi.data.places import Places, all_lines, changed, kept_places
 from cropi.data.records import WITH_REWARDS, PromptGroup, make_group
 from cropi.data.sources import Row, Source, fields_of, is_blank, sources_of
 from cropi.data.spilled import Spilled
@@ -36,6 +36,7 @@ WITHOUT_REWARDS = (
     "the group holds demonstrations, without rewards",
     "name the --estimator sft, or leave it out",
 )
+NO_RECORD = "the file holds no trajectory record (one JSON object a line is expected)"
 WITH_ID = "this record has an 'id', and those before it have none", "give all an id, or none"
 
 
@@ -142,9 +143,7 @@ class PromptGroups:
                     continue
                 yield made
             if empty:
-                raise CropiError(
-                    f"{source.name}: the file holds no trajectory record (one JSON object a line is expected)"
-                )
+                raise CropiError(f"{source.name}: {NO_RECORD}")
         if state.hashed and not self._told:
             self._told = True
             warn(
@@ -233,9 +232,7 @@ class PromptGroups:
             for name, given in zip_longest(names, rows):
                 group = None if given is None else state._record(given[2], given[0])
                 if group is None or group.id != name:
-                    raise CropiError(
-                        f"{self.sources[number].name} was changed while it was used; run the same again"
-                    )
+                    raise changed(self.sources[number])
                 yield group
 
 
@@ -368,7 +365,7 @@ def first_row(path: str | Path) -> tuple[str, dict[str, Any]]:
     """
     for first in _dictionaries(path, whole=True):
         return first
-    raise CropiError(f"{path}: the file holds no trajectory record (one JSON object a line is expected)")
+    raise CropiError(f"{path}: {NO_RECORD}")
 
 
 def rows_without_checks(path: str | Path) -> Iterator[dict[str, Any]]:

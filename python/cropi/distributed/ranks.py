@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from cropi.distributed.sharding import Group
 
 SAME_FILES = "give all processes the same files, on a file system that all share or as equal copies"
+OTHER_CUTS = (
+    "the model or the tokenizer behaves differently there; use one kind of machine and one version of all packages, or "
+    "--layout padded"
+)
 REMEDIES = {
     "trajectories": SAME_FILES,
     "prompts": SAME_FILES,
@@ -156,8 +160,7 @@ class Claimed(Participant):
                 if team.first_said(f"{self.job}/cut/{window}", chunk.cut) != chunk.cut:
                     raise CropiError(
                         f"rank {team.rank} cuts the prompts from {min(chunk.prompts, default='?')!r} on into other "
-                        "micro-batches than another rank: the model or the tokenizer behaves differently there; use "
-                        "one kind of machine and one version of all packages, or --layout padded"
+                        f"micro-batches than another rank: {OTHER_CUTS}"
                     )
             if chunk.number != number:
                 continue

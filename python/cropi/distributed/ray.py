@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cropi.distributed.ranks import REMEDIES, check_whole, prompts_digest, together
+from cropi.distributed.ranks import OTHER_CUTS, REMEDIES, check_whole, prompts_digest, together
 from cropi.distributed.ray_worker import JobFacts, Make, Worker
 from cropi.distributed.team import check_same
 from cropi.errors import CropiError, optional
@@ -247,8 +247,7 @@ class _Driver:
                 if self.cuts.setdefault(window, cut) != cut:
                     raise CropiError(
                         f"{held} of Ray cuts the prompts of window {window} into other micro-batches than another "
-                        "worker: the model or the tokenizer behaves differently there; use one kind of machine and "
-                        "one version of all packages, or --layout padded"
+                        f"worker: {OTHER_CUTS}"
                     )
             self.finished += 1
             self.bar.update(1)

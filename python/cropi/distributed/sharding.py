@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from cropi.distributed.ranks import REMEDIES, Claimed
-from cropi.distributed.team import Team
+from cropi.distributed.team import AGAIN, Team
 from cropi.errors import CropiError
 from cropi.model.policy import Policy
 from cropi.sketching.job import SketchJob
@@ -128,7 +128,7 @@ class Group:
             why = str(error).splitlines()[0].split(". ")[0]
             raise CropiError(
                 f"rank {team.rank} has lost another process of its group of {self.size}: it was killed, or its "
-                f"machine is gone ({why}); finished prompts are stored; run the same command again"
+                f"machine is gone ({why}); {AGAIN}"
             ) from error
         finally:
             dist.destroy_process_group()

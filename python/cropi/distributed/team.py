@@ -24,6 +24,7 @@ T = TypeVar("T")
 BEAT, SILENCE = 5.0, 300.0
 # Once all were asked to stop, nobody waits longer for another one: schedulers kill after 30 s.
 STOPPING = 10.0
+AGAIN = "finished prompts are stored; run the same command again"
 
 
 class RankFailed(CropiError):
@@ -192,10 +193,7 @@ class Team:
         pause, begun = 0.001, time.monotonic()
         while not self._has(key):
             if self.stopped and time.monotonic() - begun > STOPPING:
-                raise RankFailed(
-                    f"stopped, without rank {rank}, which still works or is gone; finished prompts are stored; run the "
-                    "same command again"
-                )
+                raise RankFailed(f"stopped, without rank {rank}, which still works or is gone; {AGAIN}")
             self.check()
             self._check_alive(rank)
             time.sleep(pause)
@@ -213,7 +211,7 @@ class Team:
         elif now - since > self.silence:
             raise CropiError(
                 f"rank {rank} has given no sign of life for {now - since:.0f} s: it was killed, or its machine is "
-                "gone; finished prompts are stored; run the same command again, with any number of processes"
+                f"gone; {AGAIN}, with any number of processes"
             )
 
     def _has(self, key: str) -> bool:
@@ -228,7 +226,7 @@ class Team:
         except RuntimeError as error:
             raise CropiError(
                 f"rank {self.rank} has lost the launcher or the process that keeps the list of work (rank 0): "
-                f"{str(error).splitlines()[0]}; finished prompts are stored; run the same command again"
+                f"{str(error).splitlines()[0]}; {AGAIN}"
             ) from error
 
 

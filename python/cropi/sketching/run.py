@@ -17,9 +17,9 @@ from cropi.data.records import PromptGroup
 from cropi.data.scan import Scan, warn_lossy
 from cropi.data.scan import scan as scan_trajectories
 from cropi.data.sources import PathSource
-from cropi.errors import CropiError, RecordError, article, shown, warn
+from cropi.errors import CropiError, RecordError, article, warn
 from cropi.files import check_room, is_file
-from cropi.form import is_writable
+from cropi.form import check_noted
 from cropi.gradient.behaviour import Behaviour, resolve_behaviour
 from cropi.gradient.behaviour_check import check_behaviour
 from cropi.gradient.kept import KeptTokens
@@ -143,10 +143,7 @@ def prepare(policy: Policy, job: SketchJob, scan: Scan | None = None, progress: 
     if policy.loaded:
         check_dropout(policy.model, "model")
     for name in job.names if job.out is not None else ():
-        if not is_writable(name):
-            raise CropiError(
-                f"{shown(name, 500)} is not UTF-8, as what is noted of a job has to be; rename the file"
-            )
+        check_noted(name)
     groups = job.read()
     if scan is None:
         scan = scan_groups(policy, job, groups)

@@ -105,11 +105,12 @@ class Reader(pickle.Unpickler):
         """A tensor's storage as a tensor of one dimension; of 0, what stands for the items of a list."""
         if key == 0 and self._parts is not None:
             return self._parts
+        missing = pickle.UnpicklingError("it refers to a storage that is not in the file")
         if not isinstance(key, tuple) or len(key) < 5 or key[0] != "storage" or self._storage is None:
-            raise pickle.UnpicklingError("it refers to a storage that is not in the file")
+            raise missing
         dtype, name, size = key[1], key[2], key[4]
         if not isinstance(dtype, torch.dtype) or not isinstance(name, str) or type(size) is not int:
-            raise pickle.UnpicklingError("it refers to a storage that is not in the file")
+            raise missing
         if name not in self._kept:
             data = bytearray(self._storage(name))
             self._kept[name] = (

@@ -255,7 +255,7 @@ def check_space(
     rows = scans["train"].usable if "train" in scans else recorded_first(trainer, options, prompts)
     rows += scans["valid"].usable if "valid" in scans else 0
     # With a budget a stage keeps those of the one before it until it has chosen.
-    stages = 1 if options.budget is None and options.passes is None else 2
+    stages = 2 if options.asked else 1
     if options.keep_sketches:
         stages = -(-trainer.args.max_steps // options.stage_steps)
     check_room(folder, 4 * options.spec.dim * rows * stages, f"the sketches of {rows} prompts")

@@ -142,7 +142,7 @@ def choose_prompts(
 
 def _anew(options: Curriculum, stage: int, folder: Path, others: float, begun: float) -> Anew | None:
     """Which prompts a stage that began at ``begun`` scores anew; None: all of them."""
-    if options.budget is None and options.passes is None:
+    if not options.asked:
         return None
     last = last_scored(folder.parent, stage)
     return Anew(

@@ -344,7 +344,7 @@ class Stages(Recorder):
     def _forget(self, stage: int) -> None:
         """Sketches of earlier stages are needed by this one's successor, and where a checkpoint leads back to them."""
         options = self.options
-        if self.ranks.first and not options.keep_sketches and (options.budget or options.passes):
+        if self.ranks.first and not options.keep_sketches and options.asked:
             forget_sketches(self.folder, saved_stages(self.trainer.args.output_dir), stage)
 
     def _draw(self, live: LiveRun) -> Chosen:
