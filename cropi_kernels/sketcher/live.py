@@ -23,7 +23,7 @@ from .checks.beside import check_heard, check_passes
 from .checks.live_audit import Audit, Schedule
 from .checks.replay import Recorded
 from .checks.selftest import SelfTest
-from .checks.split_loss import COUPLED, LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck
+from .checks.split_loss import COUPLED, LATER, PARTS, SUM, UNSEEN, CoupledLossError, LossCheck, is_sum
 from .checks.tap_tests import TapTests
 from .model import sharded
 from .model.precision import own_precision
@@ -328,7 +328,7 @@ class LiveSketcher:
             return True
         # What was not checked for another reason is not asked again: where the model is compiled from outside, a hook
         # has its graph compiled anew.
-        again = str(self.loss).startswith(SUM) and (due or self._sorts)
+        again = is_sum(self.loss) and (due or self._sorts)
         return runs.present > 1 and (self.loss == LATER or again)
 
     def _note(self, check: LossCheck) -> None:
@@ -336,7 +336,7 @@ class LiveSketcher:
         self._sorts = check.sorts
         if self.loss == COUPLED:  # it couples other prompts than those of this batch
             return
-        if not str(self.loss).startswith(SUM) or check.verdict == SUM:  # which was perhaps linear before
+        if not is_sum(self.loss) or check.verdict == SUM:  # which was perhaps linear before
             self.loss = check.verdict or UNSEEN
 
     def _untested(self, segments: Segments | None = None) -> bool:

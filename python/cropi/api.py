@@ -379,7 +379,7 @@ def check(
 
 
 def _not_none(**given: Any) -> None:
-    """What a loader that found nothing may have returned: such a one was said to be empty."""
+    """Refuse None, which a loader that found nothing may have returned."""
     for name, value in given.items():
         sets = {f"{name}[{key!r}]": one for key, one in value.items()} if isinstance(value, dict) else {}
         for called, one in {name: value, **sets}.items():

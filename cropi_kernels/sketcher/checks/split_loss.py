@@ -51,6 +51,11 @@ class CoupledLossError(ValueError):
     """The loss of a step is not a sum over its prompts."""
 
 
+def is_sum(verdict: str | None) -> bool:
+    """Whether a verdict is `SUM`, with or without words behind it."""
+    return verdict is not None and verdict.startswith(SUM)
+
+
 # What begins a backward pass, and the name of its first argument: the losses.
 _BEGINS: dict[Any, str] = {
     torch.Tensor.backward: "self", torch.autograd.backward: "tensors", torch.autograd.grad: "outputs",
@@ -147,7 +152,7 @@ class LossCheck:
         except CoupledLossError:
             self.verdict = COUPLED
             raise
-        if self.verdict is None or self.verdict.startswith(SUM):
+        if self.verdict is None or is_sum(self.verdict):
             self.verdict = verdict
 
     def _verdict_of(self, loss: torch.Tensor) -> str:
