@@ -83,8 +83,31 @@ def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """``warnings.warn`` with a message of less than 2 kB, whatever the values in it, at the line of the user's that
-    called this package; in a command, at the line that warns."""
+    called this package; in a command, at the line that warns. Inside :func:`once` only what was not said before."""
+    if (said := _SAID.get()) is not None:
+        if message in said:
+            return
+        said.add(message)
     warnings.warn(shortened(_with_keywords(message)), category, stacklevel=_outside())
+
+
+@contextmanager
+def once(said: set[str]) -> Iterator[None]:
+    """Inside, :func:`warn` leaves out what is in ``said``, and adds what it says: of work that is done again and again.
+
+    >>> said = set()
+    >>> for _ in range(2):
+    ...     with once(said), warnings.catch_warnings(record=True) as caught:
+    ...         warn("of these prompts")
+    ...     print(len(caught))
+    1
+    0
+    """
+    token = _SAID.set(said)
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
 
 
 def _outside() -> int:
@@ -108,6 +131,7 @@ _OURS = (
 )  # fmt: skip
 # The keywords that stand for flags in the function that was called from Python.
 _CALLED: ContextVar[Mapping[str, str] | None] = ContextVar("called", default=None)
+_SAID: ContextVar[set[str] | None] = ContextVar("said", default=None)
 NEAR = 80  # characters: a clause
 # A clause of a remedy, up to the next one.
 _SKIP_BAD = re.compile(r"[,;]? ?(?:or )?(?:pass )?--skip-bad[^,;]*")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from cropi.errors import CropiError  # noqa: E402
 from cropi.gradient.estimators import Estimator  # noqa: E402
 from cropi.model.policy import Policy  # noqa: E402
 from cropi.pipeline import NothingToFollow  # noqa: E402
-from cropi.ranking.influence import influence  # noqa: E402
+from cropi.ranking.influence import SharedPrompts, influence  # noqa: E402
 from cropi.ranking.selection import select  # noqa: E402
 from cropi.sketching.job import SketchJob  # noqa: E402
 from cropi.sketching.run import sketch  # noqa: E402
@@ -363,8 +364,14 @@ def test_the_policy_is_the_weights_that_are_trained(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(stages_module, "choose_prompts", choosing)
     changes = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 6, "optimizers": (optimizer, None)}
-    staged(tmp_path, {"fraction": 1.0}, model=model, **changes).train()
-    assert seen == [True, True]
+    train = {"train": stored(tmp_path / "train.jsonl", seed=0, count=16), "fraction": 1.0}
+    trainer = staged(tmp_path / "a", train, model=model, eval_dataset=dataset(4), **changes)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert seen == [True] * 3
+    # What is true of every stage is said once.
+    assert len([one for one in told if one.category is SharedPrompts]) == 1
 
 
 @pytest.mark.long

@@ -23,7 +23,7 @@ from cropi.data.prompt_ids import PromptIds
 from cropi.data.readers import read
 from cropi.data.scan import NothingScored, NothingToSelect, Scan
 from cropi.data.writers import replace_records
-from cropi.errors import CropiError
+from cropi.errors import CropiError, once
 from cropi.files import is_there
 from cropi.model.policy import Policy
 from cropi.pipeline.lost import LEFT_OUT, NothingToFollow, TooFewLeft, usable_sets, without_minus
@@ -124,6 +124,7 @@ class Stages(Recorder):
         self._chosen: list[str] | None = None  # of stage `_known`, best first; None: the whole dataset
         self._known = -1
         self._clock = 0.0, 0  # when the last selection was done, and at which step
+        self._said: set[str] = set()  # warnings of earlier stages, about the same records
         self._seconds = math.nan  # of a stage's steps, before there are any since then
         self._resumed = False
         self._earlier = [path for kind in ("train", "valid") for path in log_files(self.log.folder, kind)]
@@ -277,7 +278,8 @@ class Stages(Recorder):
         self._at_training_weights()
         self.merge()
         folder = self.folder / folder_of(stage)
-        return self._score(stage, folder, others) if live is None else self._refresh(live, stage, folder)
+        with once(self._said):
+            return self._score(stage, folder, others) if live is None else self._refresh(live, stage, folder)
 
     def _at_training_weights(self) -> None:
         """Behind an evaluation a schedule-free optimizer has left averaged weights in the model, and puts back those
