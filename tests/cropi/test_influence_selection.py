@@ -21,6 +21,7 @@ from cropi.options import Influence
 from cropi.ranking import selection_files
 from cropi.ranking.influence import influence, score_rows
 from cropi.ranking.members import left_out, validation_means
+from cropi.ranking.plot import _labels as labels_of
 from cropi.ranking.plot import plot_scores
 from cropi.ranking.scores import Scores
 from cropi.ranking.selection import Selection, select
@@ -379,3 +380,21 @@ def test_written_selection_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "scores.pdf").read_bytes()[:4] == b"%PDF"
     with pytest.raises(CropiError, match="scores.txt should end in one of .png, .pdf, .svg"):
         plot_scores(tmp_path / "scores.txt", scores, chosen)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("error")
+def test_a_plot_names_sets_by_letters_that_some_font_has(tmp_path: Path) -> None:
+    """Letters that matplotlib's own font lacks were boxes, and signs of formulas ended the plot."""
+    import matplotlib.font_manager as fonts
+
+    assert labels_of(["x", "größe"]) == (["'x'", "'größe'"], ["DejaVu Sans"])
+    # Of the fonts that matplotlib brings, one has this letter.
+    assert labels_of(["\u1d81"])[0] == ["'\u1d81'"] and len(labels_of(["\u1d81"])[1]) == 2
+    installed = fonts.fontManager.ttflist
+    there = any(0x6570 in fonts.get_font(f.fname).get_charmap() for f in installed if "Last" not in f.name)
+    sets = ["数", r"$\frac$ $", "x"]
+    assert labels_of(sets)[0] == ["'数'" if there else r"'\u6570'", repr(sets[1]), "'x'"]
+    rows = [RowInfo("a"), RowInfo("b")]
+    scores = Scores(rows, sets, np.array([[0.1, 0.2, 0.3], [0.4, 0.2, 0.1]]), {})
+    plot_scores(tmp_path / "scores.png", scores, select(scores, fraction=0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,46 @@ def plot_scores(path: str | Path, scores: Scores, selection: Selection) -> None:
     chosen = np.isin(usable, selection.chosen)
     rates = np.array([scores.rows[i].pass_rate for i in usable.tolist()])
     height = 2.6 * len(scores.sets) + 0.6
+    names, fonts = _labels(scores.sets)
     figure, axes = plt.subplots(
         len(scores.sets), 2, figsize=(10, height), squeeze=False, layout="constrained"
     )
     draw = _points if len(usable) <= MOST_POINTS else _densities
-    for v, name in enumerate(scores.sets):
+    for v, name in enumerate(names):
         error = None if scores.stderr is None else scores.stderr[usable, v]
         left, right = axes[v]
         draw(left, right, scores.table[usable, v], rates, chosen, error)
-        label = f"{scores.meta.get('metric', 'score')} with {name!r}"
-        (left.set_ylabel if draw is _points else left.set_xlabel)(label)
+        label = f"{scores.meta.get('metric', 'score')} with {name}"
+        (left.set_ylabel if draw is _points else left.set_xlabel)(label, family=fonts, parse_math=False)
         right.set(xlabel="pass rate of the stored rollouts", xlim=(-0.03, 1.03))
     axes[0][0].legend(frameon=False, loc="best" if draw is _points else "upper left", fontsize="small")
     figure.suptitle(f"{len(selection.chosen)} of {len(usable)} usable prompts selected by {selection.method}")
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format=kind, dpi=120)
     plt.close(figure)
+
+
+def _labels(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names in quotes, and the fonts for them: matplotlib's own, and of those that are installed one with the
+    letters that it lacks. A name that neither has is escaped: it would be empty boxes."""
+    manager = optional("matplotlib.font_manager")
+    usual = manager.FontProperties().get_name()
+
+    def lacking(font: str, letters: set[str]) -> set[str]:
+        held = manager.get_font(font).get_charmap()
+        return {letter for letter in letters if ord(letter) not in held}
+
+    shown = [repr(name) for name in names]
+    rest = lacking(manager.findfont(usual), set("".join(shown)))
+    if not rest:
+        return shown, [usual]
+    # One that has a box for every letter is no help.
+    others = sorted({(f.name, f.fname) for f in manager.fontManager.ttflist if "Last Resort" not in f.name})
+    missing, name = min((len(lacking(path, rest)), name) for name, path in others)
+    if missing:
+        rest = lacking(manager.findfont(name), rest)
+        shown = [ascii(name) if rest & set(text) else text for name, text in zip(names, shown, strict=True)]
+    return shown, [usual, name]
 
 
 def check_plot(path: str | Path) -> str:
