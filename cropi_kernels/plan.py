@@ -158,9 +158,9 @@ def _plan_matrix(
     fold_key = name.rsplit(".", 2)[0] if name.count(".") >= 2 else name
     key = px.key_of(version, seed, name)
     col_key = px.key_of(version, seed, f"{fold_key}/columns/{cols}")
-    folds_cols, folds_rows = width is not None and cols > width, vocab is not None and rows > vocab
-    folded_cols = width if folds_cols and width else cols
-    folded_rows = vocab if folds_rows and vocab else rows
+    folded_cols = cols if width is None else min(cols, width)
+    folded_rows = rows if vocab is None else min(rows, vocab)
+    folds_cols, folds_rows = folded_cols < cols, folded_rows < rows
     slab_cols = min(MAX_SLAB_COLS, max(8, 1 << (folded_cols - 1).bit_length()))
     slab_rows = SLAB_SIZE // slab_cols
     row_blocks, col_blocks = -(-folded_rows // slab_rows), -(-folded_cols // slab_cols)

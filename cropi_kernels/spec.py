@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from . import _spec_base as base
 
 Kind = Literal["slab", "countsketch", "dropout", "kron", "tensor"]
-KINDS: tuple[Kind, ...] = ("slab", "countsketch", "dropout", "kron", "tensor")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 VERSION = 1  # of the integers behind a sketch; rises whenever one hash, sign or address changes
 # Kinds whose integers have changed since version 1. From version 2 on, these two are the CountSketch of

@@ -80,10 +80,9 @@ class PromptGroup:
     @property
     def lengths(self) -> tuple[int | None, list[int] | None]:
         """Tokens of the prompt, and of every response; None where their ids are not stored."""
-        ids = self.response_ids
-        return None if self.prompt_ids is None else len(self.prompt_ids), None if ids is None else list(
-            map(len, ids)
-        )
+        prompt, responses = self.prompt_ids, self.response_ids
+        sizes = None if responses is None else list(map(len, responses))
+        return None if prompt is None else len(prompt), sizes
 
     @property
     def has_logprobs(self) -> bool:

@@ -229,9 +229,7 @@ class Policy:
         device, dtype = placed_device(self._load["device"]), self._load["dtype"]
         if dtype == "auto":
             return device, placed_dtype(dtype, device, None if device.type == "cpu" else self.config)
-        return device, dtype if isinstance(dtype, torch.dtype) else getattr(
-            torch, dtype.removeprefix("torch.")
-        )
+        return device, getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
     @property
     def device(self) -> torch.device:
