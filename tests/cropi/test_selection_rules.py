@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from cropi.options import Influence, Selecting
 from cropi.ranking.draws import draw, normal_scores, soft_weights
 from cropi.ranking.rule import Rule
 from cropi.ranking.scores import Scores
-from cropi.ranking.selection import OtherChoices, select
+from cropi.ranking.selection import OtherChoices, check_selecting, select
 from cropi.ranking.shares import apportion, read_quotas
 from cropi.ranking.values import FROM_SCORES, STRIDE, best_of, fuse_ranks, order_of
 from cropi.store.rows import RowInfo
@@ -104,6 +105,27 @@ def test_quotas_that_do_not_fit_are_errors(quota: list[str], named: str) -> None
     scores = table_of([*range(20)], tasks="a" * 8 + "b" * 6 + "c" * 6)
     with pytest.raises(CropiError, match=named):
         select(scores, count=10, quota=quota)
+
+
+@pytest.mark.parametrize("pool", ["all", "usable"])
+def test_a_quota_for_a_group_without_a_gradient(pool: str) -> None:
+    """Its name was said not to be there."""
+    scores = table_of([*range(8)], tasks="aaaabbbb")
+    rows = [replace(row, status="ok" if row.task == "a" else "skipped") for row in scores.rows]
+    scores = Scores(rows, scores.sets, np.where(np.arange(8)[:, None] < 4, scores.table, np.nan), {})
+    few: dict[str, Any] = {"fraction": 0.5, "pool": pool}
+    with pytest.raises(CropiError, match="'b' is to give 1 prompts, but 0 of it have a gradient"):
+        select(scores, quota=["b=1"], **few)
+    with pytest.raises(CropiError, match="there is no task 'c'; there are 'a', 'b'$"):
+        select(scores, quota=["c=1"], **few)
+    with pytest.raises(CropiError, match="the groups get 1 of . prompts and no other group is left"):
+        select(scores, quota=["b=0", "a=1"], **few)
+    n = 4 if pool == "all" else 2
+    assert len(select(scores, quota=["b=0"], **few)) == n
+    assert len(select(scores, quota=["b=0"], least=3, **few)) == max(n, 3)
+    groups = {"a": (4, 4), "b": (4, 0)}
+    with pytest.raises(CropiError, match="'b' is to give 1 prompts, but 0 of it have a gradient"):
+        check_selecting(Selecting(quota=["b=1"], **few), prompts=8, usable=4, groups=groups)
 
 
 def test_a_count_that_quotas_do_not_leave_is_an_error() -> None:

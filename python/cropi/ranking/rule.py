@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -85,7 +85,11 @@ def groups_in(pool: Scan, given: Selecting) -> dict[str, list[int]] | None:
 
 
 def shared_out(
-    given: Selecting, sizes: Mapping[str, int], usable: Mapping[str, int], least: int
+    given: Selecting,
+    sizes: Mapping[str, int],
+    usable: Mapping[str, int],
+    least: int,
+    known: Collection[str],
 ) -> tuple[int, dict[str, int]]:
     """How many prompts are chosen, and how many of every group; with quotas, of the groups that have one.
 
@@ -93,6 +97,7 @@ def shared_out(
         given: the options, which choose by groups.
         sizes: of every group in the pool.
         usable: prompts of every group that can be chosen; groups without one may be missing.
+        known: the names of all groups, which quotas may be for.
         least: as for :class:`Rule`; quotas that leave fewer are raised, but for those of 0, which leave a group out.
 
     Raises:
@@ -101,10 +106,10 @@ def shared_out(
     if given.quota:
         n = given.count or how_many(given.fraction, sum(sizes.values()), least)
         quotas = read_quotas(given.quota)
-        counts = with_quotas(n, quotas, usable, grouped_by(given))
+        counts = with_quotas(n, quotas, usable, grouped_by(given), known)
         held = left_by(counts, usable, given.count)
         if given.count is None and held < (wanted := min(least, sum(usable.values()))):
-            room = {name: usable[name] - number for name, number in counts.items()}
+            room = {name: usable.get(name, 0) - number for name, number in counts.items()}
             weights = {name: max(number, 1) for name, number in counts.items() if quotas[name]}
             counts |= {
                 name: counts[name] + more for name, more in apportion(wanted - held, weights, room).items()
@@ -156,9 +161,10 @@ class Rule:
             return
         names = groups_of(rows, usable, per)
         members = _places_by(names)
-        pool = names if given.pool == "usable" else groups_of(rows, np.arange(len(rows)), per)
-        sizes = dict(Counter(pool))
-        n, counts = shared_out(given, sizes, {name: len(own) for name, own in members.items()}, least)
+        every = groups_of(rows, np.arange(len(rows)), per) if given.pool == "all" or given.quota else names
+        sizes = dict(Counter(names if given.pool == "usable" else every))
+        able = {name: len(own) for name, own in members.items()}
+        n, counts = shared_out(given, sizes, able, least, frozenset(every))
         self.groups = [
             (members[name], counts[name]) for name in (counts if given.quota else members) if counts[name]
         ]

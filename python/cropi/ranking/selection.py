@@ -288,7 +288,7 @@ def check_selecting(
     if groups is not None:
         some = {name: good for name, (_, good) in groups.items() if good}
         sizes = {name: every for name, (every, _) in groups.items()} if given.pool == "all" else some
-        shared_out(given, sizes, some, least)
+        shared_out(given, sizes, some, least, groups)
     for name, used in (
         ("method p_selected", given.method == "p_selected"), ("draw p_selected", given.draw == "p_selected"),
         ("confidence", given.confidence is not None),

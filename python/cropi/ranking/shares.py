@@ -176,18 +176,21 @@ def numbers_of(n: int, quotas: Mapping[str, float]) -> tuple[dict[str, int], int
     return counts, taken
 
 
-def with_quotas(n: int, quotas: Mapping[str, float], usable: Mapping[str, int], per: str) -> dict[str, int]:
-    """How many of ``n`` prompts every named group gets; the rest is for the others.
+def with_quotas(
+    n: int, quotas: Mapping[str, float], usable: Mapping[str, int], per: str, known: Collection[str]
+) -> dict[str, int]:
+    """How many of ``n`` prompts every named group gets; the rest is for the others. ``usable`` are prompts with a
+    gradient, of the groups that have any of all that are ``known``.
 
     Raises:
         NotInPool: a group that is not there, has too few prompts with a gradient, or quotas that do not fit ``n``.
     """
-    check_groups(quotas, usable, per)
+    check_groups(quotas, known, per)
     counts, taken = numbers_of(n, quotas)
     for name, number in counts.items():
-        if number > usable[name]:
+        if number > (able := usable.get(name, 0)):
             raise NotInPool(
-                f"quota: {name!r} is to give {number} prompts, but {usable[name]} of it have a gradient; lower it"
+                f"quota: {name!r} is to give {number} prompts, but {able} of it have a gradient; lower it"
             )
     check_rest(n, taken, quotas, usable)
     return counts
@@ -199,7 +202,7 @@ def check_rest(n: int, taken: int, quotas: Collection[str], known: Collection[st
     Raises:
         NotInPool: none is.
     """
-    if taken < n and set(quotas) == set(known):
+    if taken < n and set(quotas) >= set(known):
         raise NotInPool(
             f"quota: the groups get {taken} of {n} prompts and no other group is left for the rest; raise the "
             f"quotas, or choose {taken} (count)"
