@@ -67,9 +67,8 @@ def rollouts_of_proto(
     prompts, responses, attention = (
         _matrix(batch[name], name, where) for name in ("prompts", "responses", "attention_mask")
     )
-    if attention.shape != (len(prompts), prompts.shape[1] + responses.shape[1]) or len(responses) != len(
-        prompts
-    ):
+    count, width = len(prompts), prompts.shape[1] + responses.shape[1]
+    if attention.shape != (count, width) or len(responses) != count:
         shapes = ", ".join(str(list(x.shape)) for x in (prompts, responses, attention))
         raise BadSample(
             where, "attention_mask", f"prompts, responses and attention_mask have the shapes {shapes}"
@@ -85,7 +84,7 @@ def rollouts_of_proto(
                 where, name, f"has the shape {list(tensor.shape)}, responses {list(responses.shape)}"
             )
     wanted = (id_key.split(".")[0], *OTHERS)
-    others = {name: rows_of(other[name], len(prompts), name, where) for name in wanted if name in other}
+    others = {name: rows_of(other[name], count, name, where) for name in wanted if name in other}
     seen = attention.bool()
 
     def read(i: int) -> Rollout:
@@ -100,7 +99,7 @@ def rollouts_of_proto(
         full = {name: tensors[name][i] for name in REWARDS if name in tensors}
         return _rollout(f"{where}, row {i}", row | full, outside, id_key, step, temperature)
 
-    yield from left.each(range(len(prompts)), read)
+    yield from left.each(range(count), read)
 
 
 def rollouts_of_table(

@@ -33,6 +33,16 @@ from cropi_kernels import GradientSketcher
 logger = logging.getLogger(__name__)
 
 
+def prompts_a_batch(trainer: Any) -> int:
+    """Different prompts in a generation batch."""
+    return int(trainer.args.generation_batch_size // trainer.num_generations)
+
+
+def uses_of_a_batch(trainer: Any) -> int:
+    """Micro-batches of training that a generation batch serves."""
+    return int(trainer.args.steps_per_generation * trainer.num_iterations)
+
+
 def check_arguments(trainer: Any, options: Curriculum, prompts: int, pool: Scan | None = None) -> None:
     """Check the trainer's arguments against the stages.
 
@@ -58,8 +68,7 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int, pool: Scan 
             "args.ignore_data_skip is True: a resumed run would begin its stage's prompts anew, so that the stage gets "
             "more steps than stage_steps and later ones begin late; leave it out (skipping batches generates nothing)"
         )
-    every = args.steps_per_generation * trainer.num_iterations
-    if (steps * args.gradient_accumulation_steps) % every:
+    if (steps * args.gradient_accumulation_steps) % uses_of_a_batch(trainer):
         raise CropiError(
             f"stage_steps {steps} x gradient_accumulation_steps {args.gradient_accumulation_steps} is not a multiple "
             f"of steps_per_generation {args.steps_per_generation} x num_iterations {trainer.num_iterations}: a "
@@ -82,7 +91,7 @@ def check_arguments(trainer: Any, options: Curriculum, prompts: int, pool: Scan 
             "live=Live(coupled=True) to take the parts of the gradient that pass through each prompt's tokens, or "
             "args.router_aux_loss_coef=0.0 to train without that loss"
         )
-    batch = int(args.generation_batch_size // trainer.num_generations)
+    batch = prompts_a_batch(trainer)
     check_enough(range(first_stage(options, prompts, pool)), batch, 0)
     # Where a fraction chooses too few of recorded prompts, more are taken.
     if options.count is not None and args.max_steps > steps:
@@ -193,7 +202,7 @@ def _check_choice(trainer: Any, options: Curriculum) -> None:
             "choose among these; lower it, make stage_steps larger, or give trajectories as train"
         )
     quotas = read_quotas(options.quota)
-    batch = int(trainer.args.generation_batch_size // trainer.num_generations)
+    batch = prompts_a_batch(trainer)
     n = options.count or how_many(options.fraction, most, batch)
     counts, taken = numbers_of(n, quotas)
     if options.per == "file" or (options.per == "pool" and not quotas):
@@ -237,8 +246,7 @@ def check_policy(model: Any, options: Curriculum) -> None:
 def recorded_first(trainer: Any, options: Curriculum, prompts: int) -> int:
     """How many of the dataset's prompts the first stage can record at most."""
     steps = options.stage_steps * trainer.args.gradient_accumulation_steps
-    batches = steps // (trainer.args.steps_per_generation * trainer.num_iterations)
-    return min(prompts, batches * int(trainer.args.generation_batch_size // trainer.num_generations))
+    return min(prompts, steps // uses_of_a_batch(trainer) * prompts_a_batch(trainer))
 
 
 def check_space(

@@ -36,7 +36,9 @@ from cropi.trainers.trl.checks import (
     check_policy,
     check_space,
     drawn,
+    prompts_a_batch,
     recorded_first,
+    uses_of_a_batch,
     with_template_values,
 )
 from cropi.trainers.trl.live import KEPT, LiveRun, features_of
@@ -159,7 +161,7 @@ class Stages(Recorder):
     @property
     def prompts(self) -> int:
         """Different prompts in a generation batch."""
-        return int(self.trainer.args.generation_batch_size // self.trainer.num_generations)
+        return prompts_a_batch(self.trainer)
 
     def columns(self) -> list[str]:
         """The recorder's columns; live selection needs the ids also where nothing is recorded."""
@@ -182,7 +184,7 @@ class Stages(Recorder):
     def sampler(self) -> StageSampler:
         """The order of the prompts, stage by stage."""
         trainer = self.trainer
-        every = trainer.args.steps_per_generation * trainer.num_iterations
+        every = uses_of_a_batch(trainer)
         return StageSampler(
             self.plan,
             chunks=self.options.stage_steps * trainer.args.gradient_accumulation_steps // every,
@@ -225,7 +227,7 @@ class Stages(Recorder):
                 "it was before the first step, and training differs from that of a run that was not stopped"
             )
         trainer._step = done = self.step * args.gradient_accumulation_steps
-        every = args.steps_per_generation * trainer.num_iterations
+        every = uses_of_a_batch(trainer)
         if done % every and self.step < trainer.state.max_steps:
             logger.warning(
                 "step %d is within a generation batch: TRL samples its responses anew for the %d of its %d "
