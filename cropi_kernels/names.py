@@ -8,6 +8,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Left in names by torch.compile, FSDP, DDP, activation-checkpoint wrappers and PEFT.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
@@ -24,6 +28,11 @@ def canonical_name(name: str) -> str:
     'model.layers.0.self_attn.q_proj.weight'
     """
     return _BASE_LAYER.sub("", _PEFT_PREFIX.sub("", _WRAPPERS.sub("", name)))
+
+
+def names_by_id(model: nn.Module) -> dict[int, str]:
+    """The canonical names of a model's parameters, by their ids."""
+    return {id(p): canonical_name(name) for name, p in model.named_parameters()}
 
 
 def module_name(path: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..names import canonical_name
+from ..names import names_by_id
 from ..ops.linear_logprob.contract import Weigh, check_temperature
 from ..spec import SketchSpec
 from .attach.attachment import plan_model
@@ -82,7 +82,7 @@ class FormedSketcher:
         plan = plan_model(self.model, Accumulator(self.spec), exclude)
         self.coverage: Coverage = plan.coverage
         self._groups = planned(groups, plan.coverage.names, plan.ranks)
-        names = {id(p): canonical_name(name) for name, p in self.model.named_parameters()}
+        names = names_by_id(self.model)
         self._add = [
             (names[id(p)], p, add)
             for p, add in TapGroups(plan).formed.values()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.state import attention_of
 from .host import values
 
 # What a pass gives to the model itself: see `model_inputs`.
@@ -140,7 +141,7 @@ def model_inputs(
 
 
 def _eager(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+    return attention_of(model) == "eager"
 
 
 def _check_more(model: nn.Module, more: Any) -> None:

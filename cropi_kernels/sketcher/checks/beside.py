@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...names import canonical_name, listed
+from ...names import listed, names_by_id
 from ..attach.attachment import Attachment
 from ..batch.segments import Segments
 from ..model.sharded import units
@@ -39,7 +39,7 @@ def watch_weights(plan: Attachment) -> Iterator[list[bool]]:
     if inside_compiled(plan.model) or units(plan.model):
         yield traced
         return
-    names = {id(p): canonical_name(n) for n, p in plan.model.named_parameters()}
+    names = names_by_id(plan.model)
     own = {
         module: [p for p, _ in tap.formed(module) if not p.requires_grad] for module, tap in plan.taps.items()
     }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ...names import canonical_name
+from ...names import names_by_id
 from ..attach.attachment import Attachment
 from ..model.hooks import hooked, unless_none
 from ..model.precision import smallest, unit_roundoff
@@ -39,7 +39,7 @@ class TapGroups:
     def __init__(self, plan: Attachment) -> None:
         reshard(plan.model)
         self.plan = plan
-        names = {id(p): canonical_name(n) for n, p in plan.model.named_parameters()}
+        names = names_by_id(plan.model)
         self.formed: dict[int, tuple[nn.Parameter, Add]] = {}
         self.taps: dict[int, list[Source]] = {}
         self.group: dict[int, int] = {}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ...names import canonical_name
+from ...names import names_by_id
 from ...ops.norm_grad import bias_grad
 from ..attach.attachment import Attachment
 from ..batch.host import on_device
@@ -175,7 +175,7 @@ def _add_formed(
     Returns:
         The names of the parameters whose gradients were added.
     """
-    names = {id(p): canonical_name(n) for n, p in plan.model.named_parameters()}
+    names = names_by_id(plan.model)
     acc, matrix, bias = plan.acc, plan.head_matrix, plan.head_bias
     own = (split.head.weight, matrix), (split.head.bias, bias)
     covered = [names.get(id(p), "lm_head") for p, sketch in own if sketch is not None]

@@ -26,7 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ...names import canonical_name
+from ...names import names_by_id
 from ..batch.row_segments import Runs
 from ..model.state import inside_compiled
 from ..sums.accumulator import Accumulator
@@ -239,7 +239,7 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 def _weights_beside(loss: torch.Tensor, ys: list[torch.Tensor], model: nn.Module) -> list[str]:
     """Names of parameters that ``loss`` reaches without passing through one of ``ys``."""
-    names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    names = names_by_id(model)
     behind = nodes_behind([loss], {y.grad_fn for y in ys})
     leaves = [id(node.variable) for node in behind if hasattr(node, "variable")]
     return list(dict.fromkeys(names[leaf] for leaf in leaves if leaf in names))

@@ -28,11 +28,15 @@ def inside_compiled(model: nn.Module) -> set[nn.Module]:
     return inside
 
 
+def attention_of(model: nn.Module) -> str | None:
+    """The kind of attention that transformers has a model compute; None where it does not say."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
 def code_shape(model: nn.Module) -> tuple[object, ...]:
     """Equal as long as no module, class, hook, or forward of an instance has come or gone, and attention is of one
     kind."""
-    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return kind, *(
+    return attention_of(model), *(
         (
             id(module),
             type(module),

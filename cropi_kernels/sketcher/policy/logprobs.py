@@ -22,6 +22,7 @@ from ..batch.labels import Batch
 from ..model.bitsandbytes import check_8bit_layers
 from ..model.precision import own_precision, unwrapped
 from ..model.sharded import units
+from ..model.state import attention_of
 from .decoder import split_model, split_parts
 from .probe import Probe, checked_rows, probe_longer, probe_rows
 from .split import SplitModel
@@ -126,7 +127,7 @@ def measured_split(model: nn.Module) -> SplitModel:
 
 def _measured_probe(model: nn.Module, here: Batch) -> Probe:
     """How the model takes rows, measured at the first call, and again for another kind of attention or longer rows."""
-    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    kind = attention_of(model)
     known, split = _PROBES.get(model), measured_split(model)
     probe = known[1] if known is not None and known[0] == kind else probe_rows(model, split)
     probe = probe_longer(probe, model, split, here)

@@ -25,6 +25,11 @@ def plain_messages(messages: Any, name: str, where: str) -> list[dict[str, Any]]
     return [_plain(message, f"{name}[{i}]", where) for i, message in enumerate(messages)]
 
 
+def as_messages(prompt: Any) -> list[dict[str, Any]]:
+    """A prompt as a conversation: a text is one user message."""
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
 def last_text(prompt: str | list[dict[str, Any]] | None) -> str:
     """A prompt's text, of a conversation that of the last message."""
     if isinstance(prompt, str):

@@ -250,8 +250,11 @@ def check_export(
 
 def _row(group: PromptGroup) -> dict[str, Any]:
     """A record without its rollouts; a demonstration is what is trained on, and stays whole."""
-    if group.demonstrations:
-        return group.to_record()
+    return group.to_record() if group.demonstrations else without_rollouts(group)
+
+
+def without_rollouts(group: PromptGroup) -> dict[str, Any]:
+    """The keys of a record that are not of its rollouts."""
     return {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
 
 

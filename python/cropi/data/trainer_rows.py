@@ -19,6 +19,7 @@ import json
 import re
 from typing import Any
 
+from cropi.data.chat import as_messages
 from cropi.data.keys import RENDERED
 from cropi.data.records import PromptGroup
 from cropi.data.rewards import final_answer
@@ -65,7 +66,7 @@ def trainer_row(trainer: str, group: PromptGroup, data_source: str | None = None
             f"it (from a dump), and {trainer} would apply its chat template to it; give its own --dataset with "
             f"--format {FILES[trainer]}, or --format jsonl and train on 'prompt' without a template"
         )
-    prompt = group.prompt if isinstance(group.prompt, list) else [{"role": "user", "content": group.prompt}]
+    prompt = as_messages(group.prompt)
     source = data_source or group.extra.get("data_source") or group.task
     extra = {key: value for key, value in group.extra.items() if key != "data_source"}
     if trainer == "verl":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from cropi.data.chat import as_messages
 from cropi.data.keys import RENDERED
 from cropi.data.records import PromptGroup
 from cropi.errors import CropiError, RecordError, warn
@@ -262,8 +263,7 @@ class Tokenize:
                 "the prompt is a list of messages, but there is no chat template",
                 "pass --chat-template FILE, or store the prompt as text or prompt_ids",
             )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        assert messages is not None
+        messages = as_messages(prompt)
         if unread := template.unread(tools, variables):
             self._warn(
                 "unread",
@@ -338,9 +338,7 @@ class Tokenize:
                 "which the template renders with the messages of the prompt alone",
                 "give the prompt as messages, or store 'prompt_ids', 'response_ids' and 'loss_mask'",
             )  # fmt: skip
-        prompt = (
-            group.prompt if isinstance(group.prompt, list) else [{"role": "user", "content": group.prompt}]
-        )
+        prompt = as_messages(group.prompt)
         ids, mask = self.template.turn_ids(prompt, response, name, *self._template_values(group))
         if cut and response[-1].get("role") == "assistant":
             _leave_end_out(ids, mask, self.all_ends)

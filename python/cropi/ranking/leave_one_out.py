@@ -44,7 +44,7 @@ def leave_one_out(
     """
     given = selecting or Selecting()
     check_from_scores(given.method)
-    usable = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
+    usable = pairs.usable
     rule = Rule(pairs.rows, usable, given)
     sets = [MeanSet(pairs, name, usable, metric, mean) for name in pairs.sets]
     table = np.stack([one.score(one.base) for one in sets], axis=1)

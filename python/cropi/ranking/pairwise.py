@@ -63,6 +63,12 @@ class Pairwise:
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.dots / self.norms[:, None] / lengths
 
+    @property
+    def usable(self) -> np.ndarray:
+        """The training prompts with a score, int64."""
+        places: np.ndarray = np.flatnonzero(np.isfinite(self.dots).all(axis=1) & np.isfinite(self.norms))
+        return places
+
     def weights(self, members: np.ndarray, mean: str = "plain") -> np.ndarray:
         """The weight of each member in its set's mean, float64: ``1 / V``, or ``1 / (V |g_i|)`` if normalised."""
         lengths = np.sqrt(np.diagonal(self.gram))[members] if mean == "normalised" else np.ones(len(members))

@@ -125,7 +125,7 @@ def _usable(
         )
     if alone := one_alone({name: len(pairs.members(name)) for name in pairs.sets}):
         raise CropiError(alone)
-    usable: NDArray[np.int64] = np.flatnonzero(np.isfinite(pairs.dots).all(axis=1) & np.isfinite(pairs.norms))
+    usable = pairs.usable
     if not len(usable):
         raise CropiError("no training prompt has a usable sketch, so there is no score to resample")
     return usable

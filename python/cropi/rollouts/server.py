@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from cropi.data.chat import as_messages
 from cropi.errors import CropiError, shown, warn
 from cropi.gradient.tokenize import Tokenize
 from cropi.rollouts.engine import Request, Response, is_cut
@@ -212,8 +213,7 @@ class ServerEngine:
             body["top_k"] = self.sampling.top_k
         body |= changes
         if self.api == "chat":
-            prompt = request.messages
-            body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            body["messages"] = as_messages(request.messages)
             body |= {"logprobs": True, **request.options}
             path = "chat/completions"
         else:

@@ -100,9 +100,14 @@ class Shard:
         """Bytes of its tensors, and about those of its rows."""
         return sum(held.end - held.begin for held in self.tensors.values()) + 256 * len(self.rows)
 
+    @property
+    def _values(self) -> tuple[str, Held]:
+        """The tensor of the rows' numbers, and its name."""
+        return next((name, held) for name, held in self.tensors.items() if name != "scale")
+
     def check_width(self, dim: int) -> None:
         """Raises CropiError: its rows do not have ``dim`` numbers."""
-        name, held = next((n, h) for n, h in self.tensors.items() if n != "scale")
+        name, held = self._values
         width = held.shape[1] * 8 // PACKED.get(name, 8)
         if self.kept and width != dim:
             raise CropiError(
@@ -117,10 +122,7 @@ class Shard:
         """
         if not self.kept:
             return
-        (name, values), step = (
-            next((n, h) for n, h in self.tensors.items() if n != "scale"),
-            self.checks["rows"],
-        )
+        (name, values), step = self._values, self.checks["rows"]
         width = (values.end - values.begin) // values.shape[0]
         scale = self.tensors.get("scale")
         scales = None

@@ -17,7 +17,7 @@ import torch
 
 from cropi.atomic import write_atomic
 from cropi.checked import fits, in_words, is_number
-from cropi.data.export import ROLLOUT_KEYS
+from cropi.data.export import without_rollouts
 from cropi.data.readers import read
 from cropi.data.records import PromptGroup
 from cropi.data.rows_out import columns_of
@@ -186,10 +186,7 @@ def _rows(
         CropiError: they are fewer than one generation batch takes.
     """
     groups = list(read(records))
-    rows = [
-        {key: value for key, value in group.to_record().items() if key not in ROLLOUT_KEYS}
-        for group in groups
-    ]
+    rows = [without_rollouts(group) for group in groups]
     if len(rows) < (batch := _prompts_in(arguments)):
         raise CropiError(
             f"{records}: {len(rows)} prompts are selected, but one generation batch takes {batch} different ones "
