@@ -111,7 +111,7 @@ class Places:
             if source not in files:
                 path = sources[source].lines_file()
                 if path is None:
-                    raise changed(sources[source])
+                    raise was_changed(sources[source])
                 files[source] = stack.enter_context(open_to_read(path))
             files[source].seek(self._offsets[number])
             line = files[source].readline()
@@ -120,13 +120,13 @@ class Places:
             except RecordError:  # it was right when the place was noted
                 group = None
             if group is None or group.id != name:
-                raise changed(sources[source], f": {name!r:.100} is elsewhere")
+                raise was_changed(sources[source], f": {name!r:.100} is elsewhere")
             return group
 
         return read
 
 
-def changed(source: Source, how: str = "") -> CropiError:
+def was_changed(source: Source, how: str = "") -> CropiError:
     """The error where a file is not what it was in the first pass."""
     return CropiError(f"{source.name} was changed while it was used{how}; run the same again")
 

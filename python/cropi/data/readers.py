@@ -24,7 +24,7 @@ from cropi.data.forms import (
     renamed,
     split_conversation,
 )
-from cropi.data.places import Places, all_lines, changed, kept_places
+from cropi.data.places import Places, all_lines, kept_places, was_changed
 from cropi.data.records import WITH_REWARDS, PromptGroup, make_group
 from cropi.data.sources import Row, Source, fields_of, is_blank, sources_of
 from cropi.data.spilled import Spilled
@@ -232,7 +232,7 @@ class PromptGroups:
             for name, given in zip_longest(names, rows):
                 group = None if given is None else state._record(given[2], given[0])
                 if group is None or group.id != name:
-                    raise changed(self.sources[number])
+                    raise was_changed(self.sources[number])
                 yield group
 
 

@@ -20,7 +20,7 @@ from cropi.pipeline.lost import asked_of
 from cropi.ranking.contrast import names_without
 from cropi.ranking.influence import SharedPrompts
 from cropi.ranking.resampling import one_alone
-from cropi.ranking.rule import groups_in
+from cropi.ranking.rule import fixed_groups
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.values import check_rewards
 from cropi.sketching.job import SketchJob, make_job
@@ -157,7 +157,7 @@ def check(
     most = job.limit or pool.prompts
     alone = one_alone(sizes, given.max_valid)
     with asked_of(setup.least):
-        groups = groups_in(pool, setup.selecting)
+        groups = fixed_groups(pool, setup.selecting)
         check_selecting(
             setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
             groups=groups if most >= pool.prompts else None, least=setup.least, draws=given.draws, alone=alone,

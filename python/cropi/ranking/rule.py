@@ -71,7 +71,7 @@ def grouped_by(given: Selecting) -> str:
     return "task" if given.quota and given.per == "pool" else given.per
 
 
-def groups_in(pool: Scan, given: Selecting) -> dict[str, list[int]] | None:
+def fixed_groups(pool: Scan, given: Selecting) -> dict[str, list[int]] | None:
     """The prompts of every group of a pool that shares are fixed for: how many, and how many have a gradient; None
     where the pool is one group.
 

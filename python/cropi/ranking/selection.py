@@ -269,7 +269,7 @@ def check_selecting(
     Args:
         given: the options.
         prompts, usable: of the pool: all, and those with a gradient; None where they are not known yet.
-        groups: the same two numbers of every group that shares are fixed for (:func:`cropi.ranking.rule.groups_in`).
+        groups: the same two numbers of every group that shares are fixed for (:func:`cropi.ranking.rule.fixed_groups`).
         least: as in :func:`select`.
         draws: resamples that the scores will have.
         alone: why they will have none in any case (:func:`cropi.ranking.resampling.one_alone`).

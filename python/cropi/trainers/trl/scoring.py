@@ -29,7 +29,7 @@ from cropi.options import Choosing, Comparing, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
 from cropi.pipeline.lost import TooFewLeft
 from cropi.pipeline.rescoring import PLAN, Anew
-from cropi.ranking.rule import groups_in
+from cropi.ranking.rule import fixed_groups
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.selection_files import SELECTED
 from cropi.sketching.job import SketchJob
@@ -229,7 +229,7 @@ def check_files(
             raise
     else:
         choice = Selecting(**part_of(options, Choosing))
-        check_selecting(choice, prompts=pool.prompts, usable=pool.usable, groups=groups_in(pool, choice))
+        check_selecting(choice, prompts=pool.prompts, usable=pool.usable, groups=fixed_groups(pool, choice))
     recorded = options.recording is not None and options.recording.logprobs
     stored = scans["train"].with_logprobs > 0
     if options.use_recorded and options.behaviour == "auto" and estimator.ratio and recorded != stored:
