@@ -31,11 +31,14 @@ from cropi_kernels.testing import sum_error_bound
 
 # One matrix of 420 block pairs: rows, cols, width, tokens of the segments.
 SLAB = ([1536], 8960, None, [600, 0, 37, 64])
+FOLDED = ([1536, 256, 256], 1536, 256, [600, 0, 37, 64])
 FORMS: dict[str, dict[str, Any]] = {
     "tiles of D that stay": {"HELD_FROM": 1},
     "36 pairs a group": {"MOST_PAIRS": 36},
     "36 pairs a group, tiles of D that stay": {"HELD_FROM": 1, "MOST_PAIRS": 36},
+    "36 pairs a group, tiles of A that stay": {"A_STAYS": True, "MOST_PAIRS": 36},
 }
+OF_FOLDED: dict[str, dict[str, Any]] = {"": {}, ", tiles of A that stay": {"A_STAYS": True}}
 EXPERTS = ("odd rows", "experts of a real layer")
 NORMED = (8192, 1, 3, 18, 32, 64, 128)  # features of norms
 TOKENS, EPS = 700, 1e-6
@@ -315,6 +318,11 @@ def main() -> None:
         results.attempt(
             f"slabs: {name}",
             lambda v=values: correctness.slabs_by_turns(*SLAB, torch.bfloat16, "out", **v),
+        )
+    for name, values in OF_FOLDED.items() if takes_turns(torch.device("cuda:0")) else ():
+        results.attempt(
+            f"slabs folded to 256, into sums{name}",
+            lambda v=values: correctness.slabs_by_turns(*FOLDED, torch.bfloat16, "sums", **v),
         )
     for case in EXPERTS:
         results.attempt(f"experts: {case}", lambda c=case: correctness.grouped(c, torch.bfloat16))

@@ -19,6 +19,7 @@ OPS = Path(__file__).resolve().parents[2] / "cropi_kernels" / "ops"
 KERNELS = {
     "turns_kernel": OPS / "linear_logprob" / "triton_turns.py",
     "slab_turns_kernel": OPS / "sketch_linear" / "triton_turns.py",
+    "slab_stay_kernel": OPS / "sketch_linear" / "triton_stay.py",
 }
 ACCESS = re.compile(r"(?:Read|Write) access at ([^\s+]+)\+0x[0-9a-f]+(?: in ([^\s:]+):(\d+))?")
 

@@ -37,7 +37,16 @@ from .._device_plan import (
 )
 from .._triton_pairs import WARP, block_of, columns_of, matrix_of, pick_word, row_flips
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
-from .turns import HELD_FROM, HELD_STEPS, TURNS_FROM, TURNS_STEP, WIDE_SUMS, turns_launch, turns_options
+from .turns import (
+    A_STAYS,
+    HELD_FROM,
+    HELD_STEPS,
+    TURNS_FROM,
+    TURNS_STEP,
+    WIDE_SUMS,
+    turns_launch,
+    turns_options,
+)
 
 # ------------------------------------------------------------------------------------------------- fold
 # Measured on an H200, 8960 features folded to 64, 128 and 256: 73, 74 and 75 us; 8 tokens and 4 warps 73, 94 and 81.
@@ -359,21 +368,22 @@ def _stack(plans: tuple[MatrixPlan, ...], device: torch.device, dtype: torch.dty
     parts = plan.slab_rows // options["BM"] * _triton.ceil_div(plan.slab_cols, options["BN"])
     signs, wide = plan.col_fold is None, options["BN"] > 128
     held = signs and plan.slab_cols == 256 and plan.n_col_blocks >= HELD_FROM
-    held = held and chunk_tokens(plan.n_slabs) <= HELD_STEPS * TURNS_STEP
+    stays = A_STAYS and plan.slab_cols == 256
+    held = held and not stays and chunk_tokens(plan.n_slabs) <= HELD_STEPS * TURNS_STEP
     alone = wide and len(plans) == 1
     options |= {"PAIRS": lanes(plan.slab_cols), "COLUMN_SIGNS": signs, "ALONE": alone}
     launch = functools.partial(slab_launch, plan.slab_rows, plan.slab_cols, tuple(options.items()))
     turns, turns_parts = {}, 1
     if dtype == torch.bfloat16 and plan.slab_cols >= TURNS_FROM and takes_turns(device):
-        of_turns = turns_options(plan.slab_cols, groups, held)
-        turns_parts = of_turns["PARTS"]
+        of_turns = turns_options(plan.slab_cols, groups, held, stays)
+        turns_parts = of_turns.get("PARTS", 1)
         turns = {
             into: turns_launch(plan.slab_rows, plan.slab_cols, signs, alone, tuple(of_turns.items()), into)
             for into in INTO
         }
     rows, cols = [p.folded_rows for p in plans], plan.folded_cols
     adds = not wide or bool(turns and WIDE_SUMS and usual((), (*rows, cols), ()))
-    alike = words & np.uint64(what_d_is_of(plan.slab_rows)) if held else slab
+    alike = words & np.uint64(what_d_is_of(plan.slab_rows) if held else 0xFFFF << 32 if stays else 0)
     order = np.lexsort((alike, slab))
     first = upload(np.concatenate([[0], np.cumsum(counts)]), np.int32, device)
     none = (1 << 15,) * (MEMBERS - len(plans))  # above every block

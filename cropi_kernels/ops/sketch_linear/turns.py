@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from ... import _triton
 from ..._launch import Launch
@@ -15,11 +16,15 @@ HELD_STEPS, HELD_FROM = 8, 1 << 20
 # Whether slabs of 256 columns add to a pass's sums, as narrower ones do: by turns they have the registers for it. Not
 # measured yet beside slots that are added up after every launch, which is what a pass does (`Stack.into`).
 WIDE_SUMS = False
+# Steps whose tiles of A stay in shared memory while pairs of 256 columns have a column block in common, and whether
+# they do (`slab_stay_kernel`). Not measured yet.
+STAY_STEPS, A_STAYS = 4, False
 
 
-def turns_options(slab_cols: int, groups: int, held: bool = False) -> dict[str, int]:
+def turns_options(slab_cols: int, groups: int, held: bool = False, stays: bool = False) -> dict[str, int]:
     """Constants of `slab_turns_kernel`; 4 stages of 256 x 256 are 197 kB, as 6 of 128 x 128; 4 of 128 x 64 are 98.
-    ``held``: tiles of D stay; 8 steps of both halves and 3 stages of A are 230 kB.
+    ``held``: tiles of D stay; 8 steps of both halves and 3 stages of A are 230 kB. ``stays``: of `slab_stay_kernel`; 4
+    steps of A and 4 stages of D are 197 kB.
 
     Measured on an H200, in turns, 16384 tokens in 16 segments, microseconds of `slab_kernel`, and of slabs in 1, 2 and
     4 parts:
@@ -35,6 +40,8 @@ def turns_options(slab_cols: int, groups: int, held: bool = False) -> dict[str, 
     """
     if slab_cols == 64:  # 80 registers for each of 12 warps: two programs a multiprocessor
         return {"PARTS": 4, "STAGES": 4, "HELD": 0, "OF_SECOND": 88, "OF_COPIES": 64, "maxnreg": 80}
+    if stays:
+        return {"STAGES": 4, "STAY": STAY_STEPS, "OF_SECOND": 208, "OF_COPIES": 88}
     parts = 2 if slab_cols == 128 and groups <= 2 else 1
     of_tiles = {"STAGES": 3, "HELD": HELD_STEPS} if held else {"STAGES": 6 if parts == 2 else 4, "HELD": 0}
     # 168 for each; up to 128 hold a group's sums. From Triton 3.8 on, warps that copy for 256 columns spill with 88.
@@ -52,10 +59,14 @@ def turns_launch(
     into: str,
 ) -> Launch:
     """`slab_kernel` by warps of different work."""
-    # Where it serves alone: not every release of Triton has Gluon.
+    # Where they serve alone: not every release of Triton has Gluon.
+    from .triton_stay import slab_stay_kernel
     from .triton_turns import WARPS, slab_turns_kernel
 
-    return Launch(
-        slab_turns_kernel, SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, COLUMN_SIGNS=column_signs, ALONE=alone, INTO=into,
-        BK=TURNS_STEP, num_warps=WARPS.value, **dict(options),
+    constants: dict[str, Any] = dict(
+        SLAB_ROWS=slab_rows, SLAB_COLS=slab_cols, COLUMN_SIGNS=column_signs, ALONE=alone, INTO=into, BK=TURNS_STEP,
+        num_warps=WARPS.value, **dict(options),
     )  # fmt: skip
+    if "STAY" in constants:
+        return Launch(slab_stay_kernel, **constants)
+    return Launch(slab_turns_kernel, **constants)

@@ -23,7 +23,6 @@ from cropi_kernels.ops.rms_norm import triton as rms
 from cropi_kernels.ops.sketch_embedding import triton as rows
 from cropi_kernels.ops.sketch_grouped import triton as stack
 from cropi_kernels.ops.sketch_linear import triton as linear
-from cropi_kernels.ops.sketch_linear import triton_turns as linear_turns
 from cropi_kernels.ops.sketch_vector import triton as vector
 from cropi_kernels.ops.swiglu import triton as gates
 
@@ -212,16 +211,17 @@ def slab_turns(
     alone: bool = False,
     groups: int = 3,
     held: bool = False,
+    stays: bool = False,
 ) -> Case:
     """12 warps share the registers, as of `log_prob_turns`; of narrow slabs, those of half a multiprocessor."""
-    kernel = linear_turns.slab_turns_kernel
-    turns = linear.turns_options(cols, groups, held)
+    turns = linear.turns_options(cols, groups, held, stays)
     launch = linear.turns_launch(32768 // cols, cols, signs, alone, tuple(turns.items()), into)
+    kernel = launch.kernel
     constants = {k: v for k, v in launch.constants.items() if k in kernel.arg_names}
     like = slab(dtype, cols, 90)
     types = {n: like.types[n] for n in kernel.arg_names if n not in constants}
     name = f"slab turns {dtype} {cols} {into}{' signs' if signs else ''}{' parts' if groups < 3 else ''}"
-    name += " held" if held else ""
+    name += " held" * held + " stay" * stays
     options = {k: v for k, v in launch.constants.items() if k not in constants}
     return Case(name, kernel, types, constants, like.aligned, options, turns.get("maxnreg", 168), True)
 
@@ -325,6 +325,7 @@ def on_hopper() -> list[Case]:
         slab_turns("bfloat16", 256, "sums"),
         slab_turns("bfloat16", 256, "slots", signs=True, alone=True, held=True),
         slab_turns("bfloat16", 256, "slots", signs=True, held=True),
+        slab_turns("bfloat16", 256, "slots", signs=True, alone=True, stays=True),
         slab_turns("bfloat16", 128, "sums"),
         slab_turns("bfloat16", 128, "out", signs=True),
         slab_turns("bfloat16", 128, "sums", groups=1),

@@ -183,14 +183,17 @@ def test_vectors_that_leave_in_several_launches_have_the_same_bits(
     torch.testing.assert_close(at_once.double(), exact, rtol=0, atol=30 * 2.0**-24 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["slots", "sums"])
-def test_slabs_of_256_columns(adds: bool, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "adds, stays", [(False, False), (True, False), (True, True)], ids=["slots", "sums", "stay"]
+)
+def test_slabs_of_256_columns(adds: bool, stays: bool, stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launches, of which each is added up at once, or both into the pass's sums."""
     from cropi_kernels.ops import _device_plan
     from cropi_kernels.ops.sketch_linear import triton as slab
 
     monkeypatch.setattr(slab, "takes_turns", lambda device: True)
     monkeypatch.setattr(slab, "WIDE_SUMS", adds)
+    monkeypatch.setattr(slab, "A_STAYS", stays)
     monkeypatch.setattr(_device_plan, "cache", {})
     spec, where, reduced = SketchSpec(width=256), Layer().segments(60), 0
     engine = GpuEngine(where, torch.zeros(2, spec.base_dim))

@@ -85,15 +85,8 @@ def test_correctness_as_the_sanitizer_runs_it(
     monkeypatch.setattr(sys, "argv", ["correctness.py", "--small", "memcheck"])
     narrow = dict.fromkeys(("folded", "several groups", "odd"), module.CASES["narrow"])
     grouped = dict.fromkeys(module.GROUPED, (1, 8, 9, 16, 5, 8))
-    cut_down(
-        monkeypatch,
-        module,
-        DTYPES={"fp32": torch.float32},
-        CASES=narrow,
-        GROUPED=grouped,
-        TOKENS=100,
-        SCORED=12,
-    )
+    cut_down(monkeypatch, module, DTYPES={"fp32": torch.float32}, CASES=narrow, GROUPED=grouped)
+    cut_down(monkeypatch, module, TOKENS=100, SCORED=12)
     finish(module)
     got = rows(tmp_path, "sanitizer_memcheck")
     assert len(got) >= 8 and all(row["ok"] for row in got.values())
@@ -118,6 +111,13 @@ def test_tiles_of_d_that_stay(suite: Any, stage: None) -> None:
     """Twelve pairs of one group have seven different tiles of D, three steps each: more than there is room for."""
     values = {"HELD_FROM": 1, "group_pairs": lambda cols, pairs: 12}
     row = suite("correctness").slabs_by_turns([144], 1312, None, [130, 3], torch.bfloat16, "out", **values)
+    assert row["ok"]
+
+
+def test_tiles_of_a_that_stay(suite: Any, stage: None) -> None:
+    """Nine pairs of one group have three column blocks, twice: there are more tokens than stay."""
+    values = {"A_STAYS": True, "group_pairs": lambda cols, pairs: 9}
+    row = suite("correctness").slabs_by_turns([272], 528, None, [3, 300], torch.bfloat16, "out", **values)
     assert row["ok"]
 
 
@@ -307,11 +307,12 @@ def test_new(
     cut_down(monkeypatch, module, TOKENS=60, NORMED=(1, 18), WIDE=301, LENGTHS=(41,), BATCH=48)
     cut_down(monkeypatch, module, JOBS=module.JOBS[1:2], TILES=(64,), EXPERTS=("odd rows",))
     cut_down(monkeypatch, module, SLAB=([144], 1312, None, [130, 3]), takes_turns=lambda device: True)
+    cut_down(monkeypatch, module, FOLDED=([48, 16], 272, 256, [70, 3]), OF_FOLDED={"": {"A_STAYS": True}})
     cut_down(monkeypatch, module, FORMS=dict(list(module.FORMS.items())[-1:]))
     cut_down(monkeypatch, module.correctness, TOKENS=60, SCORED=12)
     finish(module)
     got = rows(tmp_path, "new")
-    assert len(got) == 10 and all(row["ok"] for row in got.values())
+    assert len(got) == 11 and all(row["ok"] for row in got.values())
     assert got["streams"]["message"].startswith("model.layers.1.mlp.up_proj runs on another CUDA stream")
     assert got["a bias of millions"]["features"] == 301 and got["norms of 18"]["sums"] > 0
 
@@ -369,7 +370,7 @@ def test_variants(
     before = module.slab.group_pairs, module.slab.slab_config, module.norm.CHUNK_TOKENS
     finish(module)
     got = rows(tmp_path, "variants")
-    assert len(got) == 95 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
+    assert len(got) == 99 and all(row["us"] > 0 and "prediction_us" in row for row in got.values())
     assert (
         got["dz times head: float32 result"]["worst_error"]
         < got["dz times head: bfloat16 result"]["worst_error"]
