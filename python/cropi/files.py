@@ -13,6 +13,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +286,14 @@ def meant(path: str | Path) -> str:
             end = "and links from there lead round in a circle" if circle else "which is not there"
             return f"it is a link to {shown(os.readlink(path))}, {end}; "
     pattern = "a pattern is for the shell, which replaces it outside of quotes, or glob.glob in Python; "
-    near = (
-        did_you_mean(path.name, (other.name for other in entries(path.parent)))
-        if len(path.name) < 256
-        else ""
-    )
+    near = ""
+    if len(path.name) < 256:
+        there = entries(path.parent)
+        # An ending that both have makes no name near: `train.jsonl` is not meant by `valid.jsonl`.
+        stems = get_close_matches(path.stem, {other.stem for other in there}, n=len(there) or 1)
+        same = [other.name for other in there if other.stem == path.stem]
+        near = did_you_mean(path.name, (other.name for other in there if other.stem in stems))
+        near = near or (f"did you mean {same[0]!r}? " if same else "")
     # Brackets stand in names of files, too.
     return f"{pattern if glob.has_magic(str(path)) else ''}{near}"
 

@@ -276,6 +276,11 @@ def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
         CropiError, match="link to 'b.jsonl', and links from there lead round in a circle; give"
     ):
         list(read(tmp_path / "a.jsonl"))
+    # What two names share by their endings makes them no nearer.
+    (tmp_path / "train.jsonl").touch()
+    assert meant(tmp_path / "valid.jsonl") == meant(tmp_path / "no.jsonl") == ""
+    for near in ("trian.jsonl", "train.json", "train", "trai.jsnl"):
+        assert meant(tmp_path / near) == "did you mean 'train.jsonl'? "
     (tmp_path / "run[1].jsonl").mkdir()
     (tmp_path / "link").symlink_to("run[1].jsonl")
     assert meant(tmp_path / "link") == "it is a folder; "
