@@ -190,6 +190,20 @@ def test_without_rows_the_selection_itself_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "s.txt").read_text().splitlines() == IDS[:-3:-1]
     with pytest.raises(CropiError, match="format must be one of .*, got None; or let the path end in"):
         chosen().save(tmp_path / "s.csv")
+    # Options that nothing would read.
+    for name, given, said in (
+        ("n.txt", {"rows": RECORDS}, "format ids writes ids alone; leave rows out"),
+        ("n.jsonl", {"id_key": "id"}, r"id_key 'id' names a column of a dataset.*\(in Python rows="),
+        (
+            "n.parquet",
+            {"data_source": "x"},
+            "data_source 'x' is for format verl, not for parquet; leave it out",
+        ),
+    ):
+        with pytest.raises(CropiError, match=said):
+            chosen().save(tmp_path / name, **given)
+    with pytest.raises(CropiError, match="id_key 'id' names a column of a dataset"):
+        chosen().to_dataset(id_key="id")
 
 
 # -------------------------------------------------------------------------------------------------- weights

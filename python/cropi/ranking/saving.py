@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cropi.data.export import BY_PLACE, FORMATS, chosen_dataset, export, read_dataset
+from cropi.data.export import BY_PLACE, FORMATS, check_format, chosen_dataset, export, read_dataset
 from cropi.data.prompt_ids import column_values
 from cropi.data.readers import PromptGroups
 from cropi.data.rows_out import table_of, write_jsonl, write_parquet
@@ -69,6 +69,7 @@ def weights_of(selection: Selection) -> dict[str, float]:
 def to_dataset(selection: Selection, rows: Any, id_key: str | None) -> Any:
     """See :meth:`cropi.ranking.selection.Selection.to_dataset`."""
     if rows is None:
+        check_format("jsonl", None, None, id_key)
         return dataset_of(table_of(own_rows(selection)))
     trajectories, dataset = _parts(rows, id_key)
     return chosen_dataset(selection.ids, trajectories=trajectories, dataset=dataset, id_key=id_key)
@@ -90,7 +91,10 @@ def save(
             f"format must be one of {', '.join(FORMATS)}, got {form!r}; or let the path end in "
             f"{', '.join(end for end in ENDINGS if end)}"
         )
+    if form == "ids" and rows is not None:
+        raise CropiError("format ids writes ids alone; leave rows out")
     if rows is None and form in ("jsonl", "parquet", "save_to_disk"):
+        check_format(form, None, None, id_key, data_source)
         made = own_rows(selection)
         if form == "save_to_disk":
             save_folder(path, dataset_of(table_of(made)))
