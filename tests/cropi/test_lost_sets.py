@@ -19,8 +19,9 @@ from cropi.model.policy import Policy
 from cropi.options import Influence, Rescoring, Selecting
 from cropi.pipeline import NothingToFollow, conclude
 from cropi.pipeline.checks import Setup
-from cropi.pipeline.lost import LostSets
+from cropi.pipeline.lost import LostSets, TooFewLeft
 from cropi.pipeline.rescoring import Anew
+from cropi.ranking.shares import NotInPool
 from cropi.sketching.job import SketchJob
 from cropi.store.memory import MemoryStore
 from cropi.store.rows import SKIPPED, RowInfo
@@ -29,6 +30,7 @@ from cropi_kernels import SketchSpec
 pytestmark = pytest.mark.filterwarnings("ignore::cropi.data.scan.LossyTokens")
 
 SPEC = SketchSpec(dim=64)
+P_SELECTED = Selecting(method="p_selected", fraction=0.5)
 
 
 def store(rows: dict[str, float], name: str | None = None) -> MemoryStore:
@@ -52,6 +54,17 @@ def chosen(valid: dict[str, float], later: bool = True, **given: Any) -> Any:
         influence=Influence(**given), selecting=Selecting(fraction=0.5), later=later, before="stage 1: "
     )
     return conclude(stores, setup, None)
+
+
+def test_a_set_of_one_prompt_ends_no_training() -> None:
+    """Evaluations may leave a set one prompt with a gradient, and nothing can be drawn anew then."""
+    model, tokenizer = make_model(), make_tokenizer()
+    valid = [record for record in make_records(8, seed=1) if len(set(record["rewards"])) > 1][:1]
+    for later, kind in ((False, NotInPool), (True, TooFewLeft)):
+        setup = Setup(SketchJob((), None, spec=SPEC), Influence(), P_SELECTED, least=2, later=later)
+        with pytest.raises(kind, match="method p_selected needs resampled scores, and") as error:
+            pipeline.check(Policy(model, tokenizer), make_records(8), valid, setup)
+        assert type(error.value) is kind
 
 
 def test_a_set_whose_gradients_vanish_is_left_out() -> None:

@@ -363,6 +363,11 @@ def test_too_few_selected_prompts(tmp_path: Path) -> None:
         ),
         (files | {"count": 99, "fraction": 0.1}, "count 99 is more than the 11 prompts that have a gradient"),
         (files | {"quota": ["sum=2"]}, "quota: there is no task 'sum'; "),
+        (files | {"confidence": 0.9, "max_valid": 1}, "confidence needs resampled scores, and"),
+        (
+            {"valid": files["valid"], "draw": "p_selected", "max_valid": 1},
+            "draw p_selected needs resampled scores, ",
+        ),
     ):
         with pytest.raises(CropiError, match=message):
             staged(tmp_path / "a", options)

@@ -160,8 +160,11 @@ def check(
         groups = fixed_groups(pool, setup.selecting)
         check_selecting(
             setup.selecting, prompts=min(pool.prompts, most), usable=min(pool.usable, most),
-            groups=groups if most >= pool.prompts else None, least=setup.least, draws=given.draws, alone=alone,
+            groups=groups if most >= pool.prompts else None, least=setup.least, draws=given.draws,
         )  # fmt: skip
+    # Like sets without a gradient, an error before the first choice.
+    with asked_of(setup.least if setup.later else 0):
+        check_selecting(setup.selecting, draws=given.draws, alone=alone)
     for part in (*parts, mine):
         check_tokens(policy, job if part is mine else replace(job, limit=None), part.groups, part.scan)
     return Checked(mine, parts, pool.prompts, pool.usable, mine.scan.unknown, alone)

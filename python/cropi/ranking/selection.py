@@ -309,12 +309,12 @@ def check_resampled(name: str, draws: int, alone: str = "") -> None:
         draws, alone: as in :func:`check_selecting`.
 
     Raises:
-        CropiError: with the reason.
+        CropiError: with the reason; of validation sets NotInPool.
     """
     if draws < 2:
         raise CropiError(f"{name} needs resampled scores, and draws is {draws}; give draws of at least 2")
     if alone:
-        raise CropiError(f"{name} needs resampled scores, and {alone}")
+        raise NotInPool(f"{name} needs resampled scores, and {alone}")
 
 
 def _drawn(order: np.ndarray, given: Selecting, p_selected: np.ndarray | None, number: int) -> np.ndarray:
@@ -341,7 +341,7 @@ def _lower(table: np.ndarray, scores: Scores, level: float, places: np.ndarray) 
     """The scores less Student's quantile times their standard errors, float64 ``[places, sets]``."""
     held = scores.meta.get("uncertainty")
     if scores.stderr is None or held is None:
-        raise CropiError(
+        raise NotInPool(
             "confidence: the scores have no standard errors "
             f"({scores.meta.get('uncertainty_missing', 'none were made')}); {SCORE_AGAIN}"
         )
@@ -370,7 +370,7 @@ class OtherChoices(UserWarning):
 
 def _p_selected(scores: Scores, n: int) -> np.ndarray:
     if scores.p_selected is None:
-        raise CropiError(
+        raise NotInPool(
             f"p_selected: the scores have none ({scores.meta.get('uncertainty_missing', 'none was made')}); "
             f"{again_for_chances(scores.meta)}"
         )

@@ -15,7 +15,8 @@ from cropi.errors import CropiError, did_you_mean
 
 
 class NotInPool(CropiError):
-    """The pool has not what the options ask of it: a group, so many prompts, or scores so high. A training whose pool
+    """The pool has not what the options ask of it: a group, so many prompts, or scores so high; or a validation set has
+    too few to be drawn anew. A training whose pool
     changes goes on without the choice (:func:`cropi.pipeline.lost.asked_of`)."""
 
 

@@ -29,6 +29,7 @@ from cropi.options import Choosing, Comparing, Influence, Rescoring, Selecting
 from cropi.pipeline import Setup
 from cropi.pipeline.lost import TooFewLeft
 from cropi.pipeline.rescoring import PLAN, Anew
+from cropi.ranking.resampling import one_alone
 from cropi.ranking.rule import fixed_groups
 from cropi.ranking.selection import check_selecting
 from cropi.ranking.selection_files import SELECTED
@@ -216,9 +217,12 @@ def check_files(
         scans["valid"] = scan(valid, skip_bad=options.skip_bad)
     for part in scans.values():
         behaviour_source(options.behaviour, part, estimator.ratio)
+    choice, alone = Selecting(**part_of(options, Choosing)), ""
     if "valid" in scans:
         sets = options.valid_sets or ()
-        check_covered({DEFAULT_SET: scans["valid"]}, sets, option="valid_sets", before="stage 0: ")
+        sizes = check_covered({DEFAULT_SET: scans["valid"]}, sets, option="valid_sets", before="stage 0: ")
+        alone = one_alone(sizes, options.max_valid)
+    check_selecting(choice, draws=options.draws, alone=alone)
     if train is None:
         return scans
     names = ", ".join(map(str, options.files("train") or ()))
@@ -228,7 +232,6 @@ def check_files(
         if options.on_nothing != "keep":
             raise
     else:
-        choice = Selecting(**part_of(options, Choosing))
         check_selecting(choice, prompts=pool.prompts, usable=pool.usable, groups=fixed_groups(pool, choice))
     recorded = options.recording is not None and options.recording.logprobs
     stored = scans["train"].with_logprobs > 0
