@@ -40,13 +40,13 @@ def turns_options(slab_cols: int, groups: int, held: bool = False, stays: bool =
     """
     if slab_cols == 64:  # 80 registers for each of 12 warps: two programs a multiprocessor
         return {"PARTS": 4, "STAGES": 4, "HELD": 0, "OF_SECOND": 88, "OF_COPIES": 64, "maxnreg": 80}
+    # 168 for each; up to 128 hold a group's sums. From Triton 3.8 on, warps that copy for 256 columns spill with 88.
+    registers = {"OF_SECOND": 208, "OF_COPIES": 88 if _triton.installed() < (3, 8) else 96}
     if stays:
-        return {"STAGES": 4, "STAY": STAY_STEPS, "OF_SECOND": 208, "OF_COPIES": 88}
+        return {"STAGES": 4, "STAY": STAY_STEPS, **registers}
     parts = 2 if slab_cols == 128 and groups <= 2 else 1
     of_tiles = {"STAGES": 3, "HELD": HELD_STEPS} if held else {"STAGES": 6 if parts == 2 else 4, "HELD": 0}
-    # 168 for each; up to 128 hold a group's sums. From Triton 3.8 on, warps that copy for 256 columns spill with 88.
-    copies = 88 if _triton.installed() < (3, 8) else 96
-    return {"PARTS": parts, **of_tiles, "OF_SECOND": 208, "OF_COPIES": copies}
+    return {"PARTS": parts, **of_tiles, **registers}
 
 
 @functools.cache
