@@ -138,6 +138,17 @@ class Forgets(Places):
         return self.model(input_ids, position_ids=inputs.get("position_ids"), use_cache=False)
 
 
+class Beside(Places):
+    """One that keeps what it has read beside its cache, by the place in the batch, as RecurrentGemma does."""
+
+    read: torch.Tensor
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **inputs: Any) -> Any:
+        begun = past_key_values is not None and input_ids.shape[1] == 1
+        self.read = torch.cat([self.read, input_ids], 1) if begun else input_ids
+        return self.model(self.read, use_cache=False)
+
+
 class Renamed(Places):
     """One that has its cache under the name of transformers 5.24, and no other."""
 
@@ -159,6 +170,8 @@ def test_a_model_that_padding_moves_is_given_prompts_of_one_length(tmp_path: Pat
     assert trial.way_of(Places(model), 20) == "alone"
     with pytest.raises(CropiError, match="Forgets does not decode with a cache.*--engine vllm or"):
         trial.way_of(Forgets(model), 20)
+    with pytest.raises(CropiError, match="Beside does not decode with a cache"):
+        trial.way_of(Beside(model), 20)
     policy = cropi.Policy(Places(model), make_tokenizer(chat=True), name="gpt2")
     close_to_teacher_forced(model, rolled_policy(tmp_path / "out.jsonl", policy))
 

@@ -74,13 +74,15 @@ def _excess(model: Any, way: str, longest: int) -> float:
     if way == "shared" and not batch.gaps:
         return float("inf")  # nothing was shared: the next way is what runs
     got, device = [batch.logits], batch.logits.device
-    # As rows are split and leave: copied behind the others, and then taken in their place.
+    # As rows are split and leave: copied behind the others, and then taken in another order, which a state that is kept
+    # beside the cache does not follow.
     count = torch.arange(len(whole), device=device)
+    order = count.roll(1)
     batch.select(torch.cat([count, count.flip(0)]))
-    batch.select(count.flip(0) + len(whole))
+    batch.select(2 * len(whole) - 1 - order)
     for t in range(_DECODED, 1, -1):
-        batch.step(torch.tensor([ids[-t] for ids in whole], device=device))
-        got.append(batch.logits)
+        batch.step(torch.tensor([ids[-t] for ids in whole], device=device)[order])
+        got.append(batch.logits[order.argsort()])
     worst = 0.0
     for row, ids in enumerate(whole):
         alone = _alone(model, ids[:-1])
