@@ -6,6 +6,7 @@ Nothing here imports Triton until a call is about to use it: importing the packa
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import re
 
@@ -13,6 +14,7 @@ import torch
 
 from . import _gpu
 
+KNOBS = (3, 4)  # the first release that has what launches import
 FENCED = (3, 7, 1)  # the first release whose products wait for the copies' writes
 # The first and the last release whose Gluon is known to compile what is written in it here.
 TURNS = ((3, 6), (3, 9))
@@ -26,7 +28,15 @@ def import_error() -> str | None:
         installed = importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError) as error:
         return f"triton does not import ({error})"
-    return None if installed else f"triton is not installed: {_INSTALL}"
+    if not installed:
+        return f"triton is not installed: {_INSTALL}"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # nightly builds have other names, and are new
+        return None
+    if release(version) >= KNOBS:
+        return None
+    return f"triton {version} is too old for the kernels: install torch>=2.11, whose CUDA builds bring triton>=3.6"
 
 
 def release(version: str) -> tuple[int, ...]:

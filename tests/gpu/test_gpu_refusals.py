@@ -76,6 +76,20 @@ def test_without_triton_the_remedy_is_named(
 
 
 @pytest.mark.parametrize(
+    "version,refused", [("3.2.0", True), ("3.3.1+git1", True), ("3.4.0", False), ("4.0", False)]
+)
+def test_a_triton_that_the_kernels_cannot_import_is_refused(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.6 and 2.7 bring one: every op ended in ImportError, and explain() said that it was served."""
+    monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(_triton.importlib.metadata, "version", lambda name: version)
+    reason = _triton.import_error.__wrapped__()
+    want = f"triton {version} is too old for the kernels: install torch>=2.11"
+    assert (reason or "").startswith(want) if refused else reason is None
+
+
+@pytest.mark.parametrize(
     "capability,version,refused",
     [
         ((10, 0), "3.6.0", True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -360,10 +359,7 @@ def test_other_errors() -> None:
         project(x, 16)  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match="no kernel of project serves this call: dtype torch.float64"):
         project(x.double(), spec)
-    # Triton is asked first: where it is not installed, that is the first reason.
-    missing = f"{_triton.import_error()}; CUDA C++: " if _triton.import_error() else ""
-    reasons = re.escape(f"serves this call: {missing}the tensor is on meta, not on a CUDA")
-    with pytest.raises(RuntimeError, match=reasons):
+    with pytest.raises(RuntimeError, match="serves this call: the tensor is on meta, not on a CUDA"):
         choose(x.to("meta"), spec, None)
     with pytest.raises(ValueError, match="out is torch.float32"):
         project(x, spec, out=torch.zeros(2, 8))

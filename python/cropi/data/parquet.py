@@ -115,7 +115,10 @@ def _plain_bytes(column: Any) -> int:
         compute = optional("pyarrow.compute")
         lengths = compute.binary_length(held).cast("int64").take(column.indices)
         return 4 * len(column) + (compute.sum(lengths).as_py() or 0)
-    if plain_type(kind) == kind or kind in _views():
+    if kind in (views := _views()):
+        # Before pyarrow 22 no size of views can be asked.
+        column, kind = column.cast(views[kind]), views[kind]
+    if plain_type(kind) == kind:
         return int(column.nbytes)
     inner = column.flatten()
     return sum(map(_plain_bytes, inner)) if isinstance(inner, list) else _plain_bytes(inner)
