@@ -172,6 +172,9 @@ def test_a_model_that_padding_moves_is_given_prompts_of_one_length(tmp_path: Pat
         trial.way_of(Forgets(model), 20)
     with pytest.raises(CropiError, match="Beside does not decode with a cache"):
         trial.way_of(Beside(model), 20)
+    # A window of its own code (the cache has none), which a beginning that is shared moves, and only responses reach.
+    window = make_model("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=32)
+    assert [trial.way_of(window, 20, more) for more in (0, 20)] == ["shared", "padded"]
     policy = cropi.Policy(Places(model), make_tokenizer(chat=True), name="gpt2")
     close_to_teacher_forced(model, rolled_policy(tmp_path / "out.jsonl", policy))
 

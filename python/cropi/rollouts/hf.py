@@ -90,7 +90,7 @@ class HfEngine:
         check_dropout(model, "model")
         longest = max(len(request.prompt) for request in requests)
         with own_precision(model):
-            self.way = way_of(model, longest)
+            self.way = way_of(model, longest, self.sampling.max_tokens)
         if self.rows is None:
             self.rows = notes.get("rows")
         if self.rows is None:

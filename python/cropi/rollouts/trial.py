@@ -33,16 +33,18 @@ _OF_TWO = SHORTEST + 2  # and two of them
 
 
 @torch.inference_mode()
-def way_of(model: Any, longest: int) -> str:
+def way_of(model: Any, longest: int, more: int = 0) -> str:
     """The first of :data:`WAYS` that is exact for this model.
 
     Args:
         longest: tokens of the longest prompt; a window or a scale that begins further on shows there alone.
+        more: tokens of the longest response, in which a window may begin too: tried where the configuration names one.
 
     Raises:
         CropiError: none is; the model is named, and what to do.
     """
-    problem = ""
+    problem, reach = "", min(longest + more - _DECODED, _behind_windows(model, longest + more))
+    longest = max(longest, reach)
     for way in WAYS:
         try:
             off = _excess(model, way, longest)
@@ -58,12 +60,19 @@ def way_of(model: Any, longest: int) -> str:
     )
 
 
+def _behind_windows(model: Any, longest: int) -> int:
+    """Tokens of a row that goes beyond every window of the configuration that is shorter than ``longest``."""
+    named = model.config.get_text_config().to_dict().items()
+    windows = [size for key, size in named if "window" in key and isinstance(size, int) and size < longest]
+    return max(windows, default=0) + _LENGTHS[-1]
+
+
 def _excess(model: Any, way: str, longest: int) -> float:
     """The largest difference of a log-prob to the row alone, over the tolerance."""
     size = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
-    lengths = [n if way != "alone" else _LENGTHS[0] for n in _LENGTHS]
-    lengths[-1] = max(lengths[-1], min(longest, 4096)) if way != "alone" else lengths[-1]
+    longest = max(_LENGTHS[-1], min(longest, 4096))
+    lengths = [longest] * len(_LENGTHS) if way == "alone" else [*_LENGTHS[:-1], longest]
     whole = [
         torch.randint(0, size, (n + _DECODED,), generator=generator, device="cpu").tolist() for n in lengths
     ]
