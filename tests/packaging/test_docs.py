@@ -145,6 +145,18 @@ def test_every_link_leads_to_a_page_or_a_file() -> None:
             assert anchor in anchors[target or places[path]], f"{path.name}: {target}#{anchor}"
 
 
+def test_lists_and_tables_are_read_alike_on_the_site() -> None:
+    """The site's Markdown takes what is in a list item for its own only from four spaces on, and a table to go on until
+    an empty line; GitHub's takes both ways."""
+    pages, item = site(), r"(?:[-*+]|1\.) "
+    for path in pages.pages():
+        text = pages.FENCE.sub("", path.read_text(encoding="utf-8"))
+        wrong = re.findall(
+            rf"(?m)^ {{1,3}}(?:{item}|\|).*|^ *\|.*\n(?! *\|)(?=.*\S).*|^[^\s|].*\n *\|.*", text
+        )
+        assert not wrong, f"{path.name}: indent by four spaces, and leave lines empty around tables: {wrong}"
+
+
 def headings(path: Path, fence: re.Pattern[str]) -> set[str]:
     """The anchors of a page."""
     found = re.findall(r"(?m)^#+ (.*)$", fence.sub("", path.read_text(encoding="utf-8")))
