@@ -48,7 +48,7 @@ def way_of(model: Any, longest: int, more: int = 0) -> str:
     for way in WAYS:
         try:
             off = _excess(model, way, longest)
-        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
             continue
         if off <= 1:
