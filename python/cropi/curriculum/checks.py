@@ -25,7 +25,7 @@ from cropi.ranking.selection import check_resampled, check_selecting
 from cropi.ranking.shares import how_many
 from cropi.ranking.values import no_score
 from cropi.store.codec import row_bytes
-from cropi.trainers.trl.in_process import check_options, prompts_a_batch
+from cropi.trainers.trl.in_process import check_options, batch_of_options
 from cropi_kernels import canonical_name
 
 
@@ -171,7 +171,7 @@ def check_stage(plan: Plan, train: Scan, valid: Mapping[str, Scan], stage: int) 
         )
     if plan.trainer != IN_PROCESS:
         return
-    batch = prompts_a_batch(plan.trl)
+    batch = batch_of_options(plan.trl)
     if chosen < batch:
         raise CropiError(
             f"stage {stage}: {chosen} of {pool} prompts are selected, but one generation batch takes {batch} different "

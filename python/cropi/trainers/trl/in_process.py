@@ -104,7 +104,7 @@ def make_config(options: Mapping[str, Any], steps: int, out: Path) -> Any:
         raise CropiError(f"trl.args: GRPOConfig does not take these options: {error}") from error
 
 
-def prompts_a_batch(options: Mapping[str, Any]) -> int:
+def batch_of_options(options: Mapping[str, Any]) -> int:
     """Different prompts in one generation batch."""
     return _prompts_in(make_config(options, 1, Path("checked")))
 
