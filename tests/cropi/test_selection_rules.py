@@ -331,3 +331,16 @@ def test_columns_counted_in_two_parts_choose_what_the_whole_table_does(method: s
         beside = rule.counted(np.delete(table, v, axis=1))
         assert sorted(rule.choose(table[:, [v]], beside)) == sorted(whole)
         assert sorted(rule.choose(table[:, [v]])) != sorted(whole), "the other columns count"
+
+
+@pytest.mark.parametrize(
+    "options, least", [({"fraction": 0.5}, 0), ({"fraction": 0.1}, 9), ({"per": "task"}, 9)]
+)
+def test_the_cut_of_a_choice_of_all_that_have_a_gradient_is_the_last_of_them(
+    options: dict[str, Any], least: int
+) -> None:
+    """A pool's half, or a batch, may be more prompts than have a gradient: none was at the cut, and its standard error
+    was NaN."""
+    rows = [RowInfo(f"p{i}", task="a") for i in range(10)]
+    rule = Rule(rows, np.arange(3), Selecting(**options), least)
+    assert rule.near_the_cut(np.array([[0.3], [0.1], [0.2]]), 0.1).tolist() == [1]

@@ -238,10 +238,12 @@ class Rule:
         return np.maximum(one, other) if self.options.method == "max" else one + other
 
     def near_the_cut(self, table: np.ndarray, share: float) -> np.ndarray:
-        """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64."""
+        """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64; of a group with
+        fewer prompts than were to be chosen, those at its end."""
         orders, _ = self.rank(table)
         near = []
         for order, (_, n) in zip(orders, self.groups, strict=True):
+            n = min(n, len(order))
             width = max(1, round(share * n))
             near.append(order[max(0, n - width) : n + width])
         return np.concatenate(near)
