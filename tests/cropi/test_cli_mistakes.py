@@ -338,6 +338,10 @@ def test_run_finds_what_is_wrong_with_its_last_step_first(
     fails("fraction 0.03 of groups of at most 20 prompts chooses none", "--per", "task", "--fraction", 0.03)
     fails("quota: there is no file 'other.jsonl'", "--per", "file", "--quota", "other.jsonl=0.5")
     plain = write_lines(tmp_path / "plain.jsonl", [{**record, "task": None} for record in make_records(40)])
+    lined = write_lines(
+        tmp_path / "lined.jsonl", [{**record, "id": f"a\n{i}"} for i, record in enumerate(make_records(40))]
+    )
+    fails("format ids: the prompt id 'a\\n0' is not one line", "--export", tmp_path / "e.txt", train=lined)
     for options in (("--per", "task"), ("--quota", "sum1=0.5"), ("--per", "task", "--limit", 30)):
         fails("but no prompt names its task", *options, train=plain)
     fails("noise is drawn where scores are resampled, and draws is 0", "--noise", "--draws", 0)

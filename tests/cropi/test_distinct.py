@@ -178,5 +178,7 @@ def test_the_store_of_the_scores_is_found_or_asked_for(tmp_path: Path) -> None:
     assert select(read, count=2, dedup=0.5, sketches=train).ids == ["a", "b"]
     with pytest.raises(CropiError, match="holds no sketch of 1 of the ranked prompts, for example 'e'"):
         unit_sketches(train, ["a", "e"])
+    with pytest.raises(CropiError, match="sketches are for dedup and diversity; give one of them too"):
+        select(read, count=2, sketches=train)
     with pytest.raises(CropiError, match="sketches is a Tensor"):
         select(read, count=2, dedup=0.5, sketches=rows)  # type: ignore[arg-type]

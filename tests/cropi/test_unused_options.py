@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.made_data import make_model, write_lines
 from support.made_dumps import made, write
@@ -15,6 +16,9 @@ import cropi
 from cropi.cli import main
 from cropi.errors import CropiError
 from cropi.options import Choosing, Comparing, Sketch
+from cropi.ranking.scores import Scores
+from cropi.ranking.table import write_scores
+from cropi.store.rows import RowInfo
 from cropi_kernels import SketchSpec
 from cropi_kernels.spec import KINDS
 
@@ -135,6 +139,9 @@ def test_a_behaviour_model_beside_another_source_is_refused() -> None:
         ("info RECORDS --model x", "--model is for --show-tokens N"),
         ("info RECORDS --chat-template none", "--chat-template is for --show-tokens N"),
         ("info RECORDS --no-eos", "--no-eos is for --show-tokens N"),
+        ("info STORE --columns id=x", "--columns: STORE holds no trajectories but a store, or results; leave it out"),
+        ("info STORE --skip-bad --source trl", "--source and --skip-bad: STORE holds no trajectories but a store"),
+        ("info SCORES --skip-bad", "--skip-bad: SCORES holds no trajectories but a table of scores; leave it out"),
     ],
 )  # fmt: skip
 def test_commands_refuse_what_they_do_not_look_at(
@@ -145,7 +152,16 @@ def test_commands_refuse_what_they_do_not_look_at(
         "NEMO": write(tmp_path / "train_data_step7.jsonl", made("nemo-rl")),
         "VERL": write(tmp_path / "7.jsonl", made("verl text")),
         "OUT": tmp_path / "out.jsonl",
+        "STORE": tmp_path / "store",
+        "SCORES": tmp_path / "s.parquet",
     }
+    if "STORE" in words:
+        paths["STORE"].mkdir()
+        (paths["STORE"] / "manifest.json").write_text("{}")
+    if "SCORES" in words:
+        write_scores(paths["SCORES"], Scores([RowInfo("a")], ["v"], np.array([[0.5]]), {}))
+    for name, path in paths.items():
+        told = told.replace(name, str(path))
     try:
         code = main([str(paths.get(word, word)) for word in words.split()])
     except SystemExit as end:

@@ -39,7 +39,14 @@ def check(args: argparse.Namespace, groups: PromptGroups | None, alone: str = ""
     """
     from itertools import islice
 
+    from cropi.data.export import check_lines
+    from cropi.data.places import kept_places
+
     check_options(args, groups, alone)
+    if args.export and groups is not None and options.export_format(args) == "ids":
+        # Any of them may be chosen.
+        places = kept_places(groups.sources, groups.columns)
+        check_lines(list(places.ids()) if places is not None else [])
     check_rows(args, groups, list(islice(groups, 200)) if args.dataset and groups is not None else [])
 
 

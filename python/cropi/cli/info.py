@@ -68,6 +68,7 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     from cropi.data.tables import is_saved
     from cropi.trainers.dumps.folders import files_of
 
+    _check_reading(args, path)
     described = contents.describe_folder(path) if is_folder(path) else None
     if described is not None:
         return described
@@ -84,6 +85,35 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         if described is not None:
             return described
     return _trajectories(args)
+
+
+def _check_reading(args: argparse.Namespace, path: Path) -> None:
+    """What says how trajectories are read is an error for what holds none."""
+    from cropi.cli.contents import STAGES
+    from cropi.curriculum.state import NAME
+    from cropi.data.tables import is_saved
+    from cropi.ranking.selection_files import SELECTED
+    from cropi.ranking.table import SCORES
+    from cropi.store.manifest import MANIFEST
+
+    given = [
+        action.option_strings[0]
+        for action in args.parser._actions
+        if action.dest in ("source", "columns", "skip_bad") and getattr(args, action.dest) != action.default
+    ]
+    if not given:
+        return
+    what = ""
+    if path.suffix == ".parquet" and _is_scores(path):
+        what = "a table of scores"
+    elif is_folder(path) and not is_saved(path):
+        made = (MANIFEST, NAME, SCORES, SELECTED, "sketches", STAGES, f"cropi/{STAGES}")
+        what = "a store, or results" if any(is_there(path / name) for name in made) else ""
+    if what:
+        args.parser.error(
+            f"{' and '.join(given)}: {path} holds no trajectories but {what}; leave "
+            f"{'it' if len(given) == 1 else 'them'} out"
+        )
 
 
 def _is_scores(path: Path) -> bool:

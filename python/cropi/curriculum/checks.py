@@ -25,7 +25,7 @@ from cropi.ranking.selection import check_resampled, check_selecting
 from cropi.ranking.shares import how_many
 from cropi.ranking.values import no_score
 from cropi.store.codec import row_bytes
-from cropi.trainers.trl.in_process import check_options, batch_of_options
+from cropi.trainers.trl.in_process import batch_of_options, check_options
 from cropi_kernels import canonical_name
 
 

@@ -173,7 +173,8 @@ def conclude(
         warn_lost(lost, setup.before)
     with asked_of(setup.least):
         scores = score(stores["train"], valid, given, setup.selecting, noise, least=setup.least, checked=True)
-        chosen = select(scores, setup.selecting, least=setup.least, sketches=stores["train"])
+        sketches = stores["train"] if setup.selecting.needs_sketches else None
+        chosen = select(scores, setup.selecting, least=setup.least, sketches=sketches)
     if folder is not None:
         with one_at_a_time(folder / SCORES):  # two that write here at once mix no selection with other scores
             write_scores(folder / SCORES, scores, chosen)

@@ -238,8 +238,8 @@ class Rule:
         return np.maximum(one, other) if self.options.method == "max" else one + other
 
     def near_the_cut(self, table: np.ndarray, share: float) -> np.ndarray:
-        """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64; of a group with
-        fewer prompts than were to be chosen, those at its end."""
+        """Prompts within ``share`` of the chosen number of places from the last one that is chosen, int64; where fewer
+        can be chosen than were to be, the last ones."""
         orders, _ = self.rank(table)
         near = []
         for order, (_, n) in zip(orders, self.groups, strict=True):

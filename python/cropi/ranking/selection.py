@@ -215,6 +215,8 @@ def select(
     """
     given = one_of(selecting, options if seed is None else options | {"select_seed": seed}, Selecting)
     check_rewards(given.method, scores.estimator)
+    if sketches is not None and not given.needs_sketches:
+        raise CropiError("sketches are for dedup and diversity; give one of them too, or leave sketches out")
     usable = np.flatnonzero(scores.usable)
     rule = Rule(scores.rows, usable, given, least)
     table = scores.table if len(usable) == len(scores.rows) else scores.table[usable]
