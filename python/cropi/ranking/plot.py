@@ -62,7 +62,11 @@ def _labels(names: Sequence[str]) -> tuple[list[str], list[str]]:
     usual = manager.FontProperties().get_name()
 
     def lacking(font: str, letters: set[str]) -> set[str]:
-        held = manager.get_font(font).get_charmap()
+        # matplotlib's list is kept in a file, and may name fonts that are gone.
+        try:
+            held = manager.get_font(font).get_charmap()
+        except (OSError, RuntimeError):
+            return letters
         return {letter for letter in letters if ord(letter) not in held}
 
     shown = [repr(name) for name in names]
