@@ -164,6 +164,7 @@ BART = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64
     "kind, changes, columns",
     [
         ("mistral", {"sliding_window": 4}, [[0, 1, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]]),
+        ("llama", {}, [[0, 1, 2, 5, 6, 7], [1, 2, 3, 4, 5, 6]]),  # a prompt that is padded on the right
         ("bart", BART, [[2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6]]),
     ],
 )
@@ -179,6 +180,13 @@ def test_padding_before_tokens_is_as_none(kind: str, changes: dict[str, Any], co
     torch.testing.assert_close(apart.logprobs.gather(1, columns), whole.logprobs, rtol=1e-5, atol=1e-5)
     assert torch.equal(apart.weights.gather(1, columns), whole.weights)
     assert float((apart.sketches - whole.sketches).norm()) <= 2e-5 * float(whole.sketches.norm())
+    if kind == "llama":
+        with pytest.raises(
+            CropiError, match="column 5 is scored, but padding stands before it, .* leave position_ids"
+        ):
+            cropi.score_batch(
+                model, ids, mask, response_mask=scored, position_ids=mask.cumsum(1) - 1, **given
+            )
 
 
 def test_the_model_is_left_as_it_was_and_equal_rewards_have_no_gradient() -> None:

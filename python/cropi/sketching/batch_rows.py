@@ -193,12 +193,19 @@ class BatchRows:
             marks = self.each_token("response_mask", response_mask, per_row=False)
             self._check_mask("response_mask", marks, "weights of tokens go into weights or advantages")
             scored = marks != 0
-        before = torch.nn.functional.pad(self.mask[:, :-1], (1, 0)).bool()
+        # A token behind padding follows the row's last one before it, from which :meth:`together` takes the padding.
+        before = self.mask.bool().cumsum(dim=1) if self.shifted else self.mask
+        before = torch.nn.functional.pad(before[:, :-1], (1, 0)).bool()
         scored = scored & self.mask.bool()
         if (at := _first(scored & ~before)) is not None:
+            apart = bool(self.mask[at[0], : at[1]].any())
             raise CropiError(
-                f"the token in row {at[0]}, column {at[1]} is scored, but nothing stands before it: a row needs a "
-                "prompt"
+                f"the token in row {at[0]}, column {at[1]} is scored, but "
+                + (
+                    "padding stands before it, which stays where position_ids are given: leave position_ids out"
+                    if apart
+                    else "nothing stands before it: a row needs a prompt"
+                )
             )
         if (at := _first(~scored.any(dim=1))) is not None:
             raise CropiError(f"row {at[0]} has no scored token: leave the row out, or mend its response_mask")
