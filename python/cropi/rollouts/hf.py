@@ -88,13 +88,13 @@ class HfEngine:
         """
         model = self.policy.model
         check_dropout(model, "model")
-        longest = max(len(request.prompt) for request in requests)
+        lengths = [len(request.prompt) for request in requests]
         with own_precision(model):
-            self.way = way_of(model, longest, self.sampling.max_tokens)
+            self.way = way_of(model, max(lengths), self.sampling.max_tokens, min(lengths))
         if self.rows is None:
             self.rows = notes.get("rows")
         if self.rows is None:
-            self.rows = self._fitting(longest + self.sampling.max_tokens)
+            self.rows = self._fitting(max(lengths) + self.sampling.max_tokens)
         self.linears = notes.get("linears") or self._faster(self.rows)
         self._packed = PackedLinears(model.parameters(), self.linears, inference=True)
 

@@ -24,6 +24,7 @@ from cropi.errors import CropiError
 from cropi.gradient.layout_trial import one_unit_off
 from cropi.rollouts.beginnings import SHORTEST
 from cropi.rollouts.generate import Decoding, last_logits
+from cropi_kernels.sketcher.policy.lengths import measure_lengths
 
 WAYS = ("shared", "padded", "alone")
 MARGIN = 16.0  # times what one unit in the last place does
@@ -33,16 +34,18 @@ _OF_TWO = SHORTEST + 2  # and two of them
 
 
 @torch.inference_mode()
-def way_of(model: Any, longest: int, more: int = 0) -> str:
+def way_of(model: Any, longest: int, more: int = 0, shortest: int = 1) -> str:
     """The first of :data:`WAYS` that is exact for this model.
 
     Args:
         longest: tokens of the longest prompt; a window or a scale that begins further on shows there alone.
         more: tokens of the longest response, in which a window may begin too: tried where the configuration names one.
+        shortest: tokens of the shortest prompt.
 
     Raises:
         CropiError: none is; the model is named, and what to do.
     """
+    _check_scale(model, shortest, longest, more)
     problem, reach = "", min(longest + more - _DECODED, _behind_windows(model, longest + more))
     longest = max(longest, reach)
     for way in WAYS:
@@ -57,6 +60,19 @@ def way_of(model: Any, longest: int, more: int = 0) -> str:
     raise CropiError(
         f"engine hf: {type(model).__name__} does not decode with a cache as it does without one ({problem}); sample "
         "with --engine vllm or --engine openai-url"
+    )
+
+
+def _check_scale(model: Any, shortest: int, longest: int, more: int) -> None:
+    """Keys in a cache keep the positions with which they came, where a model scales those of all tokens anew."""
+    lengths = measure_lengths(model)
+    switch = lengths.switch
+    if switch is None or longest + more - 1 <= switch or (shortest > switch and not lengths.by_length):
+        return
+    raise CropiError(
+        f"engine hf: {type(model).__name__} scales its positions anew beyond {switch} tokens (longrope, dynamic), which a "
+        f"cache does not follow, and a prompt of {longest} with {more} more goes beyond; give a smaller --max-tokens, leave "
+        "longer prompts out, or sample with --engine vllm or --engine openai-url"
     )
 
 
