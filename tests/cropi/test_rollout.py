@@ -177,13 +177,6 @@ def test_a_model_that_padding_moves_is_given_prompts_of_one_length(tmp_path: Pat
     # A window of its own code (the cache has none), which a beginning that is shared moves, and only responses reach.
     window = make_model("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=32)
     assert [trial.way_of(window, 20, more) for more in (0, 20)] == ["shared", "padded"]
-    # Keys in the cache keep the positions of before: log-probs were off by 0.02.
-    scaled = make_model(
-        "llama", rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=40
-    )
-    assert trial.way_of(scaled, 20, 21) == "shared"
-    with pytest.raises(CropiError, match="scales its positions anew beyond 40 tokens.*20 with 22 more"):
-        trial.way_of(scaled, 20, 22)
     policy = cropi.Policy(Places(model), make_tokenizer(chat=True), name="gpt2")
     close_to_teacher_forced(model, rolled_policy(tmp_path / "out.jsonl", policy))
 

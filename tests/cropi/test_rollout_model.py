@@ -1,4 +1,4 @@
-"""A rollout goes on with the model that it was begun with: the same weights, settings and buffers."""
+"""A rollout goes on with the model that it was begun with (weights, settings, buffers); a model that it refuses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from support.made_data import make_model, make_tokenizer, write_lines
 
 import cropi
 from cropi.errors import CropiError
+from cropi.rollouts import trial
 from cropi.rollouts.file import MODEL, RolloutFile
 from cropi.sealed import sums_path
 
@@ -157,3 +158,12 @@ def test_a_rollout_of_rolled_out_prompts_leaves_the_first_models_settings(tmp_pa
     first, second = (json_lines(tmp_path / f"{name}.jsonl") for name in ("first", "second"))
     assert json.loads(first[0][MODEL])["config"] != json.loads(second[0][MODEL])["config"]
     assert MODEL not in second[1]
+
+
+def test_a_scale_of_positions_that_a_cache_does_not_follow() -> None:
+    """Keys keep the positions with which they came: log-probs of responses that went beyond were off by 0.02."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    scaled = make_model("llama", rope_scaling=scaling, max_position_embeddings=40)
+    assert trial.way_of(scaled, 20, 21) == "shared"
+    with pytest.raises(CropiError, match="scales its positions anew beyond 40 tokens.*20 with 22 more"):
+        trial.way_of(scaled, 20, 22)

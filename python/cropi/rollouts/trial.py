@@ -70,9 +70,9 @@ def _check_scale(model: Any, shortest: int, longest: int, more: int) -> None:
     if switch is None or longest + more - 1 <= switch or (shortest > switch and not lengths.by_length):
         return
     raise CropiError(
-        f"engine hf: {type(model).__name__} scales its positions anew beyond {switch} tokens (longrope, dynamic), which a "
-        f"cache does not follow, and a prompt of {longest} with {more} more goes beyond; give a smaller --max-tokens, leave "
-        "longer prompts out, or sample with --engine vllm or --engine openai-url"
+        f"engine hf: {type(model).__name__} scales its positions anew beyond {switch} tokens (longrope, dynamic), "
+        f"which a cache does not follow, and a prompt of {longest} with {more} more goes beyond; give a smaller "
+        "--max-tokens, leave longer prompts out, or sample with --engine vllm or --engine openai-url"
     )
 
 
