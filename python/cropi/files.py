@@ -290,7 +290,7 @@ def meant(path: str | Path) -> str:
     if len(path.name) < 256:
         there = entries(path.parent)
         # An ending that both have makes no name near: `train.jsonl` is not meant by `valid.jsonl`.
-        stems = get_close_matches(path.stem, {other.stem for other in there}, n=len(there) or 1)
+        stems = get_close_matches(path.stem, {other.stem for other in there})
         same = [other.name for other in there if other.stem == path.stem]
         near = did_you_mean(path.name, (other.name for other in there if other.stem in stems))
         near = near or (f"did you mean {same[0]!r}? " if same else "")
