@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cropi.data.spilled import mapped
 from cropi.errors import CropiError, optional, printable
 
@@ -115,13 +117,22 @@ def _plain_bytes(column: Any) -> int:
         compute = optional("pyarrow.compute")
         lengths = compute.binary_length(held).cast("int64").take(column.indices)
         return 4 * len(column) + (compute.sum(lengths).as_py() or 0)
-    if kind in (views := _views()):
-        # Before pyarrow 22 no size of views can be asked.
-        column, kind = column.cast(views[kind]), views[kind]
+    if kind in _views():
+        return _bytes_of_views(column)
     if plain_type(kind) == kind:
         return int(column.nbytes)
     inner = column.flatten()
     return sum(map(_plain_bytes, inner)) if isinstance(inner, list) else _plain_bytes(inner)
+
+
+def _bytes_of_views(column: Any) -> int:
+    """What the texts of views take as plain ones, from their lengths: many views may be of one text, so that plain ones
+    of all rows are far larger than the file. Before pyarrow 22 the size of views cannot be asked."""
+    if not len(column):
+        return 0
+    lengths = np.frombuffer(column.buffers()[1], np.int32)[::4][column.offset : column.offset + len(column)]
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    return 8 * len(column) + int(lengths[valid].sum(dtype=np.int64))
 
 
 def plain(batch: Any) -> Any:
