@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def _cast(column: Any, kind: Any) -> Any:
         return optional("pyarrow").array(column.to_pylist(), kind)
 
 
+# Asked of every column of every batch.
+@functools.lru_cache(maxsize=1024)
 def plain_type(kind: Any) -> Any:
     """A type without dictionaries, and without views, of which pyarrow takes no rows by number."""
     pyarrow = optional("pyarrow")
@@ -171,6 +174,7 @@ def plain_type(kind: Any) -> Any:
     return kind
 
 
+@functools.cache
 def _views() -> dict[Any, Any]:
     pyarrow = optional("pyarrow")
     return {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}
