@@ -7,6 +7,7 @@ before any measurement. Nothing here changes what ships: a variant that wins is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from changed import changed
 
 from cropi_kernels import (
+    MatrixPlan,
     SketchSpec,
     fold_inputs,
     linear_logprob,
@@ -50,14 +52,32 @@ def measured(runs: list[Callable[[], Any]], prediction: float | None) -> Row:
 
 
 class Slab:
-    """gate_proj of Qwen2.5-1.5B; without a fold, down_proj, or ``shape``."""
+    """gate_proj of Qwen2.5-1.5B; without a fold, down_proj, or ``shape``. Tensors are made in its first row: of
+    memory that runs out there is one row, and the others still run."""
 
     def __init__(self, width: int | None, segments: int = 16, shape: tuple[int, int] | None = None) -> None:
-        rows, cols = shape or ((WIDE, HIDDEN) if width else (HIDDEN, WIDE))
-        self.plan = plan_matrix(SketchSpec(width=width), "model.layers.0.mlp.gate_proj.weight", rows, cols)
-        self.d, self.a = random(TOKENS, rows), random(TOKENS, self.plan.folded_cols)
-        self.offsets = common.ragged(TOKENS, segments).cuda()
-        self.out = torch.zeros(segments, 32768, device="cuda")
+        self.width, self.segments = width, segments
+        self.shape = shape or ((WIDE, HIDDEN) if width else (HIDDEN, WIDE))
+
+    @functools.cached_property
+    def plan(self) -> MatrixPlan:
+        return plan_matrix(SketchSpec(width=self.width), "model.layers.0.mlp.gate_proj.weight", *self.shape)
+
+    @functools.cached_property
+    def d(self) -> torch.Tensor:
+        return random(TOKENS, self.shape[0])
+
+    @functools.cached_property
+    def a(self) -> torch.Tensor:
+        return random(TOKENS, self.plan.folded_cols)
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        return common.ragged(TOKENS, self.segments).cuda()
+
+    @functools.cached_property
+    def out(self) -> torch.Tensor:
+        return torch.zeros(self.segments, 32768, device="cuda")
 
     def time(self, prediction: float | None, **values: Any) -> Row:
         with changed(slab, **values):
@@ -216,9 +236,17 @@ def gated(columns: int, width: int | None, prediction: float) -> Row:
 
 
 class Head:
-    def __init__(self) -> None:
-        self.hidden, self.weight = random(SCORED, HIDDEN), random(VOCAB, HIDDEN) / HIDDEN**0.5
-        self.target = torch.randint(0, VOCAB, (SCORED,), device="cuda")
+    @functools.cached_property
+    def hidden(self) -> torch.Tensor:
+        return random(SCORED, HIDDEN)
+
+    @functools.cached_property
+    def weight(self) -> torch.Tensor:
+        return random(VOCAB, HIDDEN) / HIDDEN**0.5
+
+    @functools.cached_property
+    def target(self) -> torch.Tensor:
+        return torch.randint(0, VOCAB, (SCORED,), device="cuda")
 
     def both(self, chunk: int, prediction: float | None) -> Row:
         weigh = lambda p, a, b: torch.ones_like(p)  # noqa: E731
