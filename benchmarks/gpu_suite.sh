@@ -3,9 +3,10 @@
 # first look, measures, holds every op to its oracle, and keeps rows and logs in one archive after every part, a table at the end.
 # A part that fails is recorded and the rest still runs; the exit status is 1 if any part failed.
 #
-# A second call goes on where the first one ended: its parts that are done are not run again, and the rows of one that
-# was stopped are kept. The machine may be another one, if the archive is brought along. What no GPU has run yet comes
-# first; it alone, in some three minutes: GPU_SUITE_PARTS="build new warm variants counters".
+# A call takes the parts whose limits fit, and goes on with others while parts leave time of their limits. A second call
+# goes on where the first one ended: its parts that are done are not run again, and the rows of one that was stopped are
+# kept. The machine may be another one, if the archive is brought along. What no GPU has run yet comes first; it alone, in
+# some three minutes: GPU_SUITE_PARTS="build new warm variants counters".
 #
 #   PYTHON=python3          an interpreter with a CUDA build of torch, triton, transformers, pybind11
 #   GPU_SUITE_OUT=folder    for raw rows and logs (default: build/gpu_suite)

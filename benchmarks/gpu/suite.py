@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("benchmarks") / "gpu"
 BUDGET_S = 540.0
+TABLE_S = 5.0  # of the table at the end
 RESTART = 75  # as common.RESTART, which imports torch
 MOST_RESTARTS = 8
 LOG_BYTES = 256 << 10  # of a log, its end; the archive must stay below 16 MB
@@ -77,11 +78,11 @@ MEASURED = (
 PARTS = {part.name: part for part in BUILDS + MEASURED}
 
 
-def that_fit(wanted: Sequence[Part], budget: float) -> list[Part]:
-    """Of ``wanted``, in this order, those whose limits the budget can hold, and what they need."""
+def that_fit(wanted: Sequence[Part], budget: float, ran: Sequence[Part] = ()) -> list[Part]:
+    """Of ``wanted``, in this order, those whose limits the budget can hold, and what they need beside what ``ran``."""
     fit: list[Part] = []
     for part in wanted:
-        more = [p for p in (*(PARTS[name] for name in part.needs), part) if p not in fit]
+        more = [p for p in (*(PARTS[name] for name in part.needs), part) if p not in (*fit, *ran)]
         if sum(p.seconds for p in fit + more) <= budget:
             fit += more
     return fit
@@ -114,24 +115,29 @@ class Suite:
         (self.out / "status.txt").write_text("".join(f"{k}: {v}\n" for k, v in states.items()))
         print(f"{part}: {state}", flush=True)
 
-    def chosen(self, budget: float) -> list[Part]:
-        """What no call has finished: first what has no result yet, then what failed and may fail again."""
+    def chosen(self, budget: float, ran: Sequence[Part] = ()) -> list[Part]:
+        """What no call has finished: first what has no result yet, then what failed and may fail again; not what
+        ``ran`` in this call."""
         states = self.states()
-        left = [p for p in MEASURED if not states.get(p.name, "").startswith("done")]
+        left = [p for p in MEASURED if p not in ran and not states.get(p.name, "").startswith("done")]
         left.sort(key=lambda p: states.get(p.name, "").startswith("failed"))
-        return that_fit(left, budget)
+        return that_fit(left, budget, ran)
 
-    def run(self, parts: list[Part]) -> bool:
-        """Whether every part was run to its end without a failure."""
-        ok = True
-        for part in parts:
-            left = self.ends - time.time()
-            if left < 10:
-                self.set_state(part.name, "not run, the time was up")
-                ok = False
-            else:
-                ok &= self.run_part(part, min(part.seconds, left))
-            self.archive()
+    def run(self, parts: list[Part], go_on: bool = False) -> bool:
+        """Whether every part was run to its end without a failure. ``go_on``: with what fits into the time that parts
+        have left of their limits; another call would build and compile again."""
+        ok, ran = True, list[Part]()
+        while parts:
+            for part in parts:
+                left = self.ends - time.time()
+                if left < 10:
+                    self.set_state(part.name, "not run, the time was up")
+                    ok = False
+                else:
+                    ok &= self.run_part(part, min(part.seconds, left))
+                self.archive()
+            ran += parts
+            parts = self.chosen(self.ends - time.time() - TABLE_S, ran) if go_on else []
         self.tabulate()
         return ok
 
@@ -243,7 +249,7 @@ def main() -> int:
     parts = [PARTS[name] for name in names] if names else suite.chosen(budget)
     if not parts:
         print("every part is done; GPU_SUITE_PARTS runs chosen ones again")
-    return 0 if suite.run(parts) else 1
+    return 0 if suite.run(parts, go_on=not names) else 1
 
 
 if __name__ == "__main__":

@@ -93,6 +93,20 @@ def test_results_are_kept_after_every_part(runner: Any, suite: Any, tmp_path: Pa
     assert {"one.jsonl", "two.jsonl", "one.log", "status.txt"} <= set(kept(tmp_path))
 
 
+def test_time_that_parts_leave_is_used(runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another call would build again. What failed is not tried twice in a call."""
+    note = "open(f'{out}/order.txt', 'a').write('%s ')\n"
+    build = part(runner, "build", note % "build", 20.0, needs=())
+    one = part(runner, "one", note % "one" + "sys.exit(1)", 20.0, needs=("build",))
+    two = part(runner, "two", note % "two", 30.0, needs=("build",))
+    monkeypatch.setattr(runner, "MEASURED", (one, two))
+    monkeypatch.setattr(runner, "PARTS", {p.name: p for p in (build, one, two)})
+    suite = runner.Suite(tmp_path / "out", tmp_path / "keep", budget=45.0)
+    parts = suite.chosen(45.0)
+    assert parts == [build, one] and not suite.run(parts, go_on=True)
+    assert (tmp_path / "out" / "order.txt").read_text(encoding="utf-8").split() == ["build", "one", "two"]
+
+
 def test_the_table_is_made_once_when_all_has_run(
     runner: Any, suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
