@@ -95,23 +95,50 @@ def test_conversations_with_a_reward_are_split_where_the_assistant_first_speaks(
 
 
 @pytest.mark.parametrize("form", ["lines", "table", "columns"])
-@pytest.mark.parametrize("name", ["response", "reward"])
+@pytest.mark.parametrize("name", ["response", "reward", "response and reward"])
 def test_a_first_row_without_its_response_or_reward_is_one_bad_row(
     name: str, form: str, tmp_path: Path
 ) -> None:
     """A table's null told no form: all rows were bad, or the file was refused in spite of skip_bad."""
-    rows = [{"id": "x", **TEXT[0], name: None}, *({"id": row["prompt"], **row} for row in TEXT)]
+    names = name.split(" and ")
+    rows = [
+        {"id": "x", **TEXT[0], **dict.fromkeys(names)},
+        *({"id": row["prompt"], **row} for row in TEXT),
+    ]
     path, columns = tmp_path / f"t.{'parquet' if form == 'table' else 'jsonl'}", None
     if form == "table":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif form == "columns":
-        columns = {name: "other"}
-        write_lines(path, [{"other" if key == name else key: row[key] for key in row} for row in rows])
+        columns = {name: f"other {name}" for name in names}
+        write_lines(path, [{columns.get(key, key): row[key] for key in row} for row in rows])
     else:
         write_lines(path, rows)
     groups = read(auto.opened([path], skip_bad=True, columns=columns), skip_bad=True, columns=columns)
     assert [(group.id, group.size) for group in groups] == [(f"{i}+1=", 4) for i in range(3)]
-    assert [str(error).split(";")[0] for error in groups.bad if f"the key '{name}s' is missing" in str(error)]
+    assert [
+        str(error).split(";")[0] for error in groups.bad if f"the key '{names[-1]}s' is missing" in str(error)
+    ]
+    with pytest.raises(RecordError, match=f"(:1|row 0): the key '{names[-1]}s' is missing"):
+        list(read(path, columns=columns))
+
+
+@pytest.mark.parametrize("form", ["lines", "table"])
+def test_a_first_record_without_responses_and_rewards_is_one_bad_record(form: str, tmp_path: Path) -> None:
+    """The file was refused as one of prompts, in spite of skip_bad; one of such rows alone is one."""
+    none = {"id": "x", "prompt": "p", "responses": None, "rewards": None}
+    rows = [none, {**none, "id": "y", "responses": ["a", "b"], "rewards": [0.0, 1.0]}]
+    path = tmp_path / f"t.{'parquet' if form == 'table' else 'jsonl'}"
+    for some, ids in ((rows, ["y"]), (rows[:1], None)):
+        if form == "table":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), path)
+        else:
+            write_lines(path, some)
+        if ids is None:
+            with pytest.raises(CropiError, match="these are prompts without responses"):
+                read(auto.opened([path], skip_bad=True), skip_bad=True)
+        else:
+            groups = read(auto.opened([path], skip_bad=True), skip_bad=True)
+            assert [group.id for group in groups] == ids and len(groups.bad) == 1
 
 
 def test_rows_of_one_prompt_that_disagree() -> None:

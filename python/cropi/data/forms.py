@@ -65,6 +65,21 @@ def is_prompt(row: Mapping[str, Any]) -> bool:
     return any(key in _PROMPTS for key in keys) and not answered
 
 
+def is_failed(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds null in place of its responses and of their rewards: none was made. It tells no form."""
+    told = ("reward" in row and has_response(row)) or (
+        "rewards" in row and not row.keys().isdisjoint(_ANSWERS)
+    )
+    return (
+        told
+        and not is_conversation(row)
+        and not any(
+            value is not None and (key in (*_ANSWERS, *_SCORES) or _is_single(key))
+            for key, value in row.items()
+        )
+    )
+
+
 def _is_single(key: str) -> bool:
     return key in SINGLE and key not in REASONS
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cropi.data.forms import (
     content_id,
     form_of,
     group_key,
+    is_failed,
     joined,
     parse_columns,
     renamed,
@@ -36,6 +37,7 @@ WITHOUT_REWARDS = (
     "the group holds demonstrations, without rewards",
     "name the --estimator sft, or leave it out",
 )
+MOST_FAILED = 1000  # rows at a file's head that are passed over in search of one that tells the file's form
 NO_RECORD = "the file holds no trajectory record (one JSON object a line is expected)"
 WITH_ID = "this record has an 'id', and those before it have none", "give all an id, or none"
 
@@ -257,7 +259,11 @@ class _State:
         first = next(rows, None)
         if first is None:
             return
-        form = self._form(first)
+        held = [first]
+        while self._failed(held[-1]) and len(held) < MOST_FAILED and (row := next(rows, None)) is not None:
+            held.append(row)
+        form = self._form(held[0] if self._failed(held[-1]) else held[-1])
+        rows = chain(held[1:], rows)
         if form == RECORD:
             for where, offset, row in chain([first], rows):
                 try:
@@ -285,6 +291,15 @@ class _State:
                 text = row.raw if isinstance(row, PromptGroup) else json.dumps(row, default=repr)
                 self.on_line(text.encode("utf-8", "backslashreplace") + b"\n")
             yield where, offset, row
+
+    def _failed(self, row: Row) -> bool:
+        where, _, held = row
+        if isinstance(held, (PromptGroup, RecordError)):
+            return False
+        try:
+            return is_failed(dict.fromkeys(self.columns) | self._dictionary(held, where, whole=True))
+        except RecordError:
+            return False
 
     def _form(self, first: Row) -> str:
         where, _, row = first
@@ -357,14 +372,19 @@ class _State:
 
 
 def first_row(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """``(where, row)`` of the first row of a file that is not blank.
+    """``(where, row)`` of the first row of a file that is not blank, and is no failed response, if there is one.
 
     Raises:
         CropiError: not a file that is read, or an empty one.
         RecordError: the row is not a JSON object.
     """
-    for first in _dictionaries(path, whole=True):
-        return first
+    begun = list[tuple[str, dict[str, Any]]]()
+    for where, row in islice(_dictionaries(path, whole=True), MOST_FAILED):
+        if not is_failed(row):
+            return where, row
+        begun.append((where, row))
+    if begun:
+        return begun[0]
     raise CropiError(f"{path}: {NO_RECORD}")
 
 
