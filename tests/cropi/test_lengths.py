@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import cropi
 from cropi.errors import CropiError
 from cropi.gradient.estimators import ESTIMATORS
 from cropi_kernels import GradientSketcher, SketchSpec, token_logprobs
+from cropi_kernels.sketcher.policy import lengths
 from cropi_kernels.sketcher.policy.lengths import measure_lengths
 from cropi_kernels.testing import sketch_gradients
 
@@ -99,6 +101,19 @@ def test_batches_are_cut_where_the_positions_change(kind: str, layout: str) -> N
     assert (measure_lengths(made).switch, measure_lengths(made).by_length) == (SWITCH, kind == "dynamic")
     store = cropi.sketch(made, records(), dim=1024, width=16, vocab_width=64, layout=layout, progress=False)
     assert_right(store, made)
+
+
+@pytest.mark.parametrize("kind, wide", [("longrope", True), ("dynamic", True), ("default", False)])
+@pytest.mark.parametrize("where", ["own", "inside", "layers"])
+def test_on_a_gpu_a_scaling_is_found_wherever_it_is_named(
+    kind: str, wide: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a configuration inside another, and of one kind of layers, it was not found: no batch was cut."""
+    made, rope = torch.nn.Linear(1, 1), {"rope_type": kind, "factor": 4.0}
+    config = SimpleNamespace(rope_parameters={"full_attention": rope} if where == "layers" else rope)
+    made.config = SimpleNamespace(text_config=config) if where == "inside" else config  # type: ignore[assignment]
+    monkeypatch.setattr(lengths, "device_of", lambda model: torch.device("cuda"))
+    assert lengths._may_go_beyond(made) == wide
 
 
 def test_shared_by_name_is_an_error_where_responses_lie_on_either_side() -> None:

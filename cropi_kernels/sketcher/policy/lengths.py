@@ -6,6 +6,7 @@ Measures from which length on they do so, which decides which rows may be in one
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,12 +98,17 @@ def _may_go_beyond(model: nn.Module) -> bool:
     """
     if device_of(model).type == "cpu":
         return True
-    config = getattr(model, "config", None)
-    for name in ("rope_parameters", "rope_scaling"):
-        value = getattr(config, name, None)
-        if isinstance(value, dict) and {value.get("rope_type"), value.get("type")} & SCALINGS:
-            return True
-    return False
+    return _names_scaling(getattr(model, "config", None))
+
+
+def _names_scaling(value: Any, depth: int = 4) -> bool:
+    """Also of a configuration inside another (a model's that sees pictures too), or for a kind of layers alone."""
+    inner = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    if {kind for kind in (inner.get("rope_type"), inner.get("type")) if isinstance(kind, str)} & SCALINGS:
+        return True
+    return depth > 0 and any(
+        _names_scaling(one, depth - 1) for one in inner.values() if not isinstance(one, type)
+    )
 
 
 def same(got: torch.Tensor, want: torch.Tensor, most: bool = False, terms: float = 1.0) -> bool:
