@@ -7,8 +7,10 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from support.commands import json_lines
 from support.made_data import make_model, make_tokenizer, write_lines
 
@@ -167,3 +169,16 @@ def test_a_scale_of_positions_that_a_cache_does_not_follow() -> None:
     assert trial.way_of(scaled, 20, 21) == "shared"
     with pytest.raises(CropiError, match="scales its positions anew beyond 40 tokens.*20 with 22 more"):
         trial.way_of(scaled, 20, 22)
+
+
+def test_a_window_beyond_the_longest_row_of_the_trial_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = make_model("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=48)
+    monkeypatch.setattr(trial, "_LONGEST", 32)
+    assert [trial.way_of(window, 40, more) for more in (0, 20)] == ["shared", "padded"]
+
+
+def test_a_trial_that_runs_out_of_memory_says_so() -> None:
+    model = make_model()
+    with mock.patch.object(model, "forward", side_effect=torch.OutOfMemoryError("8 GiB")):
+        with pytest.raises(torch.OutOfMemoryError, match="8 GiB"):
+            trial.way_of(model, 20)

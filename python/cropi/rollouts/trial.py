@@ -24,11 +24,13 @@ from cropi.errors import CropiError
 from cropi.gradient.layout_trial import one_unit_off
 from cropi.rollouts.beginnings import SHORTEST
 from cropi.rollouts.generate import Decoding, last_logits
+from cropi_kernels.memory import is_out_of_memory
 from cropi_kernels.sketcher.policy.lengths import measure_lengths
 
 WAYS = ("shared", "padded", "alone")
 MARGIN = 16.0  # times what one unit in the last place does
 _LENGTHS, _DECODED = (SHORTEST + 3, SHORTEST + 9, SHORTEST + 16), 3
+_LONGEST = 4096  # tokens of a row, but where a window begins further on
 _OF_ALL = SHORTEST  # tokens that all rows of the trial begin with, where beginnings are shared
 _OF_TWO = SHORTEST + 2  # and two of them
 
@@ -44,14 +46,17 @@ def way_of(model: Any, longest: int, more: int = 0, shortest: int = 1) -> str:
 
     Raises:
         CropiError: none is; the model is named, and what to do.
+        torch.OutOfMemoryError: the trial ran out of memory.
     """
     _check_scale(model, shortest, longest, more)
     problem, reach = "", min(longest + more - _DECODED, _behind_windows(model, longest + more))
-    longest = max(longest, reach)
+    longest = max(min(longest, _LONGEST), reach)
     for way in WAYS:
         try:
             off = _excess(model, way, longest)
         except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             problem = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
             continue
         if off <= 1:
@@ -87,7 +92,7 @@ def _excess(model: Any, way: str, longest: int) -> float:
     """The largest difference of a log-prob to the row alone, over the tolerance."""
     size = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
-    longest = max(_LENGTHS[-1], min(longest, 4096))
+    longest = max(_LENGTHS[-1], longest)
     lengths = [longest] * len(_LENGTHS) if way == "alone" else [*_LENGTHS[:-1], longest]
     whole = [
         torch.randint(0, size, (n + _DECODED,), generator=generator, device="cpu").tolist() for n in lengths
