@@ -273,7 +273,10 @@ WRITTEN = {
     "export parquet": Place(_stores, _command("store export @/a --out @/x.parquet"), files_of("x.parquet")),
     "select exports": Place(
         _dataset,
-        _command(*(_SELECT + _EXPORT + name for name in ("x.parquet", "x.jsonl", "x.json", "x.txt"))),
+        _command(
+            *(_SELECT + _EXPORT + name for name in ("x.parquet", "x.jsonl", "x.json")),
+            _SELECT + " --export @/x.txt",
+        ),
         files_of("selected.jsonl", "x.parquet", "x.jsonl", "x.json", "x.txt"),
     ),
     "select saved": Place(_dataset, _command(_SELECT + _EXPORT + "saved --format save_to_disk"), _saved),

@@ -89,13 +89,6 @@ def _described(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 def _check_reading(args: argparse.Namespace, path: Path) -> None:
     """What says how trajectories are read is an error for what holds none."""
-    from cropi.cli.contents import STAGES
-    from cropi.curriculum.state import NAME
-    from cropi.data.tables import is_saved
-    from cropi.ranking.selection_files import SELECTED
-    from cropi.ranking.table import SCORES
-    from cropi.store.manifest import MANIFEST
-
     given = [
         action.option_strings[0]
         for action in args.parser._actions
@@ -103,6 +96,14 @@ def _check_reading(args: argparse.Namespace, path: Path) -> None:
     ]
     if not given:
         return
+    # Not before: some of these import torch.
+    from cropi.cli.contents import STAGES
+    from cropi.curriculum.state import NAME
+    from cropi.data.tables import is_saved
+    from cropi.ranking.selection_files import SELECTED
+    from cropi.ranking.table import SCORES
+    from cropi.store.manifest import MANIFEST
+
     what = ""
     if path.suffix == ".parquet" and _is_scores(path):
         what = "a table of scores"
