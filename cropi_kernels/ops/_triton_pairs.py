@@ -26,6 +26,13 @@ def pick_word(words, behind, lane, index, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def share_of(first, slab, share, most):
+    """A program's part of the pairs, or entries, of a slab, of which each has ``most``: the first one, and how many."""
+    begin = tl.load(first + slab) + share * most
+    return begin, tl.maximum(tl.minimum(most, tl.load(first + slab + 1) - begin), 0)
+
+
+@triton.jit
 def block_of(word):
     """The row block of a pair."""
     return (word >> 48 & 0x7FFF).to(tl.int32)

@@ -21,7 +21,7 @@ from ... import _triton
 from ..._launch import Launch
 from ...plan import MatrixPlan
 from .._device_plan import cached, pair_words, slab_row_signs
-from .._triton_pairs import block_of, columns_of, pick
+from .._triton_pairs import block_of, columns_of, pick, share_of
 from .._triton_segments import cut, offset_of, reduce_partials
 from ..sketch_linear.triton import SlabConfig, alike, fold_columns, fold_tables, slab_config
 
@@ -116,8 +116,7 @@ def grouped_kernel(
     token = tl.arange(0, BK)
     # All that depends on the entry is loaded here, once, one entry a lane.
     lane = tl.arange(0, ENTRIES)
-    begin = tl.load(first + slab) + share * share_entries
-    n_entries = tl.maximum(tl.minimum(share_entries, tl.load(first + slab + 1) - begin), 0)
+    begin, n_entries = share_of(first, slab, share, share_entries)
     mine = lane < n_entries
     word_of = tl.load(words + begin + lane, mask=mine, other=0)
     group_of = tl.load(group + begin + lane, mask=mine, other=0).to(tl.int64)

@@ -35,7 +35,7 @@ from .._device_plan import (
     upload,
     what_d_is_of,
 )
-from .._triton_pairs import WARP, block_of, columns_of, matrix_of, pick_word, row_flips
+from .._triton_pairs import WARP, block_of, columns_of, matrix_of, pick_word, row_flips, share_of
 from .._triton_segments import Chunks, chunk_of, cut, reduce_partials
 from .turns import (
     A_STAYS,
@@ -242,8 +242,7 @@ def slab_kernel(
         # All that depends on the pair is loaded here, once: a load in the loop whose result is an address of another
         # one would cost the pipeline a stage.
         lane = tl.arange(0, PAIRS if PAIRS < WARP else WARP)
-        begin = tl.load(first + slab) + group * group_pairs
-        n_pairs = tl.maximum(tl.minimum(group_pairs, tl.load(first + slab + 1) - begin), 0)
+        begin, n_pairs = share_of(first, slab, group, group_pairs)
         words = tl.load(pairs + begin + lane, mask=lane < n_pairs, other=0)
         behind = words
         if PAIRS > WARP:

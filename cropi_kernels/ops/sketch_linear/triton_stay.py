@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .._gluon import load_by_threads
 from .triton_turns import (
     GROUPS,
-    THREADS,
     WARPS,
+    _barriers,
     _bits_of_columns,
     _block_of,
     _chunk_of,
@@ -29,6 +29,8 @@ from .triton_turns import (
     _matrix_of,
     _pieces_of_16_bytes,
     _row_flips,
+    _share_of,
+    _target_of,
 )
 
 NO_COLUMN_XOR = gl.constexpr(~(0xFFFF << 16))  # of a pair's word
@@ -255,21 +257,12 @@ def slab_stay_kernel(
     slab = pid // groups % n_slabs
     segment, t0, t1, slot = _chunk_of(table, pid // groups // n_slabs)
     if segment < n_segments:
-        begin = gl.load(first + slab) + group * group_pairs
-        n_pairs = gl.maximum(gl.minimum(group_pairs, gl.load(first + slab + 1) - begin), 0)
+        begin, n_pairs = _share_of(first, slab, group, group_pairs)
         length = (t1 - t0).to(gl.int32)
-        target = partial + ((slot * out_groups + group) * n_slabs + slab) * SLAB
-        add = INTO == "sums"
-        if INTO == "out":
-            add = slot < 0
-            target = gl.where(add, out + (segment * n_slabs + slab) * SLAB, target)
+        target, add = _target_of(out, partial, segment, slot, group, slab, n_slabs, out_groups, INTO, SLAB)
         d_tiles = gl.allocate_shared_memory(d_0.dtype.element_ty, [STAGES * GROUPS, BK, ROWS], layout)
         a_tiles = gl.allocate_shared_memory(a.dtype.element_ty, [STAY, BK, SLAB_COLS], layout)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(ready.index(stage), count=THREADS)
-            mbarrier.init(empty.index(stage), count=GROUPS)
+        ready, empty = _barriers(STAGES)
         gl.warp_specialize(
             [
                 (

@@ -21,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._device_plan import what_d_is_of
 from .._gluon import load_by_threads
-from .._triton_pairs import block_of, columns_of, matrix_of, row_flips
+from .._triton_pairs import block_of, columns_of, matrix_of, row_flips, share_of
 from .._triton_segments import chunk_of
 
-_chunk_of, _block_of, _columns_of, _matrix_of, _row_flips = (
-    gluon.jit(one.fn) for one in (chunk_of, block_of, columns_of, matrix_of, row_flips)
+_chunk_of, _block_of, _columns_of, _matrix_of, _row_flips, _share_of = (
+    gluon.jit(one.fn) for one in (chunk_of, block_of, columns_of, matrix_of, row_flips, share_of)
 )
 _what_d_is_of = gluon.constexpr_function(what_d_is_of)
 GROUPS = gl.constexpr(2)
@@ -46,6 +46,30 @@ def _bits_of_columns(columns):
     of_8 = [[1 << bit, 0] for bit in range((columns // 8).bit_length() - 1)]
     lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
     return gl.DistributedLinearLayout([[0, 1], *of_8], lanes, [[0, 0], [0, 0]], [], [columns // 8, 8])
+
+
+@gluon.jit
+def _target_of(
+    out, partial, segment, slot, group, slab, n_slabs, out_groups, INTO: gl.constexpr, SLAB: gl.constexpr
+):
+    """Where a program's sums go, and whether they are added to what is there (INTO: see `slab_kernel`)."""
+    target = partial + ((slot * out_groups + group) * n_slabs + slab) * SLAB
+    add = INTO == "sums"
+    if INTO == "out":
+        add = slot < 0
+        target = gl.where(add, out + (segment * n_slabs + slab) * SLAB, target)
+    return target, add
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr):
+    """``ready`` and ``empty`` of every stage: arrivals of the threads that bring operands, and of the groups."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=THREADS)
+        mbarrier.init(empty.index(stage), count=GROUPS)
+    return ready, empty
 
 
 @gluon.jit
@@ -261,23 +285,14 @@ def slab_turns_kernel(
     slab = pid // PARTS // groups % n_slabs
     segment, t0, t1, slot = _chunk_of(table, pid // PARTS // groups // n_slabs)
     if segment < n_segments:
-        begin = gl.load(first + slab) + group * group_pairs
-        n_pairs = gl.maximum(gl.minimum(group_pairs, gl.load(first + slab + 1) - begin), 0)
+        begin, n_pairs = _share_of(first, slab, group, group_pairs)
         length = (t1 - t0).to(gl.int32)
-        target = partial + ((slot * out_groups + group) * n_slabs + slab) * SLAB
-        add = INTO == "sums"
-        if INTO == "out":
-            add = slot < 0
-            target = gl.where(add, out + (segment * n_slabs + slab) * SLAB, target)
+        target, add = _target_of(out, partial, segment, slot, group, slab, n_slabs, out_groups, INTO, SLAB)
         d_tiles = gl.allocate_shared_memory(
             d_0.dtype.element_ty, [(HELD or STAGES) * GROUPS, BK, ROWS], layout
         )
         a_tiles = gl.allocate_shared_memory(a.dtype.element_ty, [STAGES, BK, SLAB_COLS], layout)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(ready.index(stage), count=THREADS)
-            mbarrier.init(empty.index(stage), count=GROUPS)
+        ready, empty = _barriers(STAGES)
         gl.warp_specialize(
             [
                 (
