@@ -89,17 +89,17 @@ def check_options(args: argparse.Namespace, groups: PromptGroups | None, alone: 
             check_resampled("--format weights", getattr(args, "draws", 2), alone)
         if form != "ids":
             needs_rows(f"--format {form}")
-        check_format(form, *_of_rows(args, form), args.data_source)
+        dataset, id_key = _of_rows(args, form)
+        check_format(form, dataset, None, id_key, args.data_source)
     if args.push_to_hub:
         check_hub_name(args.push_to_hub)
         needs_rows("--push-to-hub")
 
 
-def _of_rows(args: argparse.Namespace, form: str) -> tuple[str | None, None, str | None]:
-    """The dataset, no trajectories, and the column of ids for a file of some form; beside a file of ids alone they are
-    for the hub."""
+def _of_rows(args: argparse.Namespace, form: str) -> tuple[str | None, str | None]:
+    """The dataset and the column of ids for a file of some form; beside a file of ids alone they are for the hub."""
     for_hub = form == "ids" and args.push_to_hub
-    return (None, None, None) if for_hub else (args.dataset, None, args.id_key)
+    return (None, None) if for_hub else (args.dataset, args.id_key)
 
 
 def check_rows(args: argparse.Namespace, groups: PromptGroups | None, some: Sequence[PromptGroup]) -> None:
@@ -108,7 +108,7 @@ def check_rows(args: argparse.Namespace, groups: PromptGroups | None, some: Sequ
 
     form, records = options.export_format(args), () if groups is None else groups
     if args.export:
-        dataset, _, id_key = _of_rows(args, form)
+        dataset, id_key = _of_rows(args, form)
         check_export(
             form, trajectories=records, dataset=dataset, id_key=id_key, records=some, data_source=args.data_source,
             out=args.export,
@@ -162,7 +162,7 @@ def _write(args: argparse.Namespace, selection: Selection, groups: PromptGroups 
         from cropi.data.export import export
 
         form = options.export_format(args)
-        dataset, _, id_key = _of_rows(args, form)
+        dataset, id_key = _of_rows(args, form)
         count = export(
             args.export, selection.ids, format=form, trajectories=groups if groups is not None else (),
             dataset=dataset, id_key=id_key, data_source=args.data_source,

@@ -16,8 +16,8 @@ from cropi.errors import CropiError, did_you_mean
 
 class NotInPool(CropiError):
     """The pool has not what the options ask of it: a group, so many prompts, or scores so high; or a validation set has
-    too few to be drawn anew. A training whose pool
-    changes goes on without the choice (:func:`cropi.pipeline.lost.asked_of`)."""
+    too few to be drawn anew. A training whose pool changes goes on without the choice
+    (:func:`cropi.pipeline.lost.asked_of`)."""
 
 
 def how_many(fraction: float, size: int, least: int = 0) -> int:
